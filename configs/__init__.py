@@ -1,0 +1,1 @@
+"""Data: model cards (`models/`) and tuned packs (`packs/`)."""

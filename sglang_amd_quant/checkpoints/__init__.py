@@ -1,0 +1,1 @@
+"""Checkpoint formats, one file each: read, validate, stream and write."""

@@ -1,0 +1,1 @@
+"""The `amd-mx` command."""

@@ -1,0 +1,59 @@
+"""`amd-mx`: dispatches to one module per command, importing only the one that is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from sglang_amd_quant import __version__
+from sglang_amd_quant.errors import AmdMxError
+
+COMMANDS: dict[str, str] = {
+    "quantize": "convert a bf16 checkpoint to an MX one",
+    "inspect": "say what a checkpoint holds, and what is wrong with it",
+    "doctor": "say what is installed, and what would serve here",
+}
+"""Command name -> one line of help. The code of command `x` is `sglang_amd_quant.cli.x`, which offers
+`DESCRIPTION`, `EXAMPLE`, `add_arguments(parser)` and `run(args) -> exit code`."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0 good, 1 problems found, 2 the command could not be carried out."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="amd-mx",
+        description="Quantize, inspect and explain MX models for SGLang on AMD GPUs.",
+        epilog="amd-mx COMMAND --help tells more, with an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"amd-mx {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, line in COMMANDS.items():
+        if argv and argv[0] == name:
+            module = importlib.import_module(f"sglang_amd_quant.cli.{name}")
+            command = commands.add_parser(
+                name,
+                help=line,
+                description=module.DESCRIPTION,
+                epilog=f"example:\n  {module.EXAMPLE}",
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+        else:
+            commands.add_parser(name, help=line)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except AmdMxError as error:
+        print(f"amd-mx {args.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        print(f"amd-mx {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Number formats in torch, on any device: the reference for every kernel."""

@@ -1,0 +1,1 @@
+"""How bytes lie in memory: one value class per layout, each with pack and unpack."""

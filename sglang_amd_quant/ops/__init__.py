@@ -1,0 +1,1 @@
+"""What SGLang calls: linear and fused MoE, and their torch reference."""

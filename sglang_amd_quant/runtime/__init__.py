@@ -1,0 +1,1 @@
+"""Devices: what is here, and loading and launching code objects on it."""

@@ -1,0 +1,1 @@
+"""Which kernel runs a GEMM problem, and why. No torch, no triton."""
