@@ -1,0 +1,141 @@
+"""Which layer gets which scheme: name patterns -> scheme or `bf16`. No torch here.
+
+A recipe is JSON, in a file or as `quantization_config.recipe` of a config.json:
+
+    {"default": "mxfp8", "rules": {"*.experts.*": "w4a8", "*.layers.0.*": "bf16", "re:.*[.]o_proj": "mxfp4"}}
+
+Patterns are shell globs over the checkpoint's module names (`model.layers.0.self_attn.q_proj`), or regular expressions
+that must match the whole name after `re:`. The first rule that matches wins; then `default`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sglang_amd_quant.errors import RecipeError
+from sglang_amd_quant.schemes import BF16, SCHEMES, Scheme
+
+ALWAYS_BF16 = (
+    "lm_head", "*.lm_head", "embed_tokens", "*.embed_tokens", "*.embed_tokens_per_layer", "wte", "*.wte",
+    "*norm", "*norm.*", "*layernorm*",
+    "*.gate", "*.router", "*.router.*", "*.shared_expert_gate",
+    "*.kv_b_proj",
+)  # fmt: skip
+"""Never quantized: what a router, an embedding or MLA's absorbed kv_b_proj loses costs more than it saves."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One pattern and what it gives: a scheme's name or `bf16`."""
+
+    pattern: str
+    scheme: str
+
+    @cached_property
+    def _regex(self) -> re.Pattern[str]:
+        body = self.pattern[3:] if self.pattern.startswith("re:") else fnmatch.translate(self.pattern)
+        return re.compile(body)
+
+    def matches(self, module: str) -> bool:
+        return self._regex.fullmatch(module) is not None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rules in order, then a default.
+
+    Attributes:
+        rules: the first that matches a module's name decides.
+        default: scheme name or `bf16` for modules that no rule names.
+        source: where it was read, for messages.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    default: str = BF16
+    source: str = "recipe"
+
+    def __post_init__(self) -> None:
+        for rule in (*self.rules, Rule("default", self.default)):
+            if rule.scheme != BF16 and rule.scheme not in SCHEMES:
+                raise RecipeError(
+                    f"{self.source}: {rule.pattern!r} -> {rule.scheme!r}",
+                    "unknown scheme",
+                    f"use one of {', '.join(SCHEMES)} or {BF16}",
+                )
+            try:
+                rule.matches("")
+            except re.error as error:
+                raise RecipeError(
+                    f"{self.source}: pattern {rule.pattern!r}", f"no regular expression ({error})", "mend the pattern"
+                ) from None
+
+    @classmethod
+    def uniform(cls, scheme: str) -> Recipe:
+        """Every quantizable layer gets the same scheme."""
+        return cls(default=scheme, source=f"scheme {scheme}")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "recipe") -> Recipe:
+        """Build from parsed JSON.
+
+        Raises:
+            RecipeError: not of the documented form, or naming an unknown scheme.
+        """
+        if not isinstance(data, Mapping) or set(data) - {"default", "rules"}:
+            raise RecipeError(source, "not a recipe", 'write {"default": SCHEME, "rules": {PATTERN: SCHEME, ...}}')
+        rules, default = data.get("rules", {}), data.get("default", BF16)
+        if not isinstance(rules, Mapping) or not all(isinstance(s, str) for s in (*rules.values(), default)):
+            raise RecipeError(f"{source}: rules", "not an object of strings", 'write {"PATTERN": "SCHEME", ...}')
+        return cls(tuple(Rule(p, s) for p, s in rules.items()), default, source)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a JSON recipe file.
+
+        Raises:
+            RecipeError: the file is missing, is no JSON, or no recipe.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()), source=str(path))
+        except OSError as error:
+            raise RecipeError(str(path), error.strerror or "cannot be read", "name a readable JSON file") from None
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"{path}:{error.lineno}", f"no JSON ({error.msg})", "mend the file") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"default": self.default, "rules": {r.pattern: r.scheme for r in self.rules}}
+
+    def scheme_for(self, *names: str) -> Scheme | None:
+        """Scheme of a module, or None where it stays bf16.
+
+        Args:
+            names: the module's checkpoint name; for a fused module the names of all its parts, which must agree.
+
+        Raises:
+            RecipeError: the parts of a fused module get different schemes.
+        """
+        found = {self._name_for(name) for name in names}
+        if len(found) != 1:
+            raise RecipeError(
+                f"{self.source}: {', '.join(names)}",
+                f"run as one fused layer but get {', '.join(sorted(found))}",
+                "give them one scheme",
+            )
+        return SCHEMES.get(found.pop())
+
+    def _name_for(self, module: str) -> str:
+        if any(fnmatch.fnmatchcase(module, pattern) for pattern in ALWAYS_BF16):
+            return BF16
+        return next((rule.scheme for rule in self.rules if rule.matches(module)), self.default)
+
+    def unmatched(self, modules: Iterable[str]) -> list[str]:
+        """Patterns that match none of the given modules: most likely misspelt."""
+        modules = list(modules)
+        return [r.pattern for r in self.rules if not any(r.matches(m) for m in modules)]
