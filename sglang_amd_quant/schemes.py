@@ -7,7 +7,7 @@ e8m0 scale per 32 elements along K; `int4` has one bf16 scale per group of 32, 6
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from sglang_amd_quant.errors import SchemeError
 
@@ -15,7 +15,7 @@ MX_BLOCK = 32
 """Elements that share one e8m0 scale, along K (OCP MX v1.0, section 5.1)."""
 
 
-class ScaleMode(str, Enum):
+class ScaleMode(StrEnum):
     """How a block's e8m0 exponent follows from its largest magnitude `amax`.
 
     With `emax` the element's largest exponent (e2m1: 2, e4m3: 8) and `max` its largest value (6, 448):
