@@ -1,0 +1,115 @@
+"""What every layout offers, and the one mechanism that all tiled layouts share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.layouts.names import LayoutSpec
+from sglang_amd_quant.schemes import Scheme
+
+
+class Layout(ABC):
+    """A bijection between a matrix [..., N, cols] and its storage, up to padding.
+
+    `cols` counts stored columns: bytes of values, or scales. Leading dimensions (experts) are kept in front.
+    """
+
+    @property
+    @abstractmethod
+    def spec(self) -> LayoutSpec:
+        """Name, constraints and padding, known without torch."""
+
+    @property
+    def name(self) -> str:
+        """The name that packs and `TensorLayout` use."""
+        return self.spec.name
+
+    def constraints(self, n: int, k: int, scheme: Scheme) -> list[str]:
+        """Why weights [n, k] (elements) of `scheme` cannot have this layout; empty if they can."""
+        return self.spec.reasons(n, k, scheme)
+
+    @abstractmethod
+    def storage_shape(self, n: int, cols: int) -> tuple[int, ...]:
+        """Shape that a matrix [n, cols] takes in storage, padding included."""
+
+    @abstractmethod
+    def pack(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Matrix [..., n, cols] -> storage [..., *storage_shape(n, cols)], padded with `spec.pad_byte`."""
+
+    @abstractmethod
+    def unpack(self, storage: torch.Tensor, n: int, cols: int) -> torch.Tensor:
+        """Storage -> matrix [..., n, cols], padding dropped.
+
+        Raises:
+            ShapeError: `storage` is not what `storage_shape(n, cols)` says.
+        """
+
+    def leading(self, storage: torch.Tensor, n: int, cols: int) -> torch.Size:
+        """The dimensions before the matrix; raises ShapeError where the rest is not as the layout says."""
+        shape = self.storage_shape(n, cols)
+        lead = storage.ndim - len(shape)
+        if lead < 0 or tuple(storage.shape[lead:]) != shape:
+            raise ShapeError(
+                f"storage {list(storage.shape)}",
+                f"layout {self.name} keeps a matrix of {n} x {cols} as {list(shape)}",
+                "give the shape it was packed from",
+            )
+        return storage.shape[:lead]
+
+
+def padded_matrix(matrix: torch.Tensor, n: int, cols: int, fill: int) -> torch.Tensor:
+    """`matrix` grown to [..., n, cols], new rows and columns holding `fill`; itself where nothing is to add."""
+    if matrix.shape[-2:] == (n, cols):
+        return matrix
+    grown = matrix.new_full((*matrix.shape[:-2], n, cols), fill)
+    grown[..., : matrix.shape[-2], : matrix.shape[-1]] = matrix
+    return grown
+
+
+class Tiled(Layout):
+    """Storage is a permutation of bytes within tiles: split rows and columns, reorder the parts, lay them down.
+
+    Attributes:
+        split_n, split_cols: how a tile's rows and columns divide, slowest first; their products are the tile.
+        order: the stored order, slowest first, of the parts (row tile, *split_n, column tile, *split_cols).
+    """
+
+    split_n: ClassVar[tuple[int, ...]]
+    split_cols: ClassVar[tuple[int, ...]]
+    order: ClassVar[tuple[int, ...]]
+
+    def _parts(self, n: int, cols: int) -> tuple[int, ...]:
+        rows, columns = self.spec.padded(n, cols)
+        return (
+            rows // math.prod(self.split_n),
+            *self.split_n,
+            columns // math.prod(self.split_cols),
+            *self.split_cols,
+        )
+
+    def pack(self, matrix: torch.Tensor) -> torch.Tensor:
+        n, cols = matrix.shape[-2:]
+        lead = matrix.shape[:-2]
+        octets = padded_matrix(matrix.view(torch.uint8), *self.spec.padded(n, cols), fill=self.spec.pad_byte)
+        parts = octets.reshape(-1, *self._parts(n, cols))
+        packed = parts.permute(0, *(1 + axis for axis in self.order)).contiguous()
+        return packed.view(matrix.dtype).view(*lead, *self.storage_shape(n, cols))
+
+    def unpack(self, storage: torch.Tensor, n: int, cols: int) -> torch.Tensor:
+        lead = self.leading(storage, n, cols)
+        parts = self._parts(n, cols)
+        stored = storage.contiguous().view(torch.uint8).view(-1, *(parts[axis] for axis in self.order))
+        matrix = stored.permute(0, *(1 + axis for axis in inverse(self.order)))
+        rows, columns = self.spec.padded(n, cols)
+        return matrix.reshape(*lead, rows, columns)[..., :n, :cols].contiguous().view(storage.dtype)
+
+
+def inverse(order: Sequence[int]) -> tuple[int, ...]:
+    """The permutation that undoes `order`."""
+    return tuple(sorted(range(len(order)), key=order.__getitem__))

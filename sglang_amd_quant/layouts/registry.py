@@ -1,0 +1,43 @@
+"""Layouts by name. The names are those of `names.py`; a test sees that both agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sglang_amd_quant.errors import SchemeError
+from sglang_amd_quant.layouts.base import Layout
+from sglang_amd_quant.layouts.cdna4_scale import Cdna4Scale
+from sglang_amd_quant.layouts.exllama import ExLlama
+from sglang_amd_quant.layouts.mxfp8_lane import Mxfp8Lane
+from sglang_amd_quant.layouts.names import Role
+from sglang_amd_quant.layouts.preshuffle import Preshuffle
+from sglang_amd_quant.layouts.strided import Strided
+
+VALUES: Mapping[str, Layout] = {item.name: item for item in (Strided(), Preshuffle(), Mxfp8Lane(), ExLlama())}
+SCALES: Mapping[str, Layout] = {
+    item.name: item for item in (Strided(Role.SCALE), Cdna4Scale(rows=32), Cdna4Scale(rows=256))
+}
+
+
+def _find(layouts: Mapping[str, Layout], name: str, role: Role) -> Layout:
+    if name not in layouts:
+        raise SchemeError(f"{role} layout {name!r}", "unknown", f"use one of {', '.join(layouts)}")
+    return layouts[name]
+
+
+def value_layout(name: str) -> Layout:
+    """The layout of values of that name.
+
+    Raises:
+        SchemeError: there is none.
+    """
+    return _find(VALUES, name, Role.VALUE)
+
+
+def scale_layout(name: str) -> Layout:
+    """The layout of scales of that name.
+
+    Raises:
+        SchemeError: there is none.
+    """
+    return _find(SCALES, name, Role.SCALE)
