@@ -1,0 +1,306 @@
+"""`AmdMxConfig`: decides, layer by layer, which scheme SGLang's loader gives it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
+
+from sglang_amd_quant.checkpoints import Reader, reader_for
+from sglang_amd_quant.errors import RecipeError, SchemeError, UnsupportedError
+from sglang_amd_quant.integration.plugin import METHODS, check_hooks
+from sglang_amd_quant.recipe import Recipe, Rule
+from sglang_amd_quant.runtime.arch import current_arch
+from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES, ScaleMode, Scheme
+
+logger = logging.getLogger(__name__)
+
+RECIPE_ENV = "SGLANG_AMD_MX_RECIPE"
+
+FUSED_MODULES: dict[str, list[str]] = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+    "fused_qkv_a_proj_with_mqa": ["q_a_proj", "kv_a_proj_with_mqa"],
+}
+"""SGLang's fused linears and their parts in the checkpoint, for models that do not say so themselves."""
+
+EXPERT_PARTS: dict[str, list[str]] = {
+    "gpt_oss": ["gate_up_proj", "down_proj"],
+    "mixtral": ["0.w1", "0.w3", "0.w2"],
+}
+"""model_type -> checkpoint names of an expert layer's parts, below `...experts.`, where not as below."""
+DEFAULT_EXPERT_PARTS = ["0.gate_proj", "0.up_proj", "0.down_proj"]
+
+DEFAULT_RECIPES: dict[str, Recipe] = {
+    "gfx950": Recipe((Rule("*.experts.*", "w4a8"),), default="mxfp8", source="default of gfx950"),
+}
+"""arch -> what plain `amd_mx` does to bf16 weights; elsewhere `w4a16`, which needs no MX hardware."""
+
+EXPERTS_TRANSPOSED = {"gpt_oss"}
+"""model_type whose SGLang loader transposes fused expert tensors itself, so they are handed over as [E, K, N]."""
+
+
+class AmdMxConfig(QuantizationConfig):
+    """What SGLang knows of a model's quantization.
+
+    Args:
+        recipe: layer name -> scheme.
+        reader: the checkpoint's format; None for bf16 weights, which are quantized while they load.
+        hf_config: the model's config, for its model_type.
+        check_patterns: whether a pattern that matches no layer is an error (recipes a user wrote) or not (a
+            checkpoint's own exclude list).
+    """
+
+    NAME = "amd_mx"
+    FORCED: str | None = None
+
+    def __init__(
+        self,
+        recipe: Recipe | None = None,
+        reader: Reader | None = None,
+        hf_config: Any = None,
+        check_patterns: bool = False,
+    ) -> None:
+        super().__init__()
+        check_hooks()
+        _check_server_args()
+        if recipe is None:  # SGLang calls cls() for a checkpoint without quantization_config
+            recipe, check_patterns = self._chosen_recipe(None)
+        self.recipe, self.reader, self.check_patterns = recipe, reader, check_patterns
+        self.scale_mode: dict[str, ScaleMode] = dict(reader.scale_mode) if reader else dict(DEFAULT_SCALE_MODE)
+        self.packed_modules_mapping = dict(FUSED_MODULES)
+        self.hf_config = hf_config
+        self._seen: set[str] = set()
+        self._quantized: dict[str, Scheme] = {}
+
+    # ---- what SGLang asks of the class ----
+
+    def get_name(self) -> str:
+        return self.NAME
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80  # bf16; AMD archs report 94 (gfx942), 95 (gfx950), 110 (gfx1100)
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # no quantization_config in config.json: quantize while loading
+
+    def get_scaled_act_names(self) -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> AmdMxConfig:
+        """Build from a checkpoint's `quantization_config`, ours or a foreign one that we read.
+
+        Raises:
+            CheckpointError: no reader knows the format.
+            SchemeError: the forced scheme does not fit the checkpoint's weights.
+        """
+        reader = reader_for(_own_keys(config))
+        recipe, check = cls._chosen_recipe(reader)
+        made = cls(recipe, reader, config.get("hf_config"), check)
+        made.packed_modules_mapping.update(config.get("packed_modules_mapping") or {})
+        return made
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: dict[str, Any], user_quant: str | None) -> str | None:
+        """Take over a checkpoint that some other format's method owns, where the user asked for us by name."""
+        if user_quant != cls.NAME:
+            return None
+        reader_for(_own_keys(hf_quant_cfg))
+        return cls.NAME
+
+    @classmethod
+    def _chosen_recipe(cls, reader: Reader | None) -> tuple[Recipe, bool]:
+        """The recipe and whether a user wrote it: environment, then `--quantization`, then checkpoint, then arch."""
+        path = os.environ.get(RECIPE_ENV)
+        if path and cls.FORCED:
+            raise RecipeError(
+                f"--quantization {cls.NAME}", f"forces a scheme while {RECIPE_ENV}={path} is set", "drop one of the two"
+            )
+        if path:
+            return _fitting(Recipe.load(path), reader), True
+        if cls.FORCED:
+            return _fitting(_forced(cls.FORCED, reader), reader), False
+        if reader is not None:
+            return reader.recipe, reader.name == "amd_mx"
+        return DEFAULT_RECIPES.get(current_arch(), Recipe.uniform("w4a16")), False
+
+    # ---- layer by layer ----
+
+    def apply_weight_name_mapper(self, mapper: Any) -> None:
+        """Follow a model class that renames checkpoint modules: patterns then match either name."""
+        mapped = (Rule(mapper.apply_list([r.pattern])[0], r.scheme) for r in self.recipe.rules)
+        extra = tuple(rule for rule in mapped if rule not in self.recipe.rules)
+        self.recipe = Recipe((*self.recipe.rules, *extra), self.recipe.default, self.recipe.source)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """The method of one layer: ours, SGLang's unquantized one where the recipe says bf16, None for other layers."""
+        from sglang_amd_quant.integration.linear import AmdMxLinearMethod
+        from sglang_amd_quant.integration.moe import AmdMxMoEMethod
+
+        names = self._checkpoint_names(prefix, isinstance(layer, FusedMoE))
+        self._seen.update(names, [prefix])
+        if not isinstance(layer, LinearBase | FusedMoE):
+            return None
+        scheme = self.recipe.scheme_for(*names)
+        if isinstance(layer, LinearBase):
+            if scheme is None:
+                return UnquantizedLinearMethod()
+            self._quantized[prefix] = _served(scheme, prefix)
+            return AmdMxLinearMethod(self, scheme, prefix)
+        if scheme is None:
+            return UnquantizedFusedMoEMethod(layer.use_triton_kernels)
+        self._quantized[prefix] = _served(scheme, prefix)
+        return AmdMxMoEMethod(self, scheme, prefix)
+
+    def _checkpoint_names(self, prefix: str, is_moe: bool) -> list[str]:
+        stem, _, last = prefix.rpartition(".")
+        if is_moe:
+            parts = EXPERT_PARTS.get(self._model_type(), DEFAULT_EXPERT_PARTS)
+            return [f"{prefix}.{part}" for part in parts]
+        dot = f"{stem}." if stem else ""
+        return [f"{dot}{part}" for part in self.packed_modules_mapping.get(last, [last])]
+
+    def has_static_input(self, prefix: str, is_moe: bool = False) -> bool:
+        """Whether the checkpoint stores a static fp8 scale for this layer's activations."""
+        return self.reader is not None and any(map(self.reader.static_input, self._checkpoint_names(prefix, is_moe)))
+
+    def _model_type(self) -> str:
+        if self.hf_config is None:
+            from sglang.srt.runtime_context import process_model_config
+
+            self.hf_config = process_model_config().hf_config
+        return str(getattr(self.hf_config, "model_type", ""))
+
+    @property
+    def quantized_layers(self) -> tuple[list[str], int]:
+        """Kinds of layers quantized, and how many: SGLang logs it."""
+        return sorted({name.rpartition(".")[2] for name in self._quantized}), len(self._quantized)
+
+    # ---- the checkpoint's tensors ----
+
+    def prepare_weights(
+        self, model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Check the recipe against the model, then pass the checkpoint's tensors on in canonical form.
+
+        Raises:
+            RecipeError: a pattern matches no layer of the model.
+            CheckpointError: as the format's reader says.
+        """
+        if self.check_patterns:
+            self._check_patterns()
+        stream = self.reader.canonical(weights) if self.reader else iter(weights)
+        transpose = self._model_type() in EXPERTS_TRANSPOSED and self.reader is not None
+        return _transposed_experts(stream) if transpose else iter(stream)
+
+    def _check_patterns(self) -> None:
+        from sglang.srt.runtime_context import get_parallel
+
+        unmatched = self.recipe.unmatched(self._seen)
+        if unmatched and get_parallel().pp_size == 1:  # a pipeline stage sees some layers only
+            raise RecipeError(
+                f"{self.recipe.source}: pattern {', '.join(map(repr, unmatched))}",
+                "matches no layer of this model",
+                f"layers are named like {', '.join(sorted(self._quantized or self._seen)[:2])}",
+            )
+
+
+def _own_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's own keys, without those SGLang adds."""
+    return {key: value for key, value in config.items() if key not in ("hf_config", "packed_modules_mapping")}
+
+
+def _transposed_experts(stream: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in stream:
+        fused = ".experts." in name and tensor.dim() == 3 and tensor.element_size() == 1
+        yield name, tensor.transpose(-2, -1) if fused else tensor
+
+
+def _forced(name: str, reader: Reader | None) -> Recipe:
+    """A forced scheme leaves alone what the checkpoint itself left in bf16."""
+    if reader is None:
+        return Recipe.uniform(name)
+    own = reader.recipe
+    swap = {s: name if s in SCHEMES else s for s in (own.default, *(r.scheme for r in own.rules))}
+    rules = tuple(Rule(r.pattern, swap[r.scheme]) for r in own.rules)
+    return Recipe(rules, swap[own.default], f"scheme {name}")
+
+
+def _fitting(recipe: Recipe, reader: Reader | None) -> Recipe:
+    """A quantized checkpoint can be served with other activations, never with another weight format."""
+    if reader is None:
+        return recipe
+    held = {
+        SCHEMES[s].weight for s in (reader.recipe.default, *(r.scheme for r in reader.recipe.rules)) if s in SCHEMES
+    }
+    wanted = {SCHEMES[s].weight for s in (recipe.default, *(r.scheme for r in recipe.rules)) if s in SCHEMES}
+    if held and wanted - held:
+        raise SchemeError(
+            f"{recipe.source} on a {reader.name} checkpoint",
+            f"wants {', '.join(sorted(wanted - held))} weights where it holds {', '.join(sorted(held))}",
+            "choose a scheme with these weights, or quantize the bf16 original",
+        )
+    return recipe
+
+
+def _served(scheme: Scheme, layer: str) -> Scheme:
+    if scheme.weight == "int4":
+        raise SchemeError(
+            f"layer {layer}, scheme {scheme.name}",
+            "int4 weights are not served by SGLang's plugin yet",
+            "use w4a16 (MXFP4 weights)",
+        )
+    return scheme
+
+
+def _check_server_args() -> None:
+    """Refuse what cannot work, with the reason.
+
+    Raises:
+        UnsupportedError: several tokenizer workers, which SGLang starts without loading plugins.
+    """
+    from sglang.srt.runtime_context import get_server_args
+
+    try:
+        args = get_server_args()
+    except ValueError:  # no server in this process: tools and tests
+        return
+    if getattr(args, "tokenizer_worker_num", 1) > 1:
+        raise UnsupportedError(
+            f"--tokenizer-worker-num {args.tokenizer_worker_num}",
+            "SGLang's tokenizer workers load no plugins and do not know amd_mx",
+            "start with --tokenizer-worker-num 1",
+        )
+
+
+def config_of(model: torch.nn.Module) -> AmdMxConfig | None:
+    """The config whose methods a model's layers carry, or None where none does."""
+    for module in model.modules():
+        config = getattr(getattr(module, "quant_method", None), "config", None)
+        if isinstance(config, AmdMxConfig):
+            return config
+    return None
+
+
+def _named(name: str) -> type[AmdMxConfig]:
+    scheme = name.removeprefix("amd_")
+    return type(
+        f"AmdMxConfig_{scheme}", (AmdMxConfig,), {"NAME": name, "FORCED": scheme if scheme in SCHEMES else None}
+    )
+
+
+CONFIGS: dict[str, type[AmdMxConfig]] = {name: AmdMxConfig if name == "amd_mx" else _named(name) for name in METHODS}

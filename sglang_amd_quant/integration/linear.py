@@ -1,0 +1,108 @@
+"""SGLang's linear layers in an MX scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.parameter import GroupQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
+from sglang.srt.layers.quantization.base_config import LinearMethodBase
+
+from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.integration import loading
+from sglang_amd_quant.ops import reference
+from sglang_amd_quant.schemes import MX_BLOCK, Scheme
+
+if TYPE_CHECKING:
+    from sglang_amd_quant.integration.config import AmdMxConfig
+
+
+class AmdMxLinearMethod(LinearMethodBase):
+    """One linear layer.
+
+    It holds `weight` (uint8 [N, K/2] or e4m3 [N, K]) and `weight_scale` (e8m0 [N, K/32]). A bf16 tensor is quantized
+    when it arrives, so the layer never exists in bf16; blocks lie along K, so quantizing before sharding gives the
+    bits of sharding before quantizing.
+    """
+
+    def __init__(self, config: AmdMxConfig, scheme: Scheme, prefix: str) -> None:
+        self.config, self.scheme, self.prefix = config, scheme, prefix
+
+    @property
+    def quant_config(self) -> AmdMxConfig:
+        """Some SGLang models read the config from here."""
+        return self.config
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        weight_loader: Callable[..., None] | None = None,
+        **extra: Any,
+    ) -> None:
+        """Register empty storage. Raises ShapeError where K is not whole 32-blocks on this rank."""
+        n, k = sum(output_partition_sizes), input_size_per_partition
+        loading.check_blocks(self.prefix, f"N={n},", k, input_size // k)
+        data, scales = loading.new_storage(self.scheme, n, k)
+        load = partial(self._load, layer, weight_loader)
+        layer.register_parameter(
+            "weight", ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=load)
+        )
+        layer.register_parameter(
+            "weight_scale",
+            GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=load),
+        )
+        if self.config.has_static_input(self.prefix):
+            scale = torch.full((len(output_partition_sizes),), torch.nan)
+            layer.register_parameter(
+                "input_scale", PerTensorScaleParameter(data=scale, weight_loader=self._load_input_scale)
+            )
+        self._input_size = input_size
+
+    def _load(
+        self,
+        layer: torch.nn.Module,
+        load: Callable[..., None],
+        param: torch.Tensor,
+        tensor: torch.Tensor,
+        *shard: Any,
+        **named: Any,
+    ) -> None:
+        is_scale = param is layer.weight_scale
+        per_byte = MX_BLOCK if is_scale else self.scheme.pack if tensor.element_size() == 1 else 1
+        if tensor.dim() != 2 or tensor.shape[1] * per_byte != self._input_size:
+            raise ShapeError(
+                f"layer {self.prefix}: {'scales' if is_scale else 'weight'} {tuple(tensor.shape)}",
+                f"K is {self._input_size} in config.json",
+                "check the checkpoint with `amd-mx inspect`",
+            )
+        if is_scale:
+            loading.loading(self.prefix, tensor, load, param, tensor, *shard, **named)
+            return
+        mode = self.config.scale_mode[self.scheme.weight]
+        parts = loading.quantized(tensor, self.scheme, mode, param.device)
+        for target, part in zip((layer.weight, layer.weight_scale), parts, strict=False):
+            loading.loading(self.prefix, tensor, load, target, part, *shard, **named)
+
+    def _load_input_scale(self, param: torch.Tensor, tensor: torch.Tensor, shard: int | str | None = None) -> None:
+        index = {"q": 0, "k": 1, "v": 2}.get(shard, shard) if isinstance(shard, str) else shard
+        param.data[slice(None) if index is None else index] = tensor.reshape(()).to(param.device)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that all of it came; forget copies of earlier weights."""
+        if loading.is_dummy_load():
+            loading.fill_dummy(layer.weight.data, layer.weight_scale.data)
+        loading.check_loaded(self.prefix, layer.weight_scale.data)
+        static = loading.static_scale(self.prefix, getattr(layer, "input_scale", None))
+        layer.dequantized = loading.Dequantized(layer.weight.data, layer.weight_scale.data, self.scheme.weight)
+        layer.act_quant = reference.ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x[..., K] -> [..., N] in x's dtype."""
+        return reference.linear(x, layer.dequantized(), layer.act_quant, bias)

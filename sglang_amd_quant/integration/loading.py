@@ -1,0 +1,155 @@
+"""What the linear and the MoE method share: quantizing tensors as they arrive, and dequantized copies on a CPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+
+from sglang_amd_quant.errors import CheckpointError, ShapeError
+from sglang_amd_quant.formats import dequantize_mx, quantize_mx
+from sglang_amd_quant.schemes import MX_BLOCK, ScaleMode, Scheme
+
+logger = logging.getLogger(__name__)
+
+UNLOADED_SCALE = 255
+"""e8m0 NaN: what scales hold until the checkpoint fills them, so that a hole can never pass for a weight."""
+
+STORAGE: dict[str, torch.dtype] = {"e2m1": torch.uint8, "e4m3": torch.float8_e4m3fn}
+
+COPIES_ENV = "SGLANG_AMD_MX_CPU_COPIES_GB"
+
+
+def check_blocks(layer: str, what: str, k: int, parts: int = 1) -> None:
+    """MX scales cover 32 elements along K, so every rank needs whole blocks.
+
+    Raises:
+        ShapeError: K does not divide.
+    """
+    if k % MX_BLOCK:
+        raise ShapeError(
+            f"layer {layer}: {what} K={k * parts}" + (f" over {parts} ranks = {k}" if parts > 1 else ""),
+            f"not a multiple of {MX_BLOCK} elements a rank, the MX block",
+            f'lower --tp, or keep the layer bf16 with the recipe rule "{layer}": "bf16"',
+        )
+
+
+def new_storage(scheme: Scheme, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty weight and unloaded scales for logical [..., N, K], on torch's current device."""
+    *lead, k = shape
+    data = torch.zeros(*lead, k // scheme.pack, dtype=torch.uint8).view(STORAGE[scheme.weight])
+    return data, torch.full((*lead, k // MX_BLOCK), UNLOADED_SCALE, dtype=torch.uint8)
+
+
+def quantized(tensor: torch.Tensor, scheme: Scheme, mode: ScaleMode, device: torch.device) -> list[torch.Tensor]:
+    """A checkpoint tensor as [data] if it is quantized already, else quantized on `device` to [data, scales]."""
+    if tensor.element_size() == 1:
+        return [tensor]
+    return list(quantize_mx(tensor.to(device), scheme.weight, mode))
+
+
+def loading(layer: str, tensor: torch.Tensor, load: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Call one of SGLang's loaders; its assertions name no layer, so say which one and what shape came.
+
+    Raises:
+        CheckpointError: the loader refused the tensor.
+    """
+    try:
+        load(*args, **kwargs)
+    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+        detail = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"layer {layer}: tensor {tuple(tensor.shape)} of {tensor.dtype}",
+            "does not fit the model's parameter" + (f" ({detail[0]})" if detail else ""),
+            "check config.json against the checkpoint (`amd-mx inspect`)",
+        ) from error
+
+
+def check_loaded(layer: str, scales: torch.Tensor) -> None:
+    """Every scale must have come, and none may be NaN.
+
+    Raises:
+        CheckpointError: there are NaN scale bytes: in the checkpoint, or because a tensor never came.
+    """
+    missing = int((scales == UNLOADED_SCALE).sum())
+    if missing:
+        raise CheckpointError(
+            f"layer {layer}: {missing} of {scales.numel()} weight scales",
+            "are NaN or were never loaded",
+            "check the checkpoint with `amd-mx inspect`",
+        )
+
+
+def static_scale(layer: str, scales: torch.Tensor | None) -> torch.Tensor | None:
+    """The one scale of a layer's static fp8 activations: one input feeds all parts of a fused layer, so the largest.
+
+    Raises:
+        CheckpointError: a scale never came, or is not positive and finite.
+    """
+    if scales is None:
+        return None
+    if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+        raise CheckpointError(
+            f"layer {layer}: input_scale {scales.flatten().tolist()[:4]}",
+            "missing, or not positive and finite",
+            "check the checkpoint with `amd-mx inspect`",
+        )
+    return scales.data.float().max()
+
+
+def fill_dummy(data: torch.Tensor, scales: torch.Tensor) -> None:
+    """`--load-format dummy`: random codes at scales that keep activations small."""
+    data.view(torch.uint8).random_(0, 0x70).bitwise_and_(0x77)  # no e4m3 NaN (0x7f); e2m1 codes 0..7
+    scales.fill_(127 - 8)
+
+
+def is_dummy_load() -> bool:
+    """Whether this server was told to invent its weights."""
+    from sglang.srt.runtime_context import get_server_args
+
+    return str(getattr(get_server_args(), "load_format", "")).endswith("dummy")
+
+
+class CopyBudget:
+    """How many bytes of dequantized fp32 copies a CPU process may keep: by default a quarter of the free memory."""
+
+    def __init__(self) -> None:
+        self._left: float | None = None
+
+    def take(self, size: int) -> bool:
+        """Whether `size` more bytes may be kept."""
+        if self._left is None:
+            given = os.environ.get(COPIES_ENV)
+            self._left = float(given) * 1e9 if given else psutil.virtual_memory().available / 4
+            logger.info(
+                "amd_mx keeps up to %.1f GB of dequantized weights on the CPU (%s)", self._left / 1e9, COPIES_ENV
+            )
+        if size > self._left:
+            return False
+        self._left -= size
+        return True
+
+
+BUDGET = CopyBudget()
+
+
+class Dequantized:
+    """fp32 values of a quantized weight; on a CPU they are kept while the budget lasts, for speed."""
+
+    def __init__(self, data: torch.Tensor, scales: torch.Tensor, element: str) -> None:
+        self._data, self._scales, self._element = data, scales, element
+        self._kept: dict[int | None, torch.Tensor] = {}
+
+    def __call__(self, expert: int | None = None) -> torch.Tensor:
+        """[N, K] in fp32, of one expert where the weight is [E, N, K]."""
+        if expert in self._kept:
+            return self._kept[expert]
+        data, scales = (t if expert is None else t[expert] for t in (self._data, self._scales))
+        values = dequantize_mx(data, scales, self._element, torch.float32)
+        if values.device.type == "cpu" and BUDGET.take(values.numel() * 4):
+            self._kept[expert] = values
+        return values

@@ -1,0 +1,206 @@
+"""SGLang's fused-MoE layers in an MX scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoeWeightScaleSupported
+from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
+from sglang.srt.utils import set_weight_attrs
+
+from sglang_amd_quant.errors import ShapeError, UnsupportedError
+from sglang_amd_quant.integration import loading
+from sglang_amd_quant.ops import reference
+from sglang_amd_quant.ops.activation import Activation
+from sglang_amd_quant.schemes import MX_BLOCK, Scheme
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
+
+    from sglang_amd_quant.integration.config import AmdMxConfig
+
+SHARDED_DIM = {"w1": -2, "w3": -2, "w13": -2, "w2": -1}
+"""Which dimension of [.., N, K] holds the intermediate size, by SGLang's shard id."""
+
+
+class AmdMxMoEMethod(FusedMoEMethodBase):
+    """One fused-MoE layer: `w13` is gate_up [E, 2I, H], `w2` is down [E, H, I]; each with `_scale`, and biases.
+
+    The intermediate size is split over ranks in whole 32-blocks: a rank holds ceil(I/32/tp) blocks and the last ranks
+    less, padded with zeros (gpt-oss at TP8: 384 columns, 192 on the last). Tensors are padded before SGLang's loaders
+    shard them, so EP, replicated experts and fused shared experts stay SGLang's own business.
+    """
+
+    def __init__(self, config: AmdMxConfig, scheme: Scheme, prefix: str) -> None:
+        self.config, self.scheme, self.prefix = config, scheme, prefix
+
+    @property
+    def quant_config(self) -> AmdMxConfig:
+        """Some SGLang models read the config from here."""
+        return self.config
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        weight_loader: Callable[..., None] | None = None,
+        with_bias: bool = False,
+        **extra: Any,
+    ) -> None:
+        """Register empty storage. Raises ShapeError where hidden or intermediate size is not whole 32-blocks."""
+        ranks, full = layer.moe_tp_size, intermediate_size_per_partition * layer.moe_tp_size
+        loading.check_blocks(self.prefix, "hidden size", hidden_size)
+        loading.check_blocks(self.prefix, "intermediate size", full)
+        per_rank = -(-full // MX_BLOCK // ranks) * MX_BLOCK
+        self._intermediate, self._padded = full, per_rank * ranks
+        rows = (2 if layer.moe_runner_config.is_gated else 1) * per_rank
+        load = partial(self._load, layer, weight_loader)
+        attrs = {"weight_loader": load, "quant_method": FusedMoeWeightScaleSupported.BLOCK.value}
+        for name, n, k in (("w13", rows, hidden_size), ("w2", hidden_size, per_rank)):
+            data, scales = loading.new_storage(self.scheme, num_experts, n, k)
+            tensors = {f"{name}_weight": data, f"{name}_weight_scale": scales}
+            if with_bias:
+                tensors[f"{name}_weight_bias"] = torch.zeros(num_experts, n, dtype=torch.float32)
+            if self.config.has_static_input(self.prefix, is_moe=True):
+                tensors[f"{name}_input_scale"] = torch.full((num_experts,), torch.nan)
+            for parameter_name, tensor in tensors.items():
+                parameter = torch.nn.Parameter(tensor, requires_grad=False)
+                layer.register_parameter(parameter_name, parameter)
+                set_weight_attrs(parameter, attrs)
+
+    def _load(
+        self,
+        layer: torch.nn.Module,
+        load: Callable[..., None],
+        param: torch.nn.Parameter,
+        tensor: torch.Tensor,
+        name: str,
+        shard_id: str,
+        expert_id: int | None = None,
+    ) -> None:
+        experts = () if expert_id is None else (expert_id,)
+        if name.endswith("input_scale"):
+            local = layer._map_global_expert_id_to_local_expert_id(expert_id)
+            if local >= 0:  # gate and up share their input: the larger scale serves both
+                scale = tensor.reshape(()).to(param.device)
+                param.data[local] = torch.fmax(param.data[local], scale)
+            return
+        if name.endswith("bias"):
+            padded = tensor if shard_id == "w2" else self._pad(layer, tensor.unsqueeze(-1), shard_id, 1).squeeze(-1)
+            loading.loading(self.prefix, tensor, load, param, padded, name, shard_id, *experts)
+            return
+        which = "w2" if shard_id == "w2" else "w13"
+        weight, scales = getattr(layer, f"{which}_weight"), getattr(layer, f"{which}_weight_scale")
+        if param is scales:
+            parts = [(scales, tensor, MX_BLOCK)]
+        else:
+            made = loading.quantized(tensor, self.scheme, self.config.scale_mode[self.scheme.weight], param.device)
+            parts = list(zip((weight, scales), made, (self.scheme.pack, MX_BLOCK), strict=False))
+        for target, part, per_byte in parts:
+            part_name = name if target is param else f"{name}_scale"
+            padded = self._pad(layer, part, shard_id, per_byte)
+            loading.loading(self.prefix, tensor, load, target, padded, part_name, shard_id, *experts)
+
+    def _pad(self, layer: torch.nn.Module, part: torch.Tensor, shard_id: str, per_byte: int) -> torch.Tensor:
+        """Widen the intermediate dimension of [.., N, K] to whole blocks on every rank, zero data and scale 1."""
+        dim = SHARDED_DIM[shard_id]
+        halves = 2 if shard_id == "w13" and layer.moe_runner_config.is_gated else 1
+        unit = per_byte if dim == -1 else 1
+        if part.shape[dim] * unit != halves * self._intermediate:
+            raise ShapeError(
+                f"layer {self.prefix}: {shard_id} {tuple(part.shape)}",
+                f"the intermediate size is {self._intermediate} in config.json",
+                "check the checkpoint with `amd-mx inspect`",
+            )
+        extra = (self._padded - self._intermediate) // unit
+        if not extra:
+            return part
+        fill = 127 if per_byte == MX_BLOCK else 0
+        split = halves == 2 and not layer.moe_runner_config.gate_up_interleaved
+        pieces = part.chunk(2, dim) if split else (part,)
+        shape = list(part.shape)
+        shape[dim] = extra if split else extra * halves
+        pad = torch.full(shape, fill, dtype=torch.uint8, device=part.device)
+        pad = pad.view(part.dtype) if part.element_size() == 1 else pad.to(part.dtype)
+        return torch.cat([t for piece in pieces for t in (piece, pad)], dim)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that all of it came; forget copies of earlier weights."""
+        acts = []
+        for name in ("w13", "w2"):
+            data, scales = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale").data
+            if loading.is_dummy_load():
+                loading.fill_dummy(data, scales)
+            loading.check_loaded(f"{self.prefix}.{name}", scales)
+            setattr(layer, f"{name}_dequantized", loading.Dequantized(data, scales, self.scheme.weight))
+            static = loading.static_scale(f"{self.prefix}.{name}", getattr(layer, f"{name}_input_scale", None))
+            acts.append(reference.ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static))
+        run = layer.moe_runner_config
+        layer.amd_mx_problem = reference.MoeProblem(
+            num_experts=layer.num_local_experts,
+            activation=activation_of(run),
+            act13=acts[0],
+            act2=acts[1],
+            weight_on_input=run.apply_router_weight_on_input,
+            combine=not run.no_combine,
+            weight_output=not run.no_combine or run.no_combine_keep_router_weight,
+            scale=1.0 if run.routed_scaling_factor is None else run.routed_scaling_factor,
+        )
+
+    def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: MoeRunnerConfig) -> None:
+        """No SGLang runner: `self.runner` stays None, so SGLang hands over standard top-k with local expert ids.
+
+        Raises:
+            UnsupportedError: an activation that is not known, or routing weights on the input with top_k > 1.
+        """
+        activation_of(moe_runner_config)
+        if moe_runner_config.apply_router_weight_on_input and (moe_runner_config.top_k or 1) != 1:
+            raise UnsupportedError(
+                f"layer {self.prefix}: routing weight on the input with top_k={moe_runner_config.top_k}",
+                "one input cannot carry several weights",
+                "keep the layer bf16 with a recipe",
+            )
+
+    def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> StandardCombineInput:
+        """Run the experts on hidden_states [M, H] and topk_ids [M, top_k]: local ids, -1 for experts of other ranks."""
+        topk = dispatch_output.topk_output
+        out = reference.fused_moe(
+            dispatch_output.hidden_states,
+            topk.topk_ids,
+            topk.topk_weights,
+            layer.amd_mx_problem,
+            layer.w13_dequantized,
+            layer.w2_dequantized,
+            getattr(layer, "w13_weight_bias", None),
+            getattr(layer, "w2_weight_bias", None),
+        )
+        return StandardCombineInput(hidden_states=out)
+
+
+def activation_of(run: MoeRunnerConfig) -> Activation:
+    """SGLang's several switches as one `Activation` (its fused_moe.py, 0.5.23, reads them in this order).
+
+    Raises:
+        UnsupportedError: a function that neither kernels nor the reference know.
+    """
+    if run.activation != "silu" or not run.is_gated:
+        return Activation(run.activation, gated=run.is_gated)
+    if run.gemm1_alpha is not None:
+        beta = 1.0 if run.gemm1_beta is None else run.gemm1_beta
+        return Activation(
+            "swigluoai",
+            interleaved=run.gate_up_interleaved,
+            limit=run.gemm1_clamp_limit,
+            alpha=run.gemm1_alpha,
+            beta=beta,
+        )
+    if run.gemm1_clamp_limit is not None:
+        return Activation("silu", limit=run.gemm1_clamp_limit, clamp="after_silu")
+    return Activation("silu", limit=run.swiglu_limit)

@@ -1,0 +1,135 @@
+"""Entry point of the group `sglang.srt.plugins`: SGLang calls `register()` in every process that loads plugins.
+
+SGLang logs and forgets an exception raised here, so a failure is kept and raised again by every `amd_mx*` method that
+somebody asks for: a server never starts on a half-registered one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from sglang_amd_quant.errors import AmdMxError, UnsupportedError
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("amd_mx", "amd_mxfp4", "amd_mxfp8", "amd_w4a8", "amd_w4a16")
+"""Values of `--quantization`: `amd_mx` chooses by checkpoint, recipe or arch; the others force one scheme."""
+
+
+def register() -> None:
+    """Register the methods of `METHODS` with SGLang, and the hooks they need where SGLang has no seam."""
+    from sglang_amd_quant.integration.versions import check_sglang
+
+    try:
+        check_sglang()
+        from sglang_amd_quant.integration.config import CONFIGS
+
+        _hook()
+        configs: dict[str, type] = dict(CONFIGS)
+    except Exception as error:
+        logger.exception("sglang-amd-quant cannot serve here")
+        configs = _refusing(error)
+    _offer(configs)
+
+
+def _offer(configs: dict[str, type]) -> None:
+    from sglang.srt.layers import quantization
+    from sglang.srt.server_args import QUANTIZATION_CHOICES, add_quantization_method_choices
+
+    add_quantization_method_choices([name for name in configs if name not in QUANTIZATION_CHOICES])
+    # ModelConfig and others imported these very dicts, so they are changed in place; SGLang has no register function.
+    for registry in ("BASE_QUANTIZATION_METHODS", "QUANTIZATION_METHODS", "CPU_QUANTIZATION_METHODS"):
+        getattr(quantization, registry).update(configs)
+
+
+def _refusing(error: Exception) -> dict[str, type]:
+    """Stand-ins that raise the reason why registration failed as soon as anybody uses them."""
+    known = isinstance(error, AmdMxError)
+    reason = (
+        error
+        if known
+        else UnsupportedError(
+            "sglang-amd-quant",
+            f"its plugin failed to register ({type(error).__name__}: {error})",
+            "run `amd-mx doctor`",
+        )
+    )
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise reason
+
+    members = {
+        "__init__": refuse,
+        "from_config": classmethod(refuse),
+        "get_config_filenames": staticmethod(list),
+        "override_quantization_method": classmethod(lambda cls, *args: None),
+    }
+    return {name: type(f"Refused_{name}", (), members) for name in METHODS}
+
+
+# ---- hooks: the places where SGLang 0.5.23 has a closed list instead of a seam ----
+
+
+def _verify_quantization(original: Callable[[Any], None], model_config: Any) -> None:
+    """Let our names pass ROCm's allow-list, a local of `ModelConfig._verify_quantization` and its last check."""
+    try:
+        original(model_config)
+    except ValueError as error:
+        if model_config.quantization not in METHODS or "not supported in ROCm" not in str(error).replace("\n", " "):
+            raise
+
+
+def _get_model_architecture(original: Callable[[Any], Any], model_config: Any) -> Any:
+    """Keep Mixtral on its FusedMoE model: SGLang sends quantizations it does not list to one without."""
+    mixtral = "MixtralForCausalLM" in (getattr(model_config.hf_config, "architectures", None) or [])
+    if not mixtral or model_config.quantization not in METHODS:
+        return original(model_config)
+    name, model_config.quantization = model_config.quantization, None
+    try:
+        return original(model_config)
+    finally:
+        model_config.quantization = name
+
+
+def _load_weights_only(
+    original: Callable[..., None], model: Any, weights: Iterable[tuple[str, Any]], target_device: Any
+) -> None:
+    """Bring the checkpoint's tensors into canonical form on their way to the model."""
+    from sglang_amd_quant.integration.config import config_of
+
+    config = config_of(model)
+    original(model, weights if config is None else config.prepare_weights(model, weights), target_device)
+
+
+HOOKS: dict[str, Callable[..., Any]] = {
+    "sglang.srt.configs.model_config.ModelConfig._verify_quantization": _verify_quantization,
+    "sglang.srt.model_loader.utils.get_model_architecture": _get_model_architecture,
+    "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_only": _load_weights_only,
+}
+"""Target -> AROUND hook."""
+
+
+def _hook() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, hook in HOOKS.items():
+        HookRegistry.register(target, hook, HookType.AROUND)
+
+
+def check_hooks() -> None:
+    """SGLang only logs a hook that it could not apply.
+
+    Raises:
+        UnsupportedError: one of `HOOKS` is not in place.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    missing = [target for target in HOOKS if target not in HookRegistry._patched]
+    if missing:
+        raise UnsupportedError(
+            f"hook {', '.join(missing)}",
+            "not applied by SGLang's plugin loader",
+            "see the server's log; run `amd-mx doctor`",
+        )
