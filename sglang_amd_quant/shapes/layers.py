@@ -1,0 +1,113 @@
+"""The vocabulary that a model's architecture is told in: how each weight is divided among ranks. No torch.
+
+A family (`families.py`) turns a config.json into `Linear` and `Experts`, unsharded; the planner divides them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sglang_amd_quant.errors import ShapeError
+
+
+class Split(StrEnum):
+    """How a dimension meets tensor parallelism.
+
+    - `EVEN`: units divided by the ranks, no remainder allowed (query heads, an MLP's intermediate size).
+    - `KV`: as `EVEN`, but where ranks outnumber units each unit is held by ranks/units of them (KV heads, index heads).
+    - `WHOLE`: every rank holds all of it.
+    """
+
+    EVEN = "even"
+    KV = "kv"
+    WHOLE = "whole"
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension of a weight, or one fused part of it.
+
+    Attributes:
+        units: things that are never cut (heads, or single elements).
+        size: elements a unit.
+        split: how the units meet tensor parallelism.
+        what: what a unit is, in the plural, for messages.
+        module: checkpoint module, relative to the decoder block, that holds this part. Empty for an input dimension.
+    """
+
+    units: int
+    size: int = 1
+    split: Split = Split.WHOLE
+    what: str = "elements"
+    module: str = ""
+
+    def local(self, tp: int) -> int:
+        """Elements one rank of `tp` holds.
+
+        Raises:
+            ShapeError: the units do not divide among the ranks.
+        """
+        if self.split is Split.WHOLE:
+            return self.units * self.size
+        if self.units % tp == 0:
+            return self.units // tp * self.size
+        if self.split is Split.KV and tp % self.units == 0:
+            return self.size
+        rule = "neither divide by it nor divide it" if self.split is Split.KV else "do not divide by it"
+        raise ShapeError(f"TP {tp}", f"{self.units} {self.what} {rule}", "choose another --tp")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A dense projection as SGLang runs it: fused parts along N, one K.
+
+    Attributes:
+        name: SGLang's module, relative to the decoder block.
+        parts: the fused outputs, in the order of the rows.
+        k: the input dimension.
+        layers: indices of the decoder blocks that have it; empty for one outside of the blocks.
+        bf16: SGLang builds it without a quantization config, whatever the recipe says.
+        shared_expert: it belongs to a shared expert, and goes when that is fused into the experts.
+        pad_vocab: N is a vocabulary, which SGLang pads (`lm_head`).
+    """
+
+    name: str
+    parts: tuple[Dim, ...]
+    k: Dim
+    layers: tuple[int, ...] = ()
+    bf16: bool = False
+    shared_expert: bool = False
+    pad_vocab: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of some decoder blocks: gate_up [E, 2I, H] and down [E, H, I].
+
+    Attributes:
+        name: SGLang's module, relative to the decoder block.
+        hidden: H.
+        intermediate: I, unsharded.
+        experts: routed experts E.
+        top_k: routed experts a token.
+        layers: indices of the decoder blocks that have them.
+        gate_up: checkpoint modules, relative to the block, of gate and up; one if the checkpoint stores them fused.
+        down: checkpoint module of down.
+        shared: shared experts of the same intermediate size, which can be fused into the grouped GEMM.
+        fuses: whether SGLang fuses them for this architecture unless told otherwise.
+    """
+
+    name: str
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+    layers: tuple[int, ...]
+    gate_up: tuple[str, ...]
+    down: str
+    shared: int = 0
+    fuses: bool = False
+
+
+Layer = Linear | Experts
