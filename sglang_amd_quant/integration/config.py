@@ -17,7 +17,7 @@ from sglang_amd_quant.checkpoints import Reader, reader_for
 from sglang_amd_quant.errors import RecipeError, SchemeError, UnsupportedError
 from sglang_amd_quant.integration.plugin import METHODS, check_hooks
 from sglang_amd_quant.recipe import Recipe, Rule
-from sglang_amd_quant.runtime.arch import current_arch
+from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES, ScaleMode, Scheme
 
 logger = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ class AmdMxCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def apply_server_args_defaults(self, server_args: Any) -> None:
         if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
             server_args.max_total_tokens = KV_TOKENS
+        ranks = server_args.tp_size * server_args.pp_size
+        if ranks > 1:  # SGLang gives each rank a NUMA node unless told, and refuses more ranks than nodes
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(_core_shares(ranks)))
+
+    def get_device(self, device_id: int = 0) -> Any:
+        return "cpu"  # SGLang splits this at ":", which a torch.device cannot
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
@@ -36,3 +43,11 @@ class AmdMxCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_torch_profiler_activity(self) -> Any:
         return torch.profiler.ProfilerActivity.CPU
+
+
+def _core_shares(ranks: int) -> list[str]:
+    """The cores of this process, dealt out evenly; ranks share cores where there are fewer."""
+    cores = sorted(os.sched_getaffinity(0))
+    per_rank = max(1, len(cores) // ranks)
+    shares = [[cores[(rank * per_rank + i) % len(cores)] for i in range(per_rank)] for rank in range(ranks)]
+    return [",".join(map(str, share)) for share in shares]

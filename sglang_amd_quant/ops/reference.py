@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from sglang_amd_quant.formats import fake_quantize_mx, quantize_fp8_static
+from sglang_amd_quant import formats
 from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.schemes import ScaleMode, Scheme
 
@@ -34,10 +34,10 @@ class ActQuant:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize and dequantize x[..., K], keeping its dtype: the values that the matmul sees."""
         if self.scale is not None:
-            return (quantize_fp8_static(x, self.scale).float() * self.scale).to(x.dtype)
+            return (formats.quantize_fp8_static(x, self.scale).float() * self.scale).to(x.dtype)
         if self.scheme.act == "bf16":
             return x
-        return fake_quantize_mx(x, self.scheme.act, self.mode)
+        return formats.fake_quantize_mx(x, self.scheme.act, self.mode)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, act: ActQuant, bias: torch.Tensor | None = None) -> torch.Tensor:
