@@ -27,10 +27,13 @@ _SCALE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 
 @dataclass(frozen=True)
 class PadPlan:
-    """The N and K, in elements, that values and scales alike are padded to before a layout pads them to its tiles."""
+    """The N and K, in elements, that values and scales alike are padded to before a layout pads them to its tiles.
 
-    n: int
-    k: int
+    0 stands for "as the shape"; a tensor's own plan always holds the sizes.
+    """
+
+    n: int = 0
+    k: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,22 +62,20 @@ class MxTensor:
     scheme: Scheme
     shape: tuple[int, ...]
     layout: TensorLayout = STRIDED
-    pad: PadPlan | None = None
+    pad: PadPlan = PadPlan()
     zeros: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
         if len(self.shape) < 2:
             raise ShapeError(f"weights {list(self.shape)}", "fewer than two dimensions", "give [..., N, K]")
-        if self.pad is None:
-            object.__setattr__(self, "pad", PadPlan(self.n, self.k))
+        object.__setattr__(self, "pad", PadPlan(self.pad.n or self.n, self.pad.k or self.k))
         if reasons := self.layout.reasons(self.n, self.k, self.scheme):
             raise ShapeError(self._what, "; ".join(reasons), "choose another layout, or pad K to whole blocks")
-        plan = self.plan
-        if plan.n < self.n or plan.k < self.k or plan.k % self.scheme.block:
+        if self.pad.n < self.n or self.pad.k < self.k or self.pad.k % self.scheme.block:
             raise ShapeError(
                 self._what,
-                f"a pad plan of N={plan.n}, K={plan.k} is smaller, or no whole blocks of {self.scheme.block}",
+                f"a pad plan of N={self.pad.n}, K={self.pad.k} is smaller, or no whole blocks of {self.scheme.block}",
                 "give at least N and K, and K in whole blocks",
             )
         self._check("data", self.data, self._value.storage_shape(*self._data_size), _DTYPES[self.scheme.weight])
@@ -116,12 +117,6 @@ class MxTensor:
         return self.shape[-1]
 
     @property
-    def plan(self) -> PadPlan:
-        """What N and K are padded to."""
-        assert self.pad is not None  # set at construction
-        return self.pad
-
-    @property
     def device(self) -> torch.device:
         """Where all of it lies."""
         return self.data.device
@@ -141,11 +136,11 @@ class MxTensor:
 
     @property
     def _data_size(self) -> tuple[int, int]:
-        return self.plan.n, self.plan.k // self.scheme.pack
+        return self.pad.n, self.pad.k // self.scheme.pack
 
     @property
     def _scales_size(self) -> tuple[int, int]:
-        return self.plan.n, self.plan.k // self.scheme.block
+        return self.pad.n, self.pad.k // self.scheme.block
 
     @classmethod
     def quantize(
@@ -156,7 +151,7 @@ class MxTensor:
         mode: ScaleMode | None = None,
         symmetric: bool = True,
         layout: TensorLayout | str = STRIDED,
-        pad: PadPlan | None = None,
+        pad: PadPlan = PadPlan(),
     ) -> MxTensor:
         """Quantize float weights [..., N, K] and lay them out.
 
@@ -200,8 +195,8 @@ class MxTensor:
             ShapeError: the layout cannot hold this shape or scheme, or `pad` is less than the shape.
         """
         layout = TensorLayout.parse(layout) if isinstance(layout, str) else layout
-        plan = self.plan if pad is None else pad
-        if layout == self.layout and plan == self.plan:
+        plan = self.pad if pad is None else PadPlan(pad.n or self.n, pad.k or self.k)
+        if layout == self.layout and plan == self.pad:
             return self
         if reasons := layout.reasons(self.n, self.k, self.scheme):
             raise ShapeError(self._what, "; ".join(reasons), "choose another layout")
@@ -225,7 +220,7 @@ class MxTensor:
         )
 
     def _repad(self, matrix: torch.Tensor, plan: PadPlan, elements: int, fill: int) -> torch.Tensor:
-        if plan == self.plan:
+        if plan == self.pad:
             return matrix
         bare = matrix[..., : min(plan.n, self.n), : self.k // elements]
         octets = bare.view(torch.uint8) if bare.element_size() == 1 else bare

@@ -20,12 +20,14 @@ from sglang_amd_quant.layouts.names import (
 )
 
 if TYPE_CHECKING:
-    from sglang_amd_quant.layouts.base import Layout
+    from sglang_amd_quant.layouts.awq import AutoAwq
+    from sglang_amd_quant.layouts.base import Layout, SourceLayout
     from sglang_amd_quant.layouts.cdna4_scale import Cdna4Scale
     from sglang_amd_quant.layouts.exllama import ExLlama
+    from sglang_amd_quant.layouts.gptq import Gptq
     from sglang_amd_quant.layouts.mxfp8_lane import Mxfp8Lane
     from sglang_amd_quant.layouts.preshuffle import Preshuffle
-    from sglang_amd_quant.layouts.registry import scale_layout, value_layout
+    from sglang_amd_quant.layouts.registry import scale_layout, source_layout, value_layout
     from sglang_amd_quant.layouts.strided import Strided
 
 _TORCH: dict[str, str] = {
@@ -35,6 +37,10 @@ _TORCH: dict[str, str] = {
     "Preshuffle": "preshuffle",
     "Mxfp8Lane": "mxfp8_lane",
     "ExLlama": "exllama",
+    "AutoAwq": "awq",
+    "Gptq": "gptq",
+    "SourceLayout": "base",
+    "source_layout": "registry",
     "value_layout": "registry",
     "scale_layout": "registry",
 }
@@ -45,16 +51,20 @@ __all__ = [
     "SOURCE_LAYOUTS",
     "STRIDED",
     "VALUE_LAYOUTS",
+    "AutoAwq",
     "Cdna4Scale",
     "ExLlama",
+    "Gptq",
     "Layout",
     "LayoutSpec",
     "Mxfp8Lane",
     "Preshuffle",
     "Role",
+    "SourceLayout",
     "Strided",
     "TensorLayout",
     "scale_layout",
+    "source_layout",
     "value_layout",
 ]
 

@@ -113,3 +113,40 @@ class Tiled(Layout):
 def inverse(order: Sequence[int]) -> tuple[int, ...]:
     """The permutation that undoes `order`."""
     return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+class SourceLayout(Layout):
+    """How a checkpoint stores int4 weights and their zero points. Storage is int32; the matrix is plain packed nibbles.
+
+    The matrix is uint8 [..., N, K/2], low nibble = even k; zero points are uint8 [..., N, K/group], one to a byte.
+    """
+
+    def refuse_partial_tiles(self, matrix: torch.Tensor) -> None:
+        """Raise ShapeError where a matrix [..., n, cols] is not whole words: a checkpoint has no padding."""
+        n, cols = matrix.shape[-2:]
+        if n % self.spec.tile_n or cols % self.spec.tile_cols:
+            raise ShapeError(
+                f"int4 weights [{n}, {2 * cols}]",
+                f"layout {self.name} needs N % {self.spec.tile_n} == 0 and K % {2 * self.spec.tile_cols} == 0",
+                "keep them strided",
+            )
+
+    @abstractmethod
+    def pack_zeros(self, zeros: torch.Tensor) -> torch.Tensor:
+        """Zero points uint8 [..., N, groups] -> int32 [..., groups, N / 8]."""
+
+    @abstractmethod
+    def unpack_zeros(self, storage: torch.Tensor) -> torch.Tensor:
+        """The inverse of `pack_zeros`."""
+
+
+def nibbles(storage: torch.Tensor) -> torch.Tensor:
+    """int32 words [..., W] -> uint8 [..., W, 8], lowest nibble first."""
+    octets = storage.contiguous().unsqueeze(-1).view(torch.uint8)
+    return torch.stack((octets & 0x0F, octets >> 4), dim=-1).flatten(-2)
+
+
+def words(parts: torch.Tensor) -> torch.Tensor:
+    """uint8 nibbles [..., W, 8] -> int32 words [..., W]; the inverse of `nibbles`."""
+    octets = parts[..., 0::2] | parts[..., 1::2] << 4
+    return octets.contiguous().view(torch.int32).squeeze(-1)

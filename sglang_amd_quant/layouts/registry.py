@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 from sglang_amd_quant.errors import SchemeError
-from sglang_amd_quant.layouts.base import Layout
+from sglang_amd_quant.layouts.awq import AutoAwq
+from sglang_amd_quant.layouts.base import Layout, SourceLayout
 from sglang_amd_quant.layouts.cdna4_scale import Cdna4Scale
 from sglang_amd_quant.layouts.exllama import ExLlama
+from sglang_amd_quant.layouts.gptq import Gptq
 from sglang_amd_quant.layouts.mxfp8_lane import Mxfp8Lane
 from sglang_amd_quant.layouts.names import Role
 from sglang_amd_quant.layouts.preshuffle import Preshuffle
 from sglang_amd_quant.layouts.strided import Strided
+
+L = TypeVar("L", bound=Layout)
 
 VALUES: Mapping[str, Layout] = {item.name: item for item in (Strided(), Preshuffle(), Mxfp8Lane(), ExLlama())}
 SCALES: Mapping[str, Layout] = {
@@ -19,7 +24,10 @@ SCALES: Mapping[str, Layout] = {
 }
 
 
-def _find(layouts: Mapping[str, Layout], name: str, role: Role) -> Layout:
+SOURCES: Mapping[str, SourceLayout] = {item.name: item for item in (AutoAwq(), Gptq(version=1), Gptq(version=2))}
+
+
+def _find(layouts: Mapping[str, L], name: str, role: Role) -> L:
     if name not in layouts:
         raise SchemeError(f"{role} layout {name!r}", "unknown", f"use one of {', '.join(layouts)}")
     return layouts[name]
@@ -41,3 +49,12 @@ def scale_layout(name: str) -> Layout:
         SchemeError: there is none.
     """
     return _find(SCALES, name, Role.SCALE)
+
+
+def source_layout(name: str) -> SourceLayout:
+    """The checkpoint layout of that name.
+
+    Raises:
+        SchemeError: there is none.
+    """
+    return _find(SOURCES, name, Role.SOURCE)
