@@ -98,7 +98,9 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             return
         which = "w2" if shard_id == "w2" else "w13"
         weight, scales = getattr(layer, f"{which}_weight"), getattr(layer, f"{which}_weight_scale")
-        if param is scales:
+        is_scale = param is scales
+        self._check(layer, tensor, shard_id, MX_BLOCK if is_scale else self._per_byte(tensor))
+        if is_scale:
             parts = [(scales, tensor, MX_BLOCK)]
         else:
             made = loading.quantized(tensor, self.scheme, self.config.scale_mode[self.scheme.weight], param.device)
@@ -108,28 +110,45 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             padded = self._pad(layer, part, shard_id, per_byte)
             loading.loading(self.prefix, tensor, load, target, padded, part_name, shard_id, *experts)
 
-    def _pad(self, layer: torch.nn.Module, part: torch.Tensor, shard_id: str, per_byte: int) -> torch.Tensor:
-        """Widen the intermediate dimension of [.., N, K] to whole blocks on every rank, zero data and scale 1."""
-        dim = SHARDED_DIM[shard_id]
-        halves = 2 if shard_id == "w13" and layer.moe_runner_config.is_gated else 1
-        unit = per_byte if dim == -1 else 1
-        if part.shape[dim] * unit != halves * self._intermediate:
+    def _per_byte(self, tensor: torch.Tensor) -> int:
+        return self.scheme.pack if tensor.element_size() == 1 else 1
+
+    def _check(self, layer: torch.nn.Module, part: torch.Tensor, shard_id: str, per_byte: int) -> None:
+        """A checkpoint tensor [.., N, K / per_byte] must have the model's sizes. Raises ShapeError."""
+        wide = self._intermediate * (2 if shard_id == "w13" and layer.moe_runner_config.is_gated else 1)
+        want = (layer.hidden_size, wide) if shard_id == "w2" else (wide, layer.hidden_size)
+        if part.dim() < 2 or (part.shape[-2], part.shape[-1] * per_byte) != want:
             raise ShapeError(
                 f"layer {self.prefix}: {shard_id} {tuple(part.shape)}",
-                f"the intermediate size is {self._intermediate} in config.json",
+                f"config.json makes it N={want[0]}, K={want[1]}"
+                + (f", {per_byte} elements a byte" if per_byte > 1 else ""),
                 "check the checkpoint with `amd-mx inspect`",
             )
-        extra = (self._padded - self._intermediate) // unit
-        if not extra:
-            return part
+
+    def _pad(self, layer: torch.nn.Module, part: torch.Tensor, shard_id: str, per_byte: int) -> torch.Tensor:
+        """Widen the intermediate dimension of [.., N, K] to whole blocks on every rank: zero data, scale 1.
+
+        A fused gate_up whose halves are not interleaved is also regrouped rank by rank, because SGLang's fused loader
+        takes one contiguous piece of N for each rank.
+        """
+        dim = SHARDED_DIM[shard_id]
+        unit = per_byte if dim == -1 else 1
+        fused = shard_id == "w13" and layer.moe_runner_config.is_gated
+        halved = fused and not activation_of(layer.moe_runner_config).interleaved
+        extra = (self._padded - self._intermediate) // unit * (2 if fused and not halved else 1)
         fill = 127 if per_byte == MX_BLOCK else 0
-        split = halves == 2 and not layer.moe_runner_config.gate_up_interleaved
-        pieces = part.chunk(2, dim) if split else (part,)
-        shape = list(part.shape)
-        shape[dim] = extra if split else extra * halves
-        pad = torch.full(shape, fill, dtype=torch.uint8, device=part.device)
-        pad = pad.view(part.dtype) if part.element_size() == 1 else pad.to(part.dtype)
-        return torch.cat([t for piece in pieces for t in (piece, pad)], dim)
+
+        def widened(piece: torch.Tensor) -> torch.Tensor:
+            shape = list(piece.shape)
+            shape[dim] = extra
+            pad = torch.full(shape, fill, dtype=torch.uint8, device=piece.device)
+            pad = pad.view(piece.dtype) if piece.element_size() == 1 else pad.to(piece.dtype)
+            return torch.cat([piece, pad], dim) if extra else piece
+
+        if not halved:
+            return widened(part)
+        ranks = [widened(half).chunk(layer.moe_tp_size, dim) for half in part.chunk(2, dim)]
+        return torch.cat([piece for pair in zip(*ranks, strict=True) for piece in pair], dim)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check that all of it came; forget copies of earlier weights."""

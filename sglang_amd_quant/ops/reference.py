@@ -107,7 +107,7 @@ def fused_moe(
         down = functional.linear(hidden.float(), w2(expert), None if b2 is None else b2[expert].float())
         mine = (ids[rows] == expert).unsqueeze(1)
         routed[rows] = torch.where(mine, down, routed[rows])
-    routed = routed.view(m, top_k, -1)
+    routed = routed.view(m, top_k, x.shape[-1])
     if problem.weight_output and not problem.weight_on_input:
         routed = routed * weights.unsqueeze(-1)
     if not problem.combine:

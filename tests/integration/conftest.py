@@ -1,0 +1,89 @@
+"""One SGLang context per test process; layers of any TP or EP rank are then built by overriding the parallel state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+MODEL = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 256,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="session")
+def sglang_context(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """SGLang with its plugins loaded and server arguments set, as in a scheduler process."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt import runtime_context
+    from sglang.srt.server_args import ServerArgs
+
+    args = ServerArgs(model_path=str(folder), quantization="amd_mx", skip_tokenizer_init=True)
+    args.resolve_once()
+    runtime_context._CONTEXT.set_server_args(args)
+    return runtime_context
+
+
+@pytest.fixture
+def rank(sglang_context: Any) -> Callable[..., Any]:
+    """`with rank(tp=(1, 2), ep=(0, 2)):` builds layers as that rank would; (rank, size) pairs. tp is what ep leaves."""
+
+    @contextmanager
+    def as_rank(tp: tuple[int, int] = (0, 1), ep: tuple[int, int] = (0, 1)) -> Iterator[None]:
+        values = {"tp": tp, "attn_tp": tp, "moe_ep": ep}
+        total = tp[1] * ep[1]
+        overrides: dict[str, int] = {}
+        for name, (index, size) in values.items():
+            overrides |= {f"{name}_rank": index, f"{name}_size": size}
+        overrides |= {"tp_size": total, "attn_tp_size": total, "tp_rank": tp[0] + ep[0] * tp[1]}
+        overrides |= {"attn_tp_rank": overrides["tp_rank"], "moe_tp_rank": tp[0], "moe_tp_size": tp[1]}
+        overrides |= {"pp_rank": 0, "pp_size": 1, "moe_dp_size": 1, "moe_dp_rank": 0}
+        with sglang_context.get_parallel().override(**overrides):
+            yield
+
+    return as_rank
+
+
+@pytest.fixture
+def make_config(sglang_context: Any) -> Callable[..., Any]:
+    """A config of ours for a recipe, scheme name or quantization_config."""
+
+    def make(
+        recipe: Any = None, quantization_config: dict[str, Any] | None = None, model_type: str = "qwen3_moe"
+    ) -> Any:
+        from sglang_amd_quant.integration.config import AmdMxConfig
+        from sglang_amd_quant.recipe import Recipe
+
+        hf_config = type("HfConfig", (), {"model_type": model_type})()
+        if quantization_config is not None:
+            return AmdMxConfig.from_config({**quantization_config, "hf_config": hf_config})
+        made = Recipe.uniform(recipe) if isinstance(recipe, str) else recipe
+        return AmdMxConfig(made, None, hf_config, check_patterns=not isinstance(recipe, str))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,197 @@
+"""Linear layers of SGLang in every scheme: what they hold, and what they compute, whole and sharded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_amd_quant.errors import CheckpointError, ShapeError
+from sglang_amd_quant.formats import dequantize_mx, fake_quantize_mx, quantize_mx
+from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES
+
+SERVED = [s for s in SCHEMES.values() if s.weight != "int4"]
+
+
+def expected(x: torch.Tensor, weight: torch.Tensor, scheme, bias=None) -> torch.Tensor:
+    """fp64 product of the quantized operands."""
+    mode = DEFAULT_SCALE_MODE[scheme.weight]
+    w = dequantize_mx(*quantize_mx(weight, scheme.weight, mode), scheme.weight).double()
+    xq = x if scheme.act == "bf16" else fake_quantize_mx(x, scheme.act, DEFAULT_SCALE_MODE[scheme.act])
+    out = xq.double() @ w.T
+    return out if bias is None else out + bias.double()
+
+
+def close(got: torch.Tensor, want: torch.Tensor, k: int) -> None:
+    """fp32 accumulation of K products errs by at most K * 2^-24 of the sum of magnitudes, then one rounding to bf16
+    adds 2^-9 of the value; with K <= 256 and operands of similar size both are below 2^-8 of the largest output."""
+    assert torch.isfinite(got).all()
+    assert (got.double() - want).abs().max() <= want.abs().max() * 2**-8
+
+
+@pytest.mark.parametrize("scheme", SERVED, ids=lambda s: s.name)
+@pytest.mark.parametrize("bias", [False, True])
+def test_column_linear_from_bf16(make_config, rank, scheme, bias):
+    from sglang.srt.layers.linear import ColumnParallelLinear
+
+    weight, b = torch.randn(48, 128).bfloat16(), torch.randn(48).bfloat16()
+    with rank():
+        layer = ColumnParallelLinear(
+            128, 48, bias=bias, params_dtype=torch.bfloat16, quant_config=make_config(scheme.name), prefix="a.q_proj"
+        )
+    layer.weight.weight_loader(layer.weight, weight)
+    if bias:
+        layer.bias.weight_loader(layer.bias, b)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert layer.weight.dtype.itemsize == 1
+    x = torch.randn(5, 128).bfloat16()
+    out, _ = layer(x)
+    close(out, expected(x, weight, scheme, b if bias else None), 128)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("scheme", SERVED, ids=lambda s: s.name)
+def test_row_parallel_ranks_sum_to_the_whole(make_config, rank, scheme, ranks):
+    from sglang.srt.layers.linear import RowParallelLinear
+
+    weight, x = torch.randn(64, 128).bfloat16(), torch.randn(3, 128).bfloat16()
+    total = torch.zeros(3, 64, dtype=torch.float64)
+    scales = []
+    for index in range(ranks):
+        with rank(tp=(index, ranks)):
+            layer = RowParallelLinear(
+                128, 64, bias=False, params_dtype=torch.bfloat16, reduce_results=False,
+                quant_config=make_config(scheme.name), prefix="a.o_proj",
+            )  # fmt: skip
+            layer.weight.weight_loader(layer.weight, weight)
+            layer.quant_method.process_weights_after_loading(layer)
+            share = x[:, index * 128 // ranks : (index + 1) * 128 // ranks]
+            total += layer.quant_method.apply(layer, share.float()).double()
+            scales.append(layer.weight_scale)
+    want = expected(x.float(), weight, scheme)
+    assert torch.equal(
+        torch.cat(list(scales), 1), quantize_mx(weight, scheme.weight, DEFAULT_SCALE_MODE[scheme.weight])[1]
+    )
+    close(total, want, 128)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("stored", [False, True], ids=["bf16", "quantized"])
+def test_qkv_with_replicated_kv_heads(make_config, rank, ranks, stored):
+    """4 query heads, 2 KV heads: at TP4 each KV head lies on two ranks."""
+    from sglang.srt.layers.linear import QKVParallelLinear
+
+    scheme, mode = SCHEMES["mxfp4"], DEFAULT_SCALE_MODE["e2m1"]
+    weights = {"q": torch.randn(128, 64), "k": torch.randn(64, 64), "v": torch.randn(64, 64)}
+    for index in range(ranks):
+        with rank(tp=(index, ranks)):
+            layer = QKVParallelLinear(
+                64,
+                32,
+                4,
+                2,
+                bias=False,
+                params_dtype=torch.bfloat16,
+                quant_config=make_config("mxfp4"),
+                prefix="a.qkv_proj",
+            )
+            for shard, weight in weights.items():
+                if stored:
+                    data, scale = quantize_mx(weight, "e2m1", mode)
+                    layer.weight.weight_loader(layer.weight, data, shard)
+                    layer.weight_scale.weight_loader(layer.weight_scale, scale, shard)
+                else:
+                    layer.weight.weight_loader(layer.weight, weight, shard)
+            layer.quant_method.process_weights_after_loading(layer)
+        heads = 4 // ranks
+        kv = (
+            slice(index * 64 // ranks, (index + 1) * 64 // ranks)
+            if ranks <= 2
+            else slice(index // 2 * 32, index // 2 * 32 + 32)
+        )
+        mine = torch.cat(
+            [weights["q"][index * heads * 32 : (index + 1) * heads * 32], weights["k"][kv], weights["v"][kv]]
+        )
+        x = torch.randn(2, 64)
+        close(layer.quant_method.apply(layer, x), expected(x, mine, scheme), 64)
+
+
+def test_merged_gate_up_loads_each_half(make_config, rank):
+    from sglang.srt.layers.linear import MergedColumnParallelLinear
+
+    gate, up = torch.randn(96, 64), torch.randn(96, 64)
+    for index in range(2):
+        with rank(tp=(index, 2)):
+            layer = MergedColumnParallelLinear(
+                64,
+                [96, 96],
+                bias=False,
+                params_dtype=torch.bfloat16,
+                quant_config=make_config("mxfp8"),
+                prefix="a.gate_up_proj",
+            )
+            layer.weight.weight_loader(layer.weight, gate, 0)
+            layer.weight.weight_loader(layer.weight, up, 1)
+            layer.quant_method.process_weights_after_loading(layer)
+        mine = torch.cat([gate[index * 48 : index * 48 + 48], up[index * 48 : index * 48 + 48]])
+        x = torch.randn(2, 64)
+        close(layer.quant_method.apply(layer, x), expected(x, mine, SCHEMES["mxfp8"]), 64)
+
+
+def test_k_must_be_whole_blocks_on_every_rank(make_config, rank):
+    from sglang.srt.layers.linear import RowParallelLinear
+
+    with rank(tp=(0, 4)), pytest.raises(ShapeError, match=r"layer model\.o_proj.*K=96 over 4 ranks = 24.*--tp"):
+        RowParallelLinear(96, 64, bias=False, quant_config=make_config("mxfp4"), prefix="model.o_proj")
+
+
+class TestBadTensors:
+    @pytest.fixture
+    def layer(self, make_config, rank):
+        from sglang.srt.layers.linear import ColumnParallelLinear
+
+        with rank():
+            return ColumnParallelLinear(
+                64, 32, bias=False, params_dtype=torch.bfloat16, quant_config=make_config("mxfp4"), prefix="m.up_proj"
+            )
+
+    @pytest.mark.parametrize(
+        ("tensor", "match"),
+        [
+            (torch.zeros(32, 96), r"m\.up_proj: weight \(32, 96\).*K is 64"),
+            (torch.zeros(32, 16, dtype=torch.uint8), r"weight \(32, 16\).*K is 64"),
+            (torch.zeros(64), r"weight \(64,\)"),
+        ],
+    )
+    def test_wrong_k(self, layer, tensor, match):
+        with pytest.raises(ShapeError, match=match):
+            layer.weight.weight_loader(layer.weight, tensor)
+
+    def test_wrong_n(self, layer):
+        with pytest.raises(CheckpointError, match=r"m\.up_proj: tensor \(16, 64\).*amd-mx inspect"):
+            layer.weight.weight_loader(layer.weight, torch.zeros(16, 64))
+
+    def test_never_loaded(self, layer):
+        with pytest.raises(CheckpointError, match=r"m\.up_proj: 64 of 64 weight scales"):
+            layer.quant_method.process_weights_after_loading(layer)
+
+    def test_nan_scale(self, layer):
+        data, scales = quantize_mx(torch.randn(32, 64), "e2m1")
+        scales[3, 1] = 255
+        layer.weight.weight_loader(layer.weight, data)
+        layer.weight_scale.weight_loader(layer.weight_scale, scales)
+        with pytest.raises(CheckpointError, match="1 of 64 weight scales"):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_reload_replaces_kept_copies(make_config, rank):
+    from sglang.srt.layers.linear import ReplicatedLinear
+
+    with rank():
+        layer = ReplicatedLinear(
+            64, 32, bias=False, params_dtype=torch.bfloat16, quant_config=make_config("w4a16"), prefix="m.q_proj"
+        )
+    x = torch.randn(1, 64)
+    for weight in (torch.randn(32, 64), torch.randn(32, 64)):
+        layer.weight.weight_loader(layer.weight, weight)
+        layer.quant_method.process_weights_after_loading(layer)
+        close(layer.quant_method.apply(layer, x), expected(x, weight, SCHEMES["w4a16"]), 64)

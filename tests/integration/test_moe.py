@@ -1,0 +1,270 @@
+"""Fused MoE of SGLang in every scheme: loading per expert and fused, TP and EP, activations, combine variants."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_amd_quant.errors import CheckpointError, ShapeError, UnsupportedError
+from sglang_amd_quant.formats import dequantize_mx, fake_quantize_mx, quantize_mx
+from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES
+
+E, TOP_K, H, I, M = 8, 2, 64, 96, 7
+SERVED = [s for s in SCHEMES.values() if s.weight != "int4"]
+
+
+def build(config, **options):
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+
+    defaults = {
+        "num_experts": E,
+        "hidden_size": H,
+        "intermediate_size": I,
+        "layer_id": 0,
+        "top_k": TOP_K,
+        "params_dtype": torch.bfloat16,
+        "quant_config": config,
+        "prefix": "model.layers.0.mlp.experts",
+    }
+    return FusedMoE(**(defaults | options))
+
+
+def weights(gated=True, intermediate=I):
+    torch.manual_seed(1)
+    names = ("w1", "w3", "w2") if gated else ("w1", "w2")
+    shape = {"w1": (intermediate, H), "w3": (intermediate, H), "w2": (H, intermediate)}
+    return [{name: torch.randn(shape[name]) / 8 for name in names} for _ in range(E)]
+
+
+def fill(layer, experts):
+    for expert, tensors in enumerate(experts):
+        for shard, tensor in tensors.items():
+            param = layer.w2_weight if shard == "w2" else layer.w13_weight
+            param.weight_loader(param, tensor, f"experts.{'w2' if shard == 'w2' else 'w13'}_weight", shard, expert)
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def run(layer, x, ids, probs):
+    topk = SimpleNamespace(topk_ids=ids, topk_weights=probs)
+    dispatched = SimpleNamespace(hidden_states=x, topk_output=topk)
+    return layer.quant_method.apply(layer, dispatched).hidden_states
+
+
+def inputs(top_k=TOP_K, dtype=torch.float32):
+    torch.manual_seed(2)
+    ids = torch.stack([torch.randperm(E)[:top_k] for _ in range(M)]).int()
+    return torch.randn(M, H, dtype=dtype), ids, torch.rand(M, top_k)
+
+
+def silu(gate, up):
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def swigluoai(gate, up, alpha=1.702, limit=7.0):
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate / (1 + torch.exp(-alpha * gate)) * (up + 1)
+
+
+def oracle(x, ids, probs, experts, scheme, act=silu, biases=None, on_input=False, keep=None):
+    """Token by token, expert by expert, in fp64 from the quantized operands. keep: the slots to compute."""
+    deq = lambda w: dequantize_mx(
+        *quantize_mx(w, scheme.weight, DEFAULT_SCALE_MODE[scheme.weight]), scheme.weight
+    ).double()
+    quant = lambda v: (
+        v if scheme.act == "bf16" else fake_quantize_mx(v, scheme.act, DEFAULT_SCALE_MODE[scheme.act])
+    ).double()
+    out = torch.zeros(*ids.shape, H, dtype=torch.float64)
+    for token, slot in torch.cartesian_prod(torch.arange(len(ids)), torch.arange(ids.shape[1])).tolist():
+        e = int(ids[token, slot])
+        if e < 0 or (keep is not None and not keep(e)):
+            continue
+        row = x[token] * probs[token, slot] if on_input else x[token]
+        gate = deq(experts[e]["w1"]) @ quant(row)
+        up = deq(experts[e]["w3"]) @ quant(row) if "w3" in experts[e] else None
+        if biases:
+            gate, up = gate + biases[e]["gate"].double(), up + biases[e]["up"].double()
+        hidden = (gate.clamp(min=0) ** 2 if up is None else act(gate, up)).to(x.dtype)
+        value = deq(experts[e]["w2"]) @ quant(hidden)
+        if biases:
+            value = value + biases[e]["w2"].double()
+        out[token, slot] = value if on_input else value * probs[token, slot].double()
+    return out
+
+
+def close(got, want, scheme):
+    """fp32 sums of <= 96 products: K * 2^-24 < 2^-17 of the magnitudes. Where activations are quantized again after
+    the first GEMM, that error can move a value across a rounding boundary, by one step of the format on one of I
+    terms: 2^-1 (e2m1) or 2^-3 (e4m3) of a term whose share of the output is about 1/sqrt(I)."""
+    step = {"bf16": 0.0, "e4m3": 2**-3, "e2m1": 2**-1}[scheme.act] / math.sqrt(I)
+    assert torch.isfinite(got).all()
+    assert (got.double() - want).abs().max() <= want.abs().max() * (2**-15 + step)
+
+
+@pytest.mark.parametrize("scheme", SERVED, ids=lambda s: s.name)
+def test_every_scheme(make_config, rank, scheme):
+    with rank():
+        layer = fill(build(make_config(scheme.name)), weights())
+    x, ids, probs = inputs()
+    close(run(layer, x, ids, probs), oracle(x, ids, probs, weights(), scheme).sum(1), scheme)
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 2), (1, 4), (3, 1), (2, 1), (4, 1), (2, 2)])
+def test_ranks_sum_to_the_whole(make_config, rank, tp, ep):
+    """96 columns are 3 blocks: TP2 holds 64 + 32, TP4 holds 32 three times and one rank of padding only."""
+    scheme = SCHEMES["w4a16"]
+    x, ids, probs = inputs()
+    total = torch.zeros(M, H)
+    for tp_rank in range(tp):
+        for ep_rank in range(ep):
+            with rank(tp=(tp_rank, tp), ep=(ep_rank, ep)):
+                layer = fill(build(make_config(scheme.name)), weights())
+            local = E // ep
+            mine = torch.where(ids // local == ep_rank, ids % local, -1)
+            assert layer.num_local_experts == local
+            total += run(layer, x, mine, probs)
+    close(total, oracle(x, ids, probs, weights(), scheme).sum(1), scheme)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_fused_checkpoint_with_biases_and_swigluoai(make_config, rank, tp, interleaved):
+    """gpt-oss: experts in one tensor, gate and up interleaved or halved, biases, clamp."""
+    scheme, experts = SCHEMES["w4a16"], weights()
+    biases = [{"gate": torch.randn(I), "up": torch.randn(I), "w2": torch.randn(H)} for _ in range(E)]
+    join = (lambda g, u: torch.stack([g, u], 1).flatten(0, 1)) if interleaved else (lambda g, u: torch.cat([g, u]))
+    w13 = torch.stack([join(w["w1"], w["w3"]) for w in experts])
+    b13 = torch.stack([join(b["gate"], b["up"]) for b in biases])
+    x, ids, probs = inputs()
+    total = torch.zeros(M, H)
+    for index in range(tp):
+        with rank(tp=(index, tp)):
+            layer = build(
+                make_config(scheme.name), with_bias=True, use_weight_loader_fused=True, gemm1_alpha=1.702,
+                gemm1_clamp_limit=7.0, gate_up_interleaved=interleaved,
+            )  # fmt: skip
+        down_bias = torch.stack([b["w2"] for b in biases])
+        for name, tensor, shard in (
+            ("w13_weight", w13, "w13"),
+            ("w13_weight_bias", b13, "w13"),
+            ("w2_weight", torch.stack([w["w2"] for w in experts]), "w2"),
+            ("w2_weight_bias", down_bias if index == 0 else torch.zeros_like(down_bias), "w2"),
+        ):
+            param = getattr(layer, name)
+            param.weight_loader(param, tensor, f"experts.{name}", shard_id=shard)
+        layer.quant_method.process_weights_after_loading(layer)
+        total += run(layer, x, ids, probs)
+    close(total, oracle(x, ids, probs, experts, scheme, swigluoai, biases).sum(1), scheme)
+
+
+def test_gelu(make_config, rank):
+    with rank():
+        layer = fill(build(make_config("w4a16"), activation="gelu"), weights())
+    x, ids, probs = inputs()
+    gelu = lambda gate, up: gate * (1 + torch.erf(gate / math.sqrt(2))) / 2 * up
+    close(run(layer, x, ids, probs), oracle(x, ids, probs, weights(), SCHEMES["w4a16"], gelu).sum(1), SCHEMES["w4a16"])
+
+
+def test_without_gate(make_config, rank):
+    with rank():
+        layer = fill(build(make_config("w4a16"), activation="relu2", is_gated=False), weights(gated=False))
+    x, ids, probs = inputs()
+    want = oracle(x, ids, probs, weights(gated=False), SCHEMES["w4a16"]).sum(1)
+    close(run(layer, x, ids, probs), want, SCHEMES["w4a16"])
+
+
+def test_routed_scaling_factor(make_config, rank):
+    with rank():
+        layer = fill(build(make_config("w4a16"), routed_scaling_factor=2.5), weights())
+    x, ids, probs = inputs()
+    close(run(layer, x, ids, probs), 2.5 * oracle(x, ids, probs, weights(), SCHEMES["w4a16"]).sum(1), SCHEMES["w4a16"])
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
+def test_router_weight_on_input(make_config, rank, scheme):
+    with rank():
+        layer = fill(build(make_config(scheme), top_k=1, apply_router_weight_on_input=True), weights())
+    x, ids, probs = inputs(top_k=1)
+    want = oracle(x, ids, probs, weights(), SCHEMES[scheme], on_input=True).sum(1)
+    close(run(layer, x, ids, probs), want, SCHEMES[scheme])
+
+
+def test_router_weight_on_input_needs_top_1(make_config, rank):
+    with rank(), pytest.raises(UnsupportedError, match="top_k=2"):
+        build(make_config("w4a16"), apply_router_weight_on_input=True)
+
+
+def test_no_combine_keeps_slots_apart(make_config, rank):
+    with rank():
+        layer = fill(build(make_config("w4a16"), no_combine=True, inplace=False), weights())
+    x, ids, probs = inputs()
+    ones = torch.ones_like(probs)
+    close(run(layer, x, ids, probs), oracle(x, ids, ones, weights(), SCHEMES["w4a16"]), SCHEMES["w4a16"])
+
+
+def test_fused_shared_expert(make_config, rank):
+    """The shared expert is expert E, picked by every token in an extra slot."""
+    with rank():
+        layer = build(make_config("w4a16"), num_experts=E, num_fused_shared_experts=1, top_k=TOP_K)
+    assert layer.num_local_experts == E
+    experts = weights()
+    fill(layer, experts)
+    x, ids, probs = inputs()
+    ids = torch.cat([ids % (E - 1), torch.full((M, 1), E - 1, dtype=torch.int32)], 1)
+    probs = torch.cat([probs, torch.ones(M, 1)], 1)
+    close(run(layer, x, ids, probs), oracle(x, ids, probs, experts, SCHEMES["w4a16"]).sum(1), SCHEMES["w4a16"])
+
+
+@pytest.mark.parametrize("ids", [torch.full((M, TOP_K), -1), torch.zeros(0, TOP_K)], ids=["all dropped", "no tokens"])
+def test_nothing_to_do(make_config, rank, ids):
+    with rank():
+        layer = fill(build(make_config("mxfp4")), weights())
+    out = run(layer, torch.randn(len(ids), H), ids.int(), torch.rand(len(ids), TOP_K))
+    assert out.shape == (len(ids), H)
+    assert not out.any()
+
+
+def test_unknown_activation(make_config, rank):
+    with rank(), pytest.raises(UnsupportedError, match="situ.*recipe"):
+        build(make_config("w4a16"), activation="situ")
+
+
+def test_intermediate_size_must_be_whole_blocks(make_config, rank):
+    with rank(), pytest.raises(ShapeError, match=r"layers\.0\.mlp\.experts: intermediate size K=80"):
+        build(make_config("w4a16"), intermediate_size=80)
+
+
+def test_wrong_shape_names_the_layer(make_config, rank):
+    with rank():
+        layer = build(make_config("w4a16"))
+    with pytest.raises(ShapeError, match=r"mlp\.experts: w1 \(64, 64\).*N=96, K=64"):
+        fill(layer, [{"w1": torch.zeros(64, 64)}])
+
+
+def test_missing_expert(make_config, rank):
+    with rank():
+        layer = build(make_config("w4a16"))
+    with pytest.raises(CheckpointError, match="never loaded"):
+        fill(layer, weights()[:-1])
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_stored_and_online_weights_are_the_same_bits(make_config, rank, stored):
+    with rank(tp=(1, 2)):
+        layer = build(make_config("mxfp8"))
+        reference = fill(build(make_config("mxfp8")), weights())
+    for expert, tensors in enumerate(weights()):
+        for shard, tensor in tensors.items():
+            which = "w2" if shard == "w2" else "w13"
+            parts = zip(
+                ("weight", "weight_scale"), quantize_mx(tensor, "e4m3", DEFAULT_SCALE_MODE["e4m3"]), strict=True
+            )
+            for part, value in parts:
+                param = getattr(layer, f"{which}_{part}")
+                param.weight_loader(param, value, f"experts.{which}_{part}", shard, expert)
+    for name in ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"):
+        got, want = getattr(layer, name), getattr(reference, name)
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), name
