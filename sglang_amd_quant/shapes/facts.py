@@ -14,36 +14,60 @@ from sglang_amd_quant.shapes.layers import Layer
 
 
 class Config:
-    """A config.json's text part: lookups that name what is missing.
+    """A config.json's language model: lookups that name what is missing.
 
-    Multimodal configs keep the language model's facts in `text_config`; its keys win over the outer ones.
+    Multimodal configs keep it in `text_config`, whose keys win over the outer ones.
     """
 
-    def __init__(self, data: Mapping[str, Any], architecture: str) -> None:
-        self.data = {**data, **(data.get("text_config") or {})}
-        self.architecture = architecture
-        self.wrapped = bool(data.get("text_config"))
+    def __init__(self, data: Mapping[str, Any], name: str, architecture: str) -> None:
+        self.architecture, self.where = architecture, f"{name} ({architecture})"
+        self.data = dict(data)
+        self.data |= self.object("text_config")
 
     def get(self, key: str, default: Any = None) -> Any:
         value = self.data.get(key)
         return default if value is None else value
 
-    def int(self, *keys: str, default: int | None = None) -> int:
-        """The first of `keys` that is there, a positive int.
+    def whole(self, *keys: str, default: int | None = None, least: int = 1) -> int:
+        """The first of `keys` that is there, a whole number of at least `least`.
 
         Raises:
-            ShapeError: none is there and no default is given, or it is no positive int.
+            ShapeError: none is there and no default is given, or it is no such number.
         """
-        for key in keys:
-            value = self.data.get(key)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ShapeError(f"config.json of {self.architecture}", f"{key} is {value!r}", "write a whole number")
-            return value
-        if default is not None:
+        found = next(((key, self.data[key]) for key in keys if self.data.get(key) is not None), None)
+        if found is None:
+            if default is None:
+                raise ShapeError(self.where, f"{' / '.join(keys)} is missing", "add it to the config")
             return default
-        raise ShapeError(f"config.json of {self.architecture}", f"{' / '.join(keys)} is missing", "add it")
+        key, value = found
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ShapeError(self.where, f"{key} is {value!r}", f"write a whole number of at least {least}")
+        return value
+
+    def object(self, key: str) -> Mapping[str, Any]:
+        """A nested object, empty where the config has none. Raises ShapeError if it is something else."""
+        value = self.get(key, {})
+        if not isinstance(value, Mapping):
+            raise ShapeError(self.where, f"{key} is no object", "mend the config")
+        return value
+
+    def indices(self, key: str) -> list[int]:
+        """A list of decoder blocks, empty where the config has none. Raises ShapeError if it is something else."""
+        value = self.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(i, int) for i in value):
+            raise ShapeError(self.where, f"{key} is no list of block indices", "mend the config")
+        return value
+
+    def per_block(self, key: str) -> list[Any] | None:
+        """A list with an entry a decoder block, or None where the config has none.
+
+        Raises:
+            ShapeError: it is no list, or shorter than the model is deep.
+        """
+        value, depth = self.data.get(key), self.whole("num_hidden_layers")
+        if value is not None and (not isinstance(value, list) or len(value) < depth):
+            raise ShapeError(self.where, f"{key} is no list of {depth} entries", "write one entry a layer")
+        return value
 
 
 @dataclass(frozen=True)
@@ -51,50 +75,62 @@ class ModelFacts:
     """A model, unsharded: what every GEMM's shape follows from.
 
     Attributes:
-        name: the card's name, or where the config.json was.
+        name: the card's name, or the folder or file of the config.json.
         architecture: `architectures[0]`.
-        block: format of a decoder block's prefix in the checkpoint, as `model.layers.{}.`.
+        block: format of a decoder block's prefix, as `model.layers.{}.`, in SGLang's module tree.
         layers: every kind of GEMM layer, unsharded.
         source: where the facts come from.
         unconfirmed: keys that could not be confirmed in a public source.
+        quantization: `quantization_config` as JSON text, where the checkpoint is quantized.
     """
 
     name: str
     architecture: str
     block: str
     layers: tuple[Layer, ...]
-    source: str = "config.json"
+    source: str = ""
     unconfirmed: tuple[str, ...] = ()
+    quantization: str | None = None
 
     @classmethod
     def from_config(cls, data: Mapping[str, Any], name: str = "config.json") -> ModelFacts:
-        """Read a config.json (or a card, which is one with `source` and `unconfirmed` added).
+        """Read a config.json, or a card, which is one with `source` and `unconfirmed` added.
 
         Raises:
-            ShapeError: an architecture this planner does not know, or a fact that is missing.
+            ShapeError: an architecture this planner does not know, or a fact that is missing or impossible.
         """
         from sglang_amd_quant.shapes.families import FAMILIES
 
-        names = data.get("architectures") or [str(data.get("model_type"))]
+        names = data.get("architectures")
+        if not isinstance(names, list) or not names:
+            raise ShapeError(name, "no architectures", 'add "architectures": ["..."] to the config')
         architecture = str(names[0])
         family = FAMILIES.get(architecture)
         if family is None:
-            raise ShapeError(f"{name}: architecture {architecture}", "unknown", f"use one of {', '.join(FAMILIES)}")
-        config = Config(data, architecture)
-        block, layers = family(config)
+            raise ShapeError(
+                f"{name}: architecture {architecture}", "not known here", f"known are {', '.join(sorted(FAMILIES))}"
+            )
+        config = Config(data, name, architecture)
+        quantization = config.object("quantization_config")
         return cls(
-            name, architecture, block, tuple(layers), str(data.get("source", name)), tuple(data.get("unconfirmed", ()))
+            name,
+            architecture,
+            family.block,
+            layers=tuple(layer for layer in family.layers(config) if layer.blocks != ()),
+            source=str(data.get("source", name)),
+            unconfirmed=tuple(data.get("unconfirmed", ())),
+            quantization=json.dumps(quantization) if quantization else None,
         )
 
 
 def cards() -> dict[str, Path]:
     """Shipped model cards: name -> file."""
-    folder = resources.files("sglang_amd_quant.configs") / "models"
-    return {Path(str(f)).stem: Path(str(f)) for f in sorted(folder.iterdir(), key=str) if str(f).endswith(".json")}
+    folder = Path(str(resources.files("sglang_amd_quant.configs"))) / "models"
+    return {file.stem: file for file in sorted(folder.glob("*.json"))}
 
 
 def load(model: str | Path) -> ModelFacts:
-    """A checkpoint folder, a config.json, or a shipped card's name.
+    """A checkpoint folder, a config.json, or a shipped card's name (upper and lower case alike).
 
     Raises:
         CheckpointError: no such file or card, or no JSON.
@@ -109,9 +145,11 @@ def load(model: str | Path) -> ModelFacts:
             raise CheckpointError(str(model), "no folder, config.json or model card", f"cards are {', '.join(cards())}")
         path = known[str(model).lower()]
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(str(path), error.strerror or "cannot be read", "name a checkpoint folder") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(str(path), "no text file", "name a config.json") from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}:{error.lineno}", f"no JSON ({error.msg})", "mend the file") from None
     if not isinstance(data, dict):

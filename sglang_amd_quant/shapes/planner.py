@@ -1,8 +1,7 @@
 """Every GEMM of a rank: unsharded layers divided by tensor and expert parallelism. No torch.
 
-SGLang's semantics: `--tp T --ep P` puts experts on P groups of T/P ranks; attention, dense MLPs and shared experts that
-are not fused divide by T. Experts' intermediate size is divided in whole MX blocks (`ceil(I/32 / ranks) * 32` a rank,
-the last rank gets the rest): an e8m0 scale belongs to 32 elements of K and cannot be cut.
+SGLang's semantics: `--tp T --ep P` deals the experts to P groups of T/P ranks; attention, dense MLPs and shared experts
+that are not fused are divided by T. A quantized expert's intermediate size is divided in whole blocks (see `share`).
 """
 
 from __future__ import annotations
@@ -10,40 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, prod
+from math import prod
 
-from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.errors import RecipeError, ShapeError
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import BF16, SCHEMES, Scheme
 from sglang_amd_quant.schemes import scheme as scheme_named
 from sglang_amd_quant.shapes.facts import ModelFacts
-from sglang_amd_quant.shapes.layers import Experts, Linear
-
-VOCAB_PAD = 64
-"""SGLang pads a vocabulary to this, times TP if need be (`vocab_parallel_embedding.py`)."""
-
-BYTE_OFFSET_LIMIT = 2**31
-"""Byte offsets of a raw-buffer load are signed 32 bit: a weight this large needs 64-bit addressing (aiter #3783)."""
+from sglang_amd_quant.shapes.layers import Experts, Fuse, Linear, round_up
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """One GEMM of one rank, `count` times a forward pass. Weight [E_local, N, K].
+    """One kind of GEMM of one rank: out[M, N] = x[M, K] @ W[N, K].T, the experts' with W [E_local, N, K].
 
     Attributes:
         op: `linear`, `moe_gate_up` or `moe_down`.
-        layer: SGLang's module, relative to the decoder block; with `layers` it names one kind of layer.
-        N, K: output and input elements this rank holds; a divided intermediate size comes in whole scale blocks.
-        E_local: experts on this rank, fused shared ones included (1 for `linear`).
+        layer: SGLang's module, relative to the decoder block; `blocks` tells those of equal name apart.
+        N, K: as stored on a rank, the same on every rank.
+        E_local: experts on the rank, fused shared ones included (1 for `linear`).
         E_total: experts of the model, fused shared ones included (1 for `linear`).
         top_k: experts a token, fused shared ones included (1 for `linear`).
         count: how many decoder blocks have it.
         scheme: name of the scheme, or `bf16`.
         bytes: weight data and scales of one of them, all local experts.
-        N_last, K_last: N and K on the last rank, which gets the remainder of the blocks.
+        N_used, K_used: how much of N and K holds weights on this rank; the rest, on the last ranks, is zero padding.
         shared: fused shared experts among E_local.
-        layers: indices of the decoder blocks; empty for one outside of the blocks.
-        parts: fused outputs, as (checkpoint module relative to the block, rows).
+        blocks: indices of the decoder blocks; empty for one outside of them.
+        parts: fused outputs, as (checkpoint module, rows).
     """
 
     op: str
@@ -56,10 +49,10 @@ class Gemm:
     count: int
     scheme: str
     bytes: int
-    N_last: int
-    K_last: int
+    N_used: int
+    K_used: int
     shared: int = 0
-    layers: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
     parts: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -69,49 +62,41 @@ class Gemm:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of the weights without scales: what an offset into the weight tensor must reach."""
-        bits = SCHEMES[self.scheme].weight_bits if self.scheme in SCHEMES else 16
-        return self.elements * bits // 8
+        """Bytes of the weights without scales: what offsets into the weight must reach."""
+        return data_bytes(self.scheme, self.elements)
 
     def padded(self, multiple: int) -> tuple[int, int]:
         """(N, K) rounded up to a multiple; gate and up are two matrices, each rounded by itself."""
         halves = 2 if self.op == "moe_gate_up" else 1
-        return halves * _up(self.N // halves, multiple), _up(self.K, multiple)
+        return halves * round_up(self.N // halves, multiple), round_up(self.K, multiple)
 
 
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def data_bytes(scheme: str, elements: int) -> int:
+    """Bytes that weight elements take in a scheme, without scales."""
+    return elements * (SCHEMES[scheme].weight_bits if scheme in SCHEMES else 16) // 8
 
 
 def weight_bytes(scheme: str, *shape: int) -> int:
-    """Bytes of a weight [..., N, K] with its scales (one byte a block for MX, bf16 for int4)."""
-    elements = prod(shape)
-    if scheme == BF16:
-        return 2 * elements
-    s = scheme_named(scheme)
-    scale_bytes = 2 if s.weight == "int4" else 1
-    return elements // s.pack + prod(shape[:-1]) * ceil(shape[-1] / s.block) * scale_bytes
+    """Bytes of a weight [..., N, K] and its scales: e8m0, one byte a block, for MX; bf16 for int4."""
+    data = data_bytes(scheme, prod(shape))
+    if scheme not in SCHEMES:
+        return data
+    s = SCHEMES[scheme]
+    return data + prod(shape[:-1]) * -(-shape[-1] // s.block) * (2 if s.weight == "int4" else 1)
 
 
-def split_blocks(size: int, ranks: int, rank: int, block: int) -> int:
-    """Elements of `size` on one rank when they are dealt out in whole blocks: ceil(blocks/ranks) each, the rest last.
+def share(size: int, ranks: int, rank: int, block: int) -> tuple[int, int]:
+    """How an experts' intermediate size of `size` columns is dealt out in whole blocks.
 
-    As gpt-oss loaders do (vLLM and SGLang `models/gpt_oss.py`): 2880 among 4 ranks in 32-blocks is 736, 736, 736, 672.
+    Every rank stores ceil(size/block / ranks) blocks, since a scale's elements cannot be parted; the last ranks use
+    fewer. As loaders of gpt-oss do (`models/gpt_oss.py` in vLLM and in SGLang): 2880 columns in blocks of 32 over 4
+    ranks are 736 stored on each, 672 used on the last.
 
-    Raises:
-        ShapeError: `size` is no whole number of blocks, or a rank would get none.
+    Returns:
+        Columns stored, the same for every rank, and columns used on this one.
     """
-    if size % block:
-        raise ShapeError(f"intermediate size {size}", f"not whole {block}-blocks", "use scheme bf16 for the experts")
-    blocks = size // block
-    share = ceil(blocks / ranks)
-    if share * (ranks - 1) >= blocks:
-        raise ShapeError(
-            f"intermediate size {size} over {ranks} ranks",
-            f"{blocks} blocks of {block} leave the last rank none",
-            "use a smaller --tp or a larger --ep",
-        )
-    return min(share, blocks - rank * share) * block
+    stored = round_up(-(-size // ranks), block)
+    return stored, min(stored, max(0, size - rank * stored))
 
 
 def plan(
@@ -122,120 +107,175 @@ def plan(
     *,
     fuse_shared: bool | None = None,
     rank: int = 0,
+    mtp: bool = False,
 ) -> list[Gemm]:
     """Every GEMM of one rank.
 
     Args:
         facts: the model.
         tp: SGLang's `--tp`: all ranks of the model.
-        ep: SGLang's `--ep`: groups the experts are dealt to; the experts' own TP is tp/ep.
-        scheme: a scheme's name for every quantizable layer, `bf16`, or a recipe.
-        fuse_shared: fuse shared experts into the grouped GEMM (E+1, top_k+1); None = as SGLang does.
-        rank: which rank; they differ only where blocks leave the last one a remainder.
+        ep: SGLang's `--ep`: groups that the experts are dealt to; within a group their TP is tp/ep.
+        scheme: a scheme's name for every layer that can be quantized, `bf16`, or a recipe.
+        fuse_shared: run shared experts inside the grouped GEMM (E+1, top_k+1). None: as SGLang does for the
+            architecture on gfx950, provided that the recipe gives both the same scheme.
+        rank: which rank; ranks differ only where the blocks leave a remainder.
+        mtp: add the GEMMs of the multi-token-prediction (draft) block.
 
     Raises:
         ShapeError: the model cannot be divided so; one line says why.
-        SchemeError, RecipeError: no such scheme; fused parts given different ones.
+        SchemeError: no such scheme.
+        RecipeError: parts of a fused layer are given different schemes.
     """
     if isinstance(scheme, str):
         scheme = Recipe(source=BF16) if scheme == BF16 else Recipe.uniform(scheme_named(scheme).name)
-    return list(_plan(facts, tp, ep, scheme, fuse_shared, rank))
+    return list(_plan(facts, tp, ep, scheme, fuse_shared, rank, mtp))
 
 
 @lru_cache(maxsize=256)
-def _plan(facts: ModelFacts, tp: int, ep: int, recipe: Recipe, fuse_shared: bool | None, rank: int) -> tuple[Gemm, ...]:
-    if tp < 1 or ep < 1 or not 0 <= rank < tp:
-        raise ShapeError(f"TP {tp}, EP {ep}, rank {rank}", "no such rank", "use tp >= 1, ep >= 1, 0 <= rank < tp")
-    if tp % ep:
-        raise ShapeError(
-            f"TP {tp} with EP {ep}",
-            "experts are dealt to EP groups of TP/EP ranks",
-            "choose an --ep that divides --tp",
-        )
-    experts = [layer for layer in facts.layers if isinstance(layer, Experts)]
-    if ep > 1 and not experts:
-        raise ShapeError(f"{facts.name} with EP {ep}", "it has no experts", "use --ep 1")
-    if fuse_shared and not any(e.shared for e in experts):
-        raise ShapeError(facts.name, "it has no shared experts to fuse", "leave shared experts to the default")
-
-    fused = {e.layers for e in experts if e.shared and (e.fuses if fuse_shared is None else fuse_shared)}
+def _plan(
+    facts: ModelFacts, tp: int, ep: int, recipe: Recipe, fuse_shared: bool | None, rank: int, mtp: bool
+) -> tuple[Gemm, ...]:
+    layers = [layer for layer in facts.layers if mtp or not layer.mtp]
+    _check_parallelism(facts, tp, ep, rank, [layer for layer in layers if isinstance(layer, Experts)])
+    fused = {
+        layer.blocks for layer in layers if isinstance(layer, Experts) and _fuses(facts, layer, recipe, ep, fuse_shared)
+    }
+    if fuse_shared and not fused:
+        raise ShapeError(facts.name, "it has no shared experts to fuse", "leave --fuse-shared to its default")
     gemms: list[Gemm] = []
-    for layer in facts.layers:
+    for layer in layers:
         if isinstance(layer, Experts):
-            gemms += _experts(facts, layer, tp // ep, ep, recipe, layer.layers in fused, rank % (tp // ep))
-        elif not (layer.shared_expert and layer.layers in fused):
+            shared = layer.shared if layer.blocks in fused else 0
+            gemms += _experts(facts, layer, tp // ep, ep, recipe, shared, rank % (tp // ep))
+        elif not (layer.shared_expert and layer.blocks in fused):
             gemms += _linear(facts, layer, tp, recipe)
     return tuple(gemms)
 
 
+def _check_parallelism(facts: ModelFacts, tp: int, ep: int, rank: int, experts: list[Experts]) -> None:
+    if tp < 1 or ep < 1 or not 0 <= rank < tp:
+        raise ShapeError(
+            f"{facts.name} at TP {tp}, EP {ep}, rank {rank}", "no such rank", "use tp >= 1, ep >= 1, 0 <= rank < tp"
+        )
+    if ep > 1 and not experts:
+        raise ShapeError(f"{facts.name} at EP {ep}", "it has no experts", "use --ep 1")
+    if tp % ep:
+        raise ShapeError(
+            f"{facts.name} at TP {tp}, EP {ep}",
+            "EP groups are made of the TP ranks, TP/EP each",
+            "use an --ep that divides --tp",
+        )
+    for e in experts:
+        if e.experts % ep:
+            raise ShapeError(
+                f"{facts.name} at EP {ep}", f"{e.experts} experts do not divide by it", "choose another --ep"
+            )
+        if e.intermediate % (tp // ep):
+            raise ShapeError(
+                f"{facts.name} at TP {tp}, EP {ep}",
+                f"the experts' {e.intermediate} columns do not divide by {tp // ep}, as SGLang's FusedMoE demands",
+                "choose another --tp or --ep",
+            )
+
+
+def _fuses(facts: ModelFacts, layer: Experts, recipe: Recipe, ep: int, asked: bool | None) -> bool:
+    """Whether shared experts run inside this layer's grouped GEMM: they need one scheme with the routed ones."""
+    by_default = layer.fuse is Fuse.ALWAYS or (layer.fuse is Fuse.WITHOUT_EP and ep == 1)
+    if not layer.shared or not (by_default if asked is None else asked):
+        return False
+    beside = (x for x in facts.layers if isinstance(x, Linear) and x.shared_expert and x.blocks == layer.blocks)
+    own, theirs = (
+        _by_scheme(facts, layer.blocks, modules, recipe)
+        for modules in ((*layer.gate_up, layer.down), [part.module for x in beside for part in x.parts])
+    )
+    if own != theirs and asked:
+        raise RecipeError(
+            f"{recipe.source}: {layer.name} and its shared experts", "get different schemes", "give them one to fuse"
+        )
+    return own == theirs
+
+
 def _by_scheme(
-    facts: ModelFacts, layers: tuple[int, ...], modules: tuple[str, ...], recipe: Recipe
-) -> Iterator[tuple[Scheme | None, tuple[int, ...]]]:
-    """Group decoder blocks by the scheme that the recipe gives to modules in them."""
-    if not layers:
-        yield recipe.scheme_for(*modules), ()
-        return
-    # Rules may tell blocks apart; the default and ALWAYS_BF16 cannot.
-    probes = layers if recipe.rules else layers[:1]
-    groups: dict[Scheme | None, list[int]] = {}
-    for i in probes:
-        names = (facts.block.format(i) + m for m in modules)
-        groups.setdefault(recipe.scheme_for(*names), []).append(i)
-    for scheme, indices in groups.items():
-        yield scheme, tuple(indices) if recipe.rules else layers
+    facts: ModelFacts, blocks: tuple[int, ...] | None, modules: tuple[str, ...] | list[str], recipe: Recipe
+) -> dict[Scheme | None, tuple[int, ...]]:
+    """Decoder blocks by the scheme that the recipe gives to modules in them."""
+    if blocks is None:
+        return {recipe.scheme_for(*modules): ()}
+    if not recipe.rules:  # the default is the same for every block
+        return {recipe.scheme_for(*(facts.block.format(blocks[0]) + m for m in modules)): blocks}
+    groups: dict[Scheme | None, tuple[int, ...]] = {}
+    for i in blocks:
+        scheme = recipe.scheme_for(*(facts.block.format(i) + m for m in modules))
+        groups[scheme] = (*groups.get(scheme, ()), i)
+    return groups
 
 
 def _linear(facts: ModelFacts, layer: Linear, tp: int, recipe: Recipe) -> Iterator[Gemm]:
-    rows = [part.local(tp) for part in layer.parts]
-    if layer.pad_vocab:
-        vocab = layer.parts[0].units
-        pad = VOCAB_PAD if _up(vocab, VOCAB_PAD) % tp == 0 else VOCAB_PAD * tp
-        rows = [_up(vocab, pad) // tp]
-    n, k = sum(rows), layer.k.local(tp)
+    of = f"{facts.name}: {layer.name}"
+    rows = [part.local(tp, of) for part in layer.parts]
+    n, k = sum(rows), layer.k.local(tp, of)
     modules = tuple(part.module for part in layer.parts)
-    groups = [(None, layer.layers)] if layer.bf16 else _by_scheme(facts, layer.layers, modules, recipe)
-    for scheme, indices in groups:
-        if scheme and k % scheme.block:
-            raise ShapeError(
-                f"{layer.name} [{n}, {k}] at TP {tp}",
-                f"K is not whole {scheme.block}-blocks of {scheme.name}",
-                "give it bf16 in a recipe, or use a smaller --tp",
-            )
+    groups = {None: layer.blocks or ()} if layer.bf16 else _by_scheme(facts, layer.blocks, modules, recipe)
+    for scheme, blocks in groups.items():
+        _check_k(of, n, k, scheme, tp)
         name = scheme.name if scheme else BF16
         yield Gemm(
-            "linear", layer.name, n, k, 1, 1, 1, max(1, len(indices)), name, weight_bytes(name, n, k), n, k,
-            layers=indices, parts=tuple(zip(modules, rows, strict=True)),
-        )  # fmt: skip
+            "linear",
+            layer.name,
+            N=n,
+            K=k,
+            E_local=1,
+            E_total=1,
+            top_k=1,
+            count=max(1, len(blocks)),
+            scheme=name,
+            bytes=weight_bytes(name, n, k),
+            N_used=n,
+            K_used=k,
+            blocks=blocks,
+            parts=tuple(zip(modules, rows, strict=True)),
+        )
 
 
 def _experts(
-    facts: ModelFacts, layer: Experts, moe_tp: int, ep: int, recipe: Recipe, fuse: bool, moe_rank: int
+    facts: ModelFacts, layer: Experts, moe_tp: int, ep: int, recipe: Recipe, shared: int, moe_rank: int
 ) -> Iterator[Gemm]:
-    if layer.experts % ep:
-        raise ShapeError(f"EP {ep}", f"{layer.experts} experts do not divide by it", "choose another --ep")
-    if layer.intermediate % moe_tp:
-        raise ShapeError(
-            f"experts' TP {moe_tp}",
-            f"their intermediate size {layer.intermediate} does not divide by it, which SGLang's FusedMoE demands",
-            "choose another --tp or --ep",
-        )
-    shared = layer.shared if fuse else 0
-    e_local, e_total, top_k = layer.experts // ep + shared, layer.experts + shared, layer.top_k + shared
-    h = layer.hidden
-    for op, modules in (("moe_gate_up", layer.gate_up), ("moe_down", (layer.down,))):
-        for scheme, indices in _by_scheme(facts, layer.layers, modules, recipe):
-            name = scheme.name if scheme else BF16
-            if scheme:
-                here, last = (split_blocks(layer.intermediate, moe_tp, r, scheme.block) for r in (moe_rank, moe_tp - 1))
-            else:
-                here = last = layer.intermediate // moe_tp
-            gate_up = op == "moe_gate_up"
-            n, k = (2 * here, h) if gate_up else (h, here)
-            if scheme and k % scheme.block:
-                raise ShapeError(f"{layer.name} K {k}", f"not whole {scheme.block}-blocks", "use scheme bf16")
+    e_local = layer.experts // ep + shared
+    modules = (*layer.gate_up, layer.down)
+    for scheme, blocks in _by_scheme(facts, layer.blocks, modules, recipe).items():
+        for n, k in ((2 * layer.intermediate, layer.hidden), (layer.hidden, layer.intermediate)):
+            _check_k(f"{facts.name}: {layer.name}", n, k, scheme, 1)
+        block = scheme.block if scheme else 1
+        stored, used = share(layer.intermediate, moe_tp, moe_rank, block)
+        name = scheme.name if scheme else BF16
+        half = 2 * stored // len(layer.gate_up)
+        for op, n, k, n_used, k_used, parts in (
+            ("moe_gate_up", 2 * stored, layer.hidden, 2 * used, layer.hidden, layer.gate_up),
+            ("moe_down", layer.hidden, stored, layer.hidden, used, (layer.down,)),
+        ):
             yield Gemm(
-                op, f"{layer.name}.{'gate_up_proj' if gate_up else 'down_proj'}", n, k, e_local, e_total, top_k,
-                len(indices), name, weight_bytes(name, e_local, n, k),
-                2 * last if gate_up else h, h if gate_up else last, shared, indices,
-                tuple((m, n // len(modules)) for m in modules),
-            )  # fmt: skip
+                op,
+                f"{layer.name}.{op.removeprefix('moe_')}_proj",
+                N=n,
+                K=k,
+                E_local=e_local,
+                E_total=layer.experts + shared,
+                top_k=layer.top_k + shared,
+                count=len(blocks),
+                scheme=name,
+                bytes=weight_bytes(name, e_local, n, k),
+                N_used=n_used,
+                K_used=k_used,
+                shared=shared,
+                blocks=blocks,
+                parts=tuple((m, half if op == "moe_gate_up" else n) for m in parts),
+            )
+
+
+def _check_k(name: str, n: int, k: int, scheme: Scheme | None, tp: int) -> None:
+    if scheme and k % scheme.block:
+        raise ShapeError(
+            f"{name} [{n}, {k}] at TP {tp}",
+            f"K is not whole {scheme.block}-blocks, as {scheme.name} needs",
+            "keep it bf16 in a recipe, or use a smaller --tp",
+        )
