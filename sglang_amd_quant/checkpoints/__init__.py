@@ -1,38 +1,57 @@
 """Checkpoint formats, one file each: read, validate, stream and write.
 
 `reader_for(quantization_config)` gives the `Reader` of a checkpoint, whose `canonical(stream)` renames and re-lays its
-tensors to the one form the rest of the package knows (see `reader.py`).
+tensors to the one form the rest of the package knows (see `naming.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+from sglang_amd_quant.checkpoints.compressed_tensors import CompressedTensorsReader
+from sglang_amd_quant.checkpoints.gpt_oss import GptOssReader
+from sglang_amd_quant.checkpoints.modelopt import ModelOptReader
+from sglang_amd_quant.checkpoints.mxfp8 import Mxfp8Reader
 from sglang_amd_quant.checkpoints.native import NativeReader
+from sglang_amd_quant.checkpoints.quark import QuarkReader
 from sglang_amd_quant.checkpoints.reader import Reader
 from sglang_amd_quant.errors import CheckpointError
 
 READERS: dict[str, type[Reader]] = {
     "amd_mx": NativeReader,
+    "quark": QuarkReader,
+    "mxfp4": GptOssReader,
+    "compressed-tensors": CompressedTensorsReader,
+    "modelopt": ModelOptReader,
+    "mxfp8": Mxfp8Reader,
 }
 """`quant_method` of a quantization_config -> its reader."""
 
+_NO_MODEL: Mapping[str, Any] = MappingProxyType({})
 
-def reader_for(quantization_config: Mapping[str, Any]) -> Reader:
-    """The reader of a checkpoint, configured by its `quantization_config` (parsed JSON).
+
+def reader_for(quantization_config: Mapping[str, Any], model_config: Mapping[str, Any] = _NO_MODEL) -> Reader:
+    """The reader of a checkpoint.
+
+    Args:
+        quantization_config: parsed JSON: of config.json, or all of ModelOpt's hf_quant_config.json.
+        model_config: the config.json around it. Quark's gpt-oss needs its `model_type` and `num_local_experts`.
 
     Raises:
         CheckpointError: no reader knows the format, or the format's reader does not cover what the config asks for.
     """
     method = quantization_config.get("quant_method")
+    if method is None and "producer" in quantization_config:  # hf_quant_config.json
+        method = quantization_config["producer"].get("name")
     if method not in READERS:
         raise CheckpointError(
             f"quantization_config: quant_method {method!r}",
             "no reader for this format",
             f"give a bf16 checkpoint or one of {', '.join(READERS)}",
         )
-    return READERS[method].from_config(quantization_config)
+    return READERS[method].from_config(quantization_config, model_config)
 
 
 __all__ = ["READERS", "Reader", "reader_for"]

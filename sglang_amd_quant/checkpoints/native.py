@@ -1,9 +1,9 @@
 """Our own format: the canonical names as they are, and the recipe in config.json.
 
     "quantization_config": {"quant_method": "amd_mx", "version": 1, "recipe": {...},
-                            "scale_mode": {"e2m1": "even", "e4m3": "rceil"}, "static_input": ["*.experts.*"]}
+                            "scale_mode": {"e2m1": "even", "e4m3": "rceil"}, "static_input": {PATTERN: bool}}
 
-`static_input` (optional) lists patterns of modules that store an `input_scale`.
+`static_input` (optional): which modules store an `input_scale`; the first pattern that matches decides.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from sglang_amd_quant.checkpoints.reader import FUSED_EXPERTS, Part, Reader, Role
+from sglang_amd_quant.checkpoints.naming import FUSED_EXPERTS, Part, Role
+from sglang_amd_quant.checkpoints.reader import CONFIG, FP8_STATIC, Reader
 from sglang_amd_quant.errors import CheckpointError
 from sglang_amd_quant.recipe import Recipe, Rule
-from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, ScaleMode
+from sglang_amd_quant.schemes import BF16, DEFAULT_SCALE_MODE, ScaleMode
 
 QUANT_METHOD = "amd_mx"
 VERSION = 1
@@ -27,33 +28,27 @@ _FUSED_ROLES = {"": Role.DATA, "_scale": Role.SCALE, "_input_scale": Role.INPUT_
 class NativeReader(Reader):
     """`quant_method: amd_mx`, as `amd-mx quantize` writes it."""
 
-    static: tuple[Rule, ...] = ()
-
     name: ClassVar[str] = QUANT_METHOD
-    suffixes: ClassVar[Mapping[str, Role]] = {f".{role}": role for role in (Role.DATA, Role.SCALE, Role.INPUT_SCALE)}
+    suffixes: ClassVar[Mapping[str, Role]] = {f".{role}": role for role in Role}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        what = "config.json quantization_config"
-        if config.get("version") != VERSION or set(config) - _KEYS:
-            unknown = sorted(set(config) - _KEYS)
+    def from_config(cls, config: Mapping[str, Any], model: Mapping[str, Any]) -> Self:
+        unknown = sorted(set(config) - _KEYS)
+        if config.get("version") != VERSION or unknown:
             raise CheckpointError(
-                f"{what}: version {config.get('version')!r}" + (f", keys {', '.join(unknown)}" if unknown else ""),
+                f"{CONFIG}: version {config.get('version')!r}" + (f", keys {', '.join(unknown)}" if unknown else ""),
                 f"this release reads version {VERSION} with keys {', '.join(sorted(_KEYS))}",
                 "upgrade sglang-amd-quant, or quantize the source again",
             )
         try:
             given = {element: ScaleMode(mode) for element, mode in config.get("scale_mode", {}).items()}
         except ValueError as error:
-            raise CheckpointError(f"{what}: scale_mode", str(error), f"use one of {', '.join(ScaleMode)}") from None
+            raise CheckpointError(f"{CONFIG} scale_mode", str(error), f"use one of {', '.join(ScaleMode)}") from None
         return cls(
-            recipe=Recipe.from_dict(config.get("recipe", {}), source=what),
+            recipe=Recipe.from_dict(config.get("recipe", {}), source=CONFIG),
             scale_mode={**DEFAULT_SCALE_MODE, **given},
-            static=tuple(Rule(pattern, "static") for pattern in config.get("static_input", ())),
+            static=tuple(Rule(p, FP8_STATIC if s else BF16) for p, s in config.get("static_input", {}).items()),
         )
-
-    def static_input(self, module: str) -> bool:
-        return any(rule.matches(module) for rule in self.static)
 
     def part(self, name: str) -> Part | None:
         match = FUSED_EXPERTS.fullmatch(name)
@@ -63,7 +58,9 @@ class NativeReader(Reader):
 
 
 def quantization_config(
-    recipe: Recipe, scale_mode: Mapping[str, ScaleMode] = DEFAULT_SCALE_MODE, static_input: tuple[str, ...] = ()
+    recipe: Recipe,
+    scale_mode: Mapping[str, ScaleMode] = DEFAULT_SCALE_MODE,
+    static: tuple[Rule, ...] = (),
 ) -> dict[str, Any]:
     """The `quantization_config` that `NativeReader` reads back."""
     config: dict[str, Any] = {
@@ -72,4 +69,4 @@ def quantization_config(
         "recipe": recipe.to_dict(),
         "scale_mode": {element: str(mode) for element, mode in scale_mode.items()},
     }
-    return config | ({"static_input": list(static_input)} if static_input else {})
+    return config | ({"static_input": {r.pattern: r.scheme == FP8_STATIC for r in static}} if static else {})

@@ -1,0 +1,60 @@
+"""Canonical tensor names, which are also what our own format stores (N, K logical; E experts; e2m1 packs two a byte).
+
+    <module>.weight        uint8 [N, K/2] (e2m1) or float8_e4m3fn [N, K] (e4m3)
+    <module>.weight_scale  uint8 [N, K/32], e8m0
+    <module>.input_scale   float32 [], only where activations are static per-tensor fp8
+    <module>.bias          as stored
+
+Experts that a checkpoint stores fused keep their names, with a leading E (and no `.weight`):
+
+    ...experts.gate_up_proj   ...experts.gate_up_proj_scale   ...experts.gate_up_proj_bias
+    ...experts.down_proj      ...experts.down_proj_scale      ...experts.down_proj_bias
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+FUSED_EXPERTS = re.compile(r"(?P<module>.*\.experts\.(?:gate_up_proj|down_proj))(?P<suffix>.*)")
+"""Tensors that hold all experts of a layer: the module, and what the tensor is to it (`_scale`, `_blocks`, ...)."""
+
+_MANY = 6
+
+
+class Role(StrEnum):
+    """What a tensor is to its module."""
+
+    DATA = "weight"
+    SCALE = "weight_scale"
+    INPUT_SCALE = "input_scale"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of one quantized module."""
+
+    module: str
+    role: Role
+
+    @property
+    def name(self) -> str:
+        """Canonical tensor name."""
+        if not is_fused(self.module):
+            return f"{self.module}.{self.role}"
+        return self.module if self.role is Role.DATA else f"{self.module}_{self.role.removeprefix('weight_')}"
+
+
+def is_fused(module: str) -> bool:
+    """Whether a module's tensors hold all experts of a layer."""
+    match = FUSED_EXPERTS.fullmatch(module)
+    return match is not None and not match["suffix"]
+
+
+def some(names: Iterable[str]) -> str:
+    """At most six names in one line, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - _MANY} more" if len(names) > _MANY else ""
+    return ", ".join(names[:_MANY]) + more
