@@ -43,7 +43,8 @@ class AmdMxLinearMethod(LinearMethodBase):
         input_size: int,
         output_size: int,
         params_dtype: torch.dtype,
-        weight_loader: Callable[..., None] | None = None,
+        *,
+        weight_loader: Callable[..., None],
         **extra: Any,
     ) -> None:
         """Register empty storage. Raises ShapeError where K is not whole 32-blocks on this rank."""

@@ -50,7 +50,8 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
         hidden_size: int,
         intermediate_size_per_partition: int,
         params_dtype: torch.dtype,
-        weight_loader: Callable[..., None] | None = None,
+        *,
+        weight_loader: Callable[..., None],
         with_bias: bool = False,
         **extra: Any,
     ) -> None:

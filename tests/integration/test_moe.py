@@ -12,7 +12,7 @@ from sglang_amd_quant.errors import CheckpointError, ShapeError, UnsupportedErro
 from sglang_amd_quant.formats import dequantize_mx, fake_quantize_mx, quantize_mx
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES
 
-E, TOP_K, H, I, M = 8, 2, 64, 96, 7
+E, TOP_K, H, INTER, M = 8, 2, 64, 96, 7
 SERVED = [s for s in SCHEMES.values() if s.weight != "int4"]
 
 
@@ -22,7 +22,7 @@ def build(config, **options):
     defaults = {
         "num_experts": E,
         "hidden_size": H,
-        "intermediate_size": I,
+        "intermediate_size": INTER,
         "layer_id": 0,
         "top_k": TOP_K,
         "params_dtype": torch.bfloat16,
@@ -32,7 +32,7 @@ def build(config, **options):
     return FusedMoE(**(defaults | options))
 
 
-def weights(gated=True, intermediate=I):
+def weights(gated=True, intermediate=INTER):
     torch.manual_seed(1)
     names = ("w1", "w3", "w2") if gated else ("w1", "w2")
     shape = {"w1": (intermediate, H), "w3": (intermediate, H), "w2": (H, intermediate)}
@@ -99,7 +99,7 @@ def close(got, want, scheme):
     """fp32 sums of <= 96 products: K * 2^-24 < 2^-17 of the magnitudes. Where activations are quantized again after
     the first GEMM, that error can move a value across a rounding boundary, by one step of the format on one of I
     terms: 2^-1 (e2m1) or 2^-3 (e4m3) of a term whose share of the output is about 1/sqrt(I)."""
-    step = {"bf16": 0.0, "e4m3": 2**-3, "e2m1": 2**-1}[scheme.act] / math.sqrt(I)
+    step = {"bf16": 0.0, "e4m3": 2**-3, "e2m1": 2**-1}[scheme.act] / math.sqrt(INTER)
     assert torch.isfinite(got).all()
     assert (got.double() - want).abs().max() <= want.abs().max() * (2**-15 + step)
 
@@ -134,7 +134,7 @@ def test_ranks_sum_to_the_whole(make_config, rank, tp, ep):
 def test_fused_checkpoint_with_biases_and_swigluoai(make_config, rank, tp, interleaved):
     """gpt-oss: experts in one tensor, gate and up interleaved or halved, biases, clamp."""
     scheme, experts = SCHEMES["w4a16"], weights()
-    biases = [{"gate": torch.randn(I), "up": torch.randn(I), "w2": torch.randn(H)} for _ in range(E)]
+    biases = [{"gate": torch.randn(INTER), "up": torch.randn(INTER), "w2": torch.randn(H)} for _ in range(E)]
     join = (lambda g, u: torch.stack([g, u], 1).flatten(0, 1)) if interleaved else (lambda g, u: torch.cat([g, u]))
     w13 = torch.stack([join(w["w1"], w["w3"]) for w in experts])
     b13 = torch.stack([join(b["gate"], b["up"]) for b in biases])

@@ -1,0 +1,56 @@
+# make serve [MODEL=folder] [SCHEME=mxfp4|mxfp8|w4a8|w4a16] [PORT=30000]   serve a model on this machine's CPU
+# make stop                                                               stop it
+# make test                                                               the whole test suite
+# make check                                                              linters and the type checker
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 30000
+MODEL ?=
+SCHEME ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+.PHONY: serve stop test test-fast check format venv clean
+
+serve: $(VENV)/.serve
+	$(BIN)/python -m examples.serve --port $(PORT) $(if $(MODEL),--model $(MODEL)) $(if $(SCHEME),--scheme $(SCHEME))
+
+stop:
+	$(BIN)/python -m examples.serve --stop
+
+# Two stages: unit tests on both cores, then the servers, which are processes of their own, one after the other.
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not serving"
+	$(PYTEST) -m serving
+
+test-fast: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not serving"
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+venv: $(VENV)/.serve
+
+$(VENV)/.serve: pyproject.toml cpu_platform/pyproject.toml requirements/torch.txt requirements/sglang-nodeps.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch, SGLang and this package into $(VENV) (about 2.5 GB on disk)"
+	$(PIP) install -r requirements/torch.txt
+	$(PIP) install --no-deps -r requirements/sglang-nodeps.txt
+	$(PIP) install -e ".[cpu,example]" ./cpu_platform
+	touch $@
+
+$(VENV)/.test: $(VENV)/.serve
+	$(PIP) install -e ".[test,bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
