@@ -1,34 +1,48 @@
-"""e2m1 (fp4): sign, two exponent bits, one mantissa bit; magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6; no Inf, no NaN."""
+"""e2m1 (fp4): sign, two exponent bits, one mantissa bit. Magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6; neither Inf nor NaN."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-EMAX = 2
-MANTISSA_BITS = 1
+from sglang_amd_quant.formats import nibbles
+
 MAX = 6.0
-MAX_MANTISSA = 1 << 22  # of 6 = 1.5 * 2^2, as fp32 bits
+MANTISSA_BITS = 1
+
+_ONE = 127 << 23  # exponent field of 1.0, as fp32 bits
+_SIX = 129 << 23 | 1 << 22
 
 
 def encode(y: Tensor) -> Tensor:
-    """Round to e2m1, ties to even, saturating at +-6: fp32 [..., K] -> packed uint8 [..., K/2], low nibble = even index.
+    """Round to e2m1: to nearest, ties to even, saturating at +-6, signs kept (also of zero). NaN becomes +-6.
 
-    Adding M = 2^(22 + e), with e the exponent of |y| held at 0 or above, leaves |y| rounded to its last e2m1 bit in the
-    low bits of the sum, so the processor's own rounding does the work; 2e then completes the code.
+    With e the exponent of |y|, taken as 0 below 1, the codes are 2^(e-1) apart. The sum |y| + 2^(22+e) has an ulp of
+    just that, so the processor's own rounding leaves the code, counted from 2^(22+e), in the low bits; codes of the
+    binades below add 2e.
+
+    Args:
+        y: fp32 [..., K] contiguous, K even.
+
+    Returns:
+        uint8 [..., K/2], low nibble = even index.
     """
     bits = y.view(torch.int32)
-    magnitude = bits & 0x7FFFFFFF
-    magic = (magnitude & 0x7F800000).clamp_(min=127 << 23, max=129 << 23).add_(22 << 23)
-    rounded = magnitude.clamp_(max=0x40C00000).view(torch.float32) + magic.view(torch.float32)
-    code = rounded.view(torch.int32).sub_(magic).add_(magic.sub_(149 << 23) >> 22)
+    magnitude = (bits & 0x7FFFFFFF).clamp_(max=_SIX)
+    shift = (magnitude & 0x7F800000).clamp_(min=_ONE).add_(22 << 23)
+    code = magnitude.view(torch.float32).add_(shift.view(torch.float32)).view(torch.int32).sub_(shift)
+    code += shift.sub_(_ONE + (22 << 23)) >> 22
     code |= (bits >> 28) & 8
-    return (code[..., 0::2] | (code[..., 1::2] << 4)).to(torch.uint8)
+    return nibbles.pack(code.to(torch.uint8))
 
 
 def decode(packed: Tensor) -> Tensor:
-    """The values of packed codes: uint8 [..., K/2] -> fp32 [..., K]."""
-    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=packed.device)
-    values = torch.cat([values, -values])
-    codes = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
-    return values[codes.to(torch.int32)]
+    """uint8 [..., K/2] -> fp32 [..., K], exact.
+
+    The three magnitude bits are put where fp16 keeps the last two of its exponent and the first of its mantissa: an
+    fp16 (subnormal for 0.5) of 2^-14 times the value.
+    """
+    pairs = packed.contiguous().to(torch.int32)
+    pairs |= pairs << 12
+    halves = (pairs & 0x00070007) << 9 | (pairs & 0x00080008) << 12
+    return halves.view(torch.float16).to(torch.float32).mul_(2.0**14)

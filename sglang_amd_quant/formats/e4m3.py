@@ -1,21 +1,88 @@
-"""e4m3 (fp8): OCP's `fn` (no Inf, NaN 0x7F and 0xFF, max 448)."""
+"""e4m3 (fp8) in its two kinds, which share no scale and not every byte.
+
+OCP's `fn`: bias 7, max 448, NaN 0x7F and 0xFF. gfx942's `fnuz`: bias 8, max 240, one NaN, 0x80, where `fn` has -0.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-EMAX = 8
-MANTISSA_BITS = 3
+from sglang_amd_quant.errors import SchemeError, ShapeError
+from sglang_amd_quant.formats.pieces import pieces
+from sglang_amd_quant.schemes import MX_BLOCK
+
 MAX = 448.0
-MAX_MANTISSA = 3 << 21  # of 448 = 1.75 * 2^8, as fp32 bits
+MANTISSA_BITS = 3
+FNUZ_NAN = 0x80
 
 
 def encode(y: Tensor) -> Tensor:
-    """Round to e4m3fn, ties to even, saturating at +-448, NaN kept: fp32 -> float8_e4m3fn of the same shape."""
-    return y.clamp(-MAX, MAX).to(torch.float8_e4m3fn)
+    """Round to e4m3fn: to nearest, ties to even, saturating at +-448, NaN kept. fp32 (overwritten) -> float8_e4m3fn."""
+    return y.clamp_(-MAX, MAX).to(torch.float8_e4m3fn)
 
 
 def decode(data: Tensor) -> Tensor:
     """float8_e4m3fn -> fp32, exact."""
-    return data.to(torch.float32)
+    return data.contiguous().to(torch.float32)
+
+
+def quantize_fp8_static(x: Tensor, scale: Tensor | float, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """Per-tensor fp8 with a known scale: x * (1 / scale) in fp32, to nearest, ties to even, saturating, NaN kept.
+
+    Multiplied by the reciprocal, as SGLang's and vLLM's fp8 kernels do, which is not always the bits of a division.
+
+    Args:
+        x: any shape, float dtype and strides.
+        scale: one positive number: a float, or a tensor of one element on x's device (read there, never by the host).
+        dtype: `float8_e4m3fn`, or `float8_e4m3fnuz` with a scale already doubled for it.
+
+    Returns:
+        `dtype`, shape of x, contiguous.
+
+    Raises:
+        ShapeError: scale holds more than one number.
+        SchemeError: dtype is neither.
+    """
+    if dtype not in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
+        raise SchemeError(f"dtype {dtype}", "no static fp8 format", "use float8_e4m3fn or float8_e4m3fnuz")
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        raise ShapeError(f"scale {list(scale.shape)}", "static fp8 has one scale per tensor", "pass a scalar")
+    inverse = 1 / (scale.detach().to(torch.float32).reshape(()) if isinstance(scale, Tensor) else scale)
+    limit = torch.finfo(dtype).max
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for source, target in pieces(x.detach().unsqueeze(-1), out.unsqueeze(-1)):
+        target.copy_((source.to(torch.float32) * inverse).clamp_(-limit, limit))
+    return out
+
+
+def fn_to_fnuz(data: Tensor) -> Tensor:
+    """The same bytes for gfx942: float8_e4m3fn -> float8_e4m3fnuz of *half* the values, exactly, so scales must double.
+
+    -0 (0x80) becomes 0, since that byte is fnuz's NaN, and NaN (0x7F, 0xFF) becomes 0x80.
+    """
+    bits = data.contiguous().view(torch.uint8)
+    bits = bits.masked_fill(bits == FNUZ_NAN, 0).masked_fill_(bits & 0x7F == 0x7F, FNUZ_NAN)
+    return bits.view(torch.float8_e4m3fnuz)
+
+
+def mx_fn_to_fnuz(data: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """MXFP8 for gfx942: fn bytes become fnuz bytes of half the value, e8m0 scales one step larger; the product is the same.
+
+    The scale of 2^127 (254) has no double; its blocks keep it and are re-encoded, which fnuz does exactly up to 240 (it
+    has every fn value below 256) and saturates beyond, where the product is no fp32 number anyway. 255 stays NaN.
+
+    Args:
+        data: float8_e4m3fn [..., K].
+        scales: uint8 e8m0 [..., K/32].
+
+    Returns:
+        float8_e4m3fnuz [..., K] and uint8 [..., K/32], both contiguous.
+    """
+    out = torch.empty(data.shape, dtype=torch.float8_e4m3fnuz, device=data.device)
+    blocks = (*scales.shape, MX_BLOCK)
+    limit = torch.finfo(torch.float8_e4m3fnuz).max
+    for source, b, target in pieces(data.view(blocks), scales.unsqueeze(-1), out.view(blocks)):
+        kept = decode(source).clamp_(-limit, limit).to(torch.float8_e4m3fnuz)
+        target.copy_(torch.where(b == 254, kept.view(torch.uint8), fn_to_fnuz(source).view(torch.uint8)).view(target.dtype))
+    return out, torch.where(scales < 254, scales + 1, scales)
