@@ -10,13 +10,13 @@ from sglang_amd_quant import formats
 from sglang_amd_quant.errors import SchemeError, ShapeError
 from sglang_amd_quant.layouts.base import Layout, padded_matrix
 from sglang_amd_quant.layouts.names import SCALE_LAYOUTS, STRIDED, TensorLayout, round_up
-from sglang_amd_quant.layouts.registry import scale_layout, value_layout
+from sglang_amd_quant.layouts.registry import scale_layout, source_layout, value_layout
 from sglang_amd_quant.schemes import ScaleMode, Scheme
 
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "e2m1": (torch.uint8,),
     "e4m3": (torch.float8_e4m3fn, torch.float8_e4m3fnuz),
-    "int4": (torch.uint8, torch.int32),
+    "int4": (torch.uint8,),
 }
 _SCALE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "e2m1": (torch.uint8,),
@@ -69,22 +69,31 @@ class MxTensor:
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
         if len(self.shape) < 2:
             raise ShapeError(f"weights {list(self.shape)}", "fewer than two dimensions", "give [..., N, K]")
-        object.__setattr__(self, "pad", PadPlan(self.pad.n or self.n, self.pad.k or self.k))
         if reasons := self.layout.reasons(self.n, self.k, self.scheme):
             raise ShapeError(self._what, "; ".join(reasons), "choose another layout, or pad K to whole blocks")
-        if self.pad.n < self.n or self.pad.k < self.k or self.pad.k % self.scheme.block:
+        object.__setattr__(self, "pad", self._sizes(self.pad))
+        repacked, weight = self._value.storage_dtype, self.scheme.weight
+        data_shape, scales_shape = (
+            self._value.storage_shape(*self._data_size),
+            self._scale.storage_shape(*self._scales_size),
+        )
+        self._check("data", self.data, data_shape, (repacked,) if repacked else _DTYPES[weight])
+        self._check("scales", self.scales, scales_shape, _SCALE_DTYPES[weight])
+        if self.zeros is not None:
+            if weight != "int4":
+                raise SchemeError(self._what, f"{weight} has no zero points", "leave zeros out")
+            self._check("zeros", self.zeros, self._scales_size, (torch.uint8,))
+
+    def _sizes(self, pad: PadPlan) -> PadPlan:
+        """`pad` with its zeros filled in; raises ShapeError where it does not hold the shape in whole blocks."""
+        sizes = PadPlan(pad.n or self.n, pad.k or self.k)
+        if sizes.n < self.n or sizes.k < self.k or sizes.k % self.scheme.block:
             raise ShapeError(
                 self._what,
-                f"a pad plan of N={self.pad.n}, K={self.pad.k} is smaller, or no whole blocks of {self.scheme.block}",
+                f"a pad plan of N={sizes.n}, K={sizes.k} is smaller, or no whole blocks of {self.scheme.block}",
                 "give at least N and K, and K in whole blocks",
             )
-        self._check("data", self.data, self._value.storage_shape(*self._data_size), _DTYPES[self.scheme.weight])
-        scales_shape = self._scale.storage_shape(*self._scales_size)
-        self._check("scales", self.scales, scales_shape, _SCALE_DTYPES[self.scheme.weight])
-        if self.zeros is not None:
-            if self.scheme.weight != "int4":
-                raise SchemeError(self._what, f"{self.scheme.weight} has no zero points", "leave zeros out")
-            self._check("zeros", self.zeros, self._scales_size, (torch.uint8,))
+        return sizes
 
     def _check(self, name: str, given: torch.Tensor, matrix: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
         wanted = (*self.shape[:-2], *matrix)
@@ -183,6 +192,37 @@ class MxTensor:
         """Wrap strided tensors as checkpoints deliver them: data [..., N, K/pack], scales [..., N, K/block]."""
         return cls(data, scales, scheme, (*data.shape[:-1], data.shape[-1] * scheme.pack), zeros=zeros)
 
+    @classmethod
+    def from_source(
+        cls, source: str, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, scheme: Scheme
+    ) -> MxTensor:
+        """Unpack int4 weights of an AutoAWQ or GPTQ checkpoint. Reads the zero points: on a GPU it waits for them.
+
+        Args:
+            source: "awq", "gptq" or "gptq_v2" (see `layouts/awq.py`, `layouts/gptq.py`).
+            qweight: int32, awq [..., K, N/8], gptq [..., K/8, N]; not in activation order.
+            qzeros: int32 [..., K/group, N/8].
+            scales: floats [..., K/group, N].
+            scheme: int4; its block becomes K / (number of groups).
+
+        Raises:
+            ShapeError: the three do not belong together.
+        """
+        layout = source_layout(source)
+        groups, n = scales.shape[-2:]
+        k = (qweight.numel() * 8) // max(scales.numel() // groups, 1)
+        if k % groups:
+            raise ShapeError(f"qweight {list(qweight.shape)}", f"K={k} is not {groups} groups", "pass its own scales")
+        zeros = layout.unpack_zeros(qzeros)
+        tensor = cls(
+            layout.unpack(qweight, n, k // 2),
+            scales.mT.contiguous(),
+            replace(scheme, block=k // groups),
+            (*scales.shape[:-2], n, k),
+            zeros=zeros,
+        )
+        return replace(tensor, zeros=None) if torch.all(zeros == 8) else tensor
+
     def to_layout(self, layout: TensorLayout | str, pad: PadPlan | None = None) -> MxTensor:
         """The same weights in another layout and, where given, another padding.
 
@@ -195,7 +235,7 @@ class MxTensor:
             ShapeError: the layout cannot hold this shape or scheme, or `pad` is less than the shape.
         """
         layout = TensorLayout.parse(layout) if isinstance(layout, str) else layout
-        plan = self.pad if pad is None else PadPlan(pad.n or self.n, pad.k or self.k)
+        plan = self.pad if pad is None else self._sizes(pad)
         if layout == self.layout and plan == self.pad:
             return self
         if reasons := layout.reasons(self.n, self.k, self.scheme):
@@ -241,6 +281,17 @@ class MxTensor:
         """The same on another device."""
         zeros = None if self.zeros is None else self.zeros.to(device)
         return replace(self, data=self.data.to(device), scales=self.scales.to(device), zeros=zeros)
+
+    def to_fnuz(self) -> MxTensor:
+        """MXFP8 as gfx942 takes it, in the same layout: float8_e4m3fnuz bytes under doubled scales, equal values.
+
+        Raises:
+            SchemeError: the values are no float8_e4m3fn.
+        """
+        if self.data.dtype != torch.float8_e4m3fn:
+            raise SchemeError(self._what, f"{self.data.dtype} has no fnuz form", "convert float8_e4m3fn only")
+        data, scales = formats.mx_fn_to_fnuz(*self._matrices(PadPlan(self.n, self.k))[:2])
+        return MxTensor(data, scales, self.scheme, self.shape).to_layout(self.layout, self.pad)
 
     def padded_to(self, n: int = 1, k: int = 1) -> PadPlan:
         """The plan that pads N and K up to multiples of `n` and `k`."""

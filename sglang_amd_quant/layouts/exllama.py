@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_amd_quant.layouts import nibbles
 from sglang_amd_quant.layouts.base import Layout, padded_matrix
 from sglang_amd_quant.layouts.names import VALUE_LAYOUTS, LayoutSpec
 
@@ -19,6 +20,8 @@ class ExLlama(Layout):
     as they come; a kernel for symmetric weights subtracts the zero point 8. K is padded to 8 with nibbles of 0.
     """
 
+    storage_dtype = torch.int32
+
     @property
     def spec(self) -> LayoutSpec:
         return VALUE_LAYOUTS["exllama"]
@@ -27,19 +30,9 @@ class ExLlama(Layout):
         return n, self.spec.padded(n, cols)[1] // 4
 
     def pack(self, matrix: torch.Tensor) -> torch.Tensor:
-        n, cols = matrix.shape[-2:]
-        octets = padded_matrix(matrix, *self.spec.padded(n, cols), fill=self.spec.pad_byte)
-        low = octets & 0x0F
-        # In a word's four bytes [1 0][3 2][5 4][7 6] the low nibbles, two by two, are the first two stored bytes.
-        even = low[..., 0::2] | low[..., 1::2] << 4
-        high = octets >> 4
-        odd = high[..., 0::2] | high[..., 1::2] << 4
-        words = torch.cat((even.unflatten(-1, (-1, 2)), odd.unflatten(-1, (-1, 2))), dim=-1)
-        return words.view(torch.int32).squeeze(-1)
+        octets = padded_matrix(matrix, *self.spec.padded(*matrix.shape[-2:]), fill=self.spec.pad_byte)
+        return nibbles.pair(nibbles.as_words(octets))
 
     def unpack(self, storage: torch.Tensor, n: int, cols: int) -> torch.Tensor:
-        lead = self.leading(storage, n, cols)
-        octets = storage.contiguous().unsqueeze(-1).view(torch.uint8)
-        even, odd = octets[..., :2], octets[..., 2:]
-        pairs = torch.stack((even & 0x0F | odd << 4, even >> 4 | odd & 0xF0), dim=-1)
-        return pairs.reshape(*lead, n, -1)[..., :cols].contiguous()
+        self.leading(storage, n, cols)
+        return nibbles.as_octets(nibbles.unpair(storage))[..., :cols].contiguous()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from sglang_amd_quant.errors import SchemeError
-from sglang_amd_quant.layouts.base import SourceLayout, nibbles, words
+from sglang_amd_quant.layouts import nibbles
+from sglang_amd_quant.layouts.base import SourceLayout
 from sglang_amd_quant.layouts.names import SOURCE_LAYOUTS, LayoutSpec
 
 
@@ -43,15 +44,15 @@ class Gptq(SourceLayout):
 
     def pack(self, matrix: torch.Tensor) -> torch.Tensor:
         self.refuse_partial_tiles(matrix)
-        # Four canonical bytes, low nibble first, are one little-endian word of eight consecutive k.
-        return matrix.contiguous().view(torch.int32).mT.contiguous()
+        # Four bytes of a row, low nibble first, are one little-endian word of eight consecutive k.
+        return nibbles.as_words(matrix).mT.contiguous()
 
     def unpack(self, storage: torch.Tensor, n: int, cols: int) -> torch.Tensor:
         self.leading(storage, n, cols)
-        return storage.mT.contiguous().view(torch.uint8)
+        return nibbles.as_octets(storage.mT)
 
     def pack_zeros(self, zeros: torch.Tensor) -> torch.Tensor:
-        return words((zeros - self._minus & 0x0F).mT.unflatten(-1, (-1, 8)))
+        return nibbles.gather(zeros.mT - self._minus & 0x0F)
 
     def unpack_zeros(self, storage: torch.Tensor) -> torch.Tensor:
-        return (nibbles(storage).flatten(-2) + self._minus & 0x0F).mT.contiguous()
+        return (nibbles.spread(storage) + self._minus & 0x0F).mT.contiguous()

@@ -147,7 +147,9 @@ SCALE_LAYOUTS: Mapping[str, LayoutSpec] = {
 SOURCE_LAYOUTS: Mapping[str, LayoutSpec] = {
     spec.name: spec
     for spec in (
-        LayoutSpec("awq", Role.SOURCE, ("int4",), tile_n=8, pads=False, about="AutoAWQ: 8 rows of N in an int32"),
+        LayoutSpec(
+            "awq", Role.SOURCE, ("int4",), tile_n=8, tile_cols=4, pads=False, about="AutoAWQ: 8 rows of N in an int32"
+        ),
         LayoutSpec(
             "gptq", Role.SOURCE, ("int4",), tile_n=8, tile_cols=4, pads=False, about="GPTQ v1: zeros stored minus one"
         ),
