@@ -8,6 +8,7 @@ import torch
 
 from sglang_amd_quant import formats
 from sglang_amd_quant.errors import SchemeError, ShapeError
+from sglang_amd_quant.formats import e8m0
 from sglang_amd_quant.layouts.base import Layout, padded_matrix
 from sglang_amd_quant.layouts.names import SCALE_LAYOUTS, STRIDED, TensorLayout, round_up
 from sglang_amd_quant.layouts.registry import scale_layout, source_layout, value_layout
@@ -275,6 +276,9 @@ class MxTensor:
         data, scales, zeros = self._matrices(PadPlan(self.n, self.k))
         if self.scheme.weight == "int4":
             return formats.dequantize_int4(data, scales, zeros, dtype=dtype)
+        if data.dtype == torch.float8_e4m3fnuz:  # no checkpoint format, so `formats` does not read it back
+            blocks = data.to(torch.float32).unflatten(-1, (-1, self.scheme.block))
+            return (blocks * e8m0.decode(scales).unsqueeze(-1)).flatten(-2).to(dtype)
         return formats.dequantize_mx(data, scales, self.scheme.weight, dtype)
 
     def to(self, device: torch.device | str) -> MxTensor:
