@@ -16,7 +16,7 @@ from sglang_amd_quant.checkpoints.modelopt import ModelOptReader
 from sglang_amd_quant.checkpoints.mxfp8 import Mxfp8Reader
 from sglang_amd_quant.checkpoints.native import NativeReader
 from sglang_amd_quant.checkpoints.quark import QuarkReader
-from sglang_amd_quant.checkpoints.reader import Reader
+from sglang_amd_quant.checkpoints.reader import CONFIG, Reader
 from sglang_amd_quant.errors import CheckpointError
 
 READERS: dict[str, type[Reader]] = {
@@ -51,7 +51,12 @@ def reader_for(quantization_config: Mapping[str, Any], model_config: Mapping[str
             "no reader for this format",
             f"give a bf16 checkpoint or one of {', '.join(READERS)}",
         )
-    return READERS[method].from_config(quantization_config, model_config)
+    try:
+        return READERS[method].from_config(quantization_config, model_config)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{CONFIG}, quant_method {method!r}", f"not as that format writes it ({error!r})", "mend config.json"
+        ) from error
 
 
 __all__ = ["READERS", "Reader", "reader_for"]

@@ -12,7 +12,7 @@ import torch
 
 from sglang_amd_quant.checkpoints.naming import Part, Role, is_fused, some
 from sglang_amd_quant.errors import CheckpointError
-from sglang_amd_quant.formats import dequantize_mx
+from sglang_amd_quant.formats.mx import ELEMENTS, dequantize_mx
 from sglang_amd_quant.recipe import ALWAYS_BF16
 from sglang_amd_quant.schemes import MX_BLOCK, Scheme
 
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 Named = tuple[str, torch.Tensor]
 
 E8M0_NAN = 255
-DTYPES = {"e2m1": torch.uint8, "e4m3": torch.float8_e4m3fn}
-_ELEMENTS = {dtype: element for element, dtype in DTYPES.items()}
+_ELEMENT_OF = {element.dtype: element.name for element in ELEMENTS.values()}
 _RAW_DTYPES = frozenset({torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu})
 _KV_CACHE = re.compile(r".*\.(k_scale|v_scale|[kv]_proj\.output_scale)")
 _QUANTIZERS_OWN = re.compile(
@@ -115,8 +114,8 @@ class Ledger:
         scheme = self._scheme(module)
         if scheme is not None:
             return scheme.weight
-        if tensor.dtype in _ELEMENTS and any(fnmatchcase(module, pattern) for pattern in ALWAYS_BF16):
-            return _ELEMENTS[tensor.dtype]
+        if tensor.dtype in _ELEMENT_OF and any(fnmatchcase(module, pattern) for pattern in ALWAYS_BF16):
+            return _ELEMENT_OF[tensor.dtype]
         raise CheckpointError(
             f"{name} {list(tensor.shape)} {tensor.dtype}",
             "quantized, but the checkpoint's config says bf16",
@@ -134,7 +133,7 @@ class Ledger:
         if data.is_meta or scales.is_meta:
             shape = (*scales.shape[:-1], scales.shape[-1] * MX_BLOCK)
             return name, torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        return name, dequantize_mx(data, scales, _ELEMENTS[data.dtype], torch.bfloat16)
+        return name, dequantize_mx(data, scales, _ELEMENT_OF[data.dtype], torch.bfloat16)
 
     def close(self) -> Iterator[CheckpointError]:
         """Problems that only the end of the stream can tell."""
@@ -180,19 +179,18 @@ class Ledger:
 
 def _checked_data(name: str, tensor: torch.Tensor, element: str, rank: int) -> tuple[int, ...]:
     """Blocks [..., N, K/32] of a canonical weight."""
-    if tensor.dtype != DTYPES[element]:
+    kind = ELEMENTS[element]
+    if tensor.dtype != kind.dtype:
         raise CheckpointError(
             f"{name} {list(tensor.shape)} {tensor.dtype}",
-            f"the config says {element} weights, which are {DTYPES[element]}",
+            f"the config says {element} weights, which are {kind.dtype}",
             "mend the scheme in config.json's quantization_config",
         )
-    pack = 2 if element == "e2m1" else 1
-    stored = MX_BLOCK // pack
+    stored = MX_BLOCK // kind.pack
     if tensor.dim() != rank or tensor.numel() == 0 or tensor.shape[-1] % stored:
         raise CheckpointError(
             f"{name} {list(tensor.shape)}",
-            f"a stored {element} weight is [{'E, ' * (rank - 2)}N, {'K/2' if pack == 2 else 'K'}] with K a multiple "
-            f"of {MX_BLOCK}",
+            f"a stored {element} weight is [{'E, ' * (rank - 2)}N, K/{kind.pack}] with K a multiple of {MX_BLOCK}",
             "fetch the checkpoint again, or mend the scheme in config.json",
         )
     return (*tensor.shape[:-1], tensor.shape[-1] // stored)

@@ -1,9 +1,12 @@
 """Our own format: the canonical names as they are, and the recipe in config.json.
 
     "quantization_config": {"quant_method": "amd_mx", "version": 1, "recipe": {...},
-                            "scale_mode": {"e2m1": "even", "e4m3": "rceil"}, "static_input": {PATTERN: bool}}
+                            "scale_mode": {"e2m1": "even", "e4m3": "rceil"}, "static_input": {PATTERN: bool},
+                            "checked": true}
 
-`static_input` (optional): which modules store an `input_scale`; the first pattern that matches decides.
+`static_input` (optional): which modules store an `input_scale`; the first pattern that matches decides. `checked`:
+written by `amd-mx quantize`, which saw that every pattern of the recipe matches a module; a recipe written by hand into
+the config.json of a bf16 checkpoint has not been seen by anyone yet.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from sglang_amd_quant.schemes import BF16, DEFAULT_SCALE_MODE, ScaleMode
 
 QUANT_METHOD = "amd_mx"
 VERSION = 1
-_KEYS = frozenset({"quant_method", "version", "recipe", "scale_mode", "static_input"})
+_KEYS = frozenset({"quant_method", "version", "recipe", "scale_mode", "static_input", "checked"})
 _FUSED_ROLES = {"": Role.DATA, "_scale": Role.SCALE, "_input_scale": Role.INPUT_SCALE}
 
 
@@ -48,6 +51,7 @@ class NativeReader(Reader):
             recipe=Recipe.from_dict(config.get("recipe", {}), source=CONFIG),
             scale_mode={**DEFAULT_SCALE_MODE, **given},
             static=tuple(Rule(p, FP8_STATIC if s else BF16) for p, s in config.get("static_input", {}).items()),
+            check_patterns=not config.get("checked", False),
         )
 
     def part(self, name: str) -> Part | None:
@@ -61,6 +65,7 @@ def quantization_config(
     recipe: Recipe,
     scale_mode: Mapping[str, ScaleMode] = DEFAULT_SCALE_MODE,
     static: tuple[Rule, ...] = (),
+    checked: bool = False,
 ) -> dict[str, Any]:
     """The `quantization_config` that `NativeReader` reads back."""
     config: dict[str, Any] = {
@@ -69,4 +74,6 @@ def quantization_config(
         "recipe": recipe.to_dict(),
         "scale_mode": {element: str(mode) for element, mode in scale_mode.items()},
     }
+    if checked:
+        config["checked"] = True
     return config | ({"static_input": {r.pattern: r.scheme == FP8_STATIC for r in static}} if static else {})

@@ -55,8 +55,9 @@ class QuarkReader(Reader):
     def from_config(cls, config: Mapping[str, Any], model: Mapping[str, Any]) -> Self:
         layers = config.get("layer_quant_config") or {}
         linear = (config.get("layer_type_quant_config") or {}).get("Linear")
-        last = ("layer_type_quant_config.Linear", linear) if linear else _global(config)
-        specs = [(p, f"layer_quant_config[{p!r}]", spec) for p, spec in layers.items()] + [("*", *last)]
+        rest = "layer_type_quant_config.Linear" if linear else "global_quant_config"
+        specs = [(p, f"layer_quant_config[{p!r}]", spec) for p, spec in layers.items()]
+        specs.append(("*", rest, linear or config.get("global_quant_config")))
         excluded = [prefix_pattern(p[3:]) if p.startswith("re:") else p for p in config.get("exclude") or []]
         rules, static = [Rule(p, BF16) for p in excluded], [Rule(p, BF16) for p in excluded]
         modes = dict(DEFAULT_SCALE_MODE)
@@ -74,10 +75,6 @@ class QuarkReader(Reader):
     def walk(self, stream: Iterable[Named], report: Callable[[CheckpointError], None]) -> Iterator[Named]:
         canonical = super().walk(stream, report)
         return _stacked(canonical, self.stacked_experts, report) if self.stacked_experts else canonical
-
-
-def _global(config: Mapping[str, Any]) -> tuple[str, Any]:
-    return "global_quant_config", config.get("global_quant_config")
 
 
 def _scheme(where: str, spec: Mapping[str, Any] | None, modes: dict[str, ScaleMode]) -> tuple[str, str]:

@@ -34,11 +34,14 @@ class Reader(ABC):
         scale_mode: how activations' scales are rounded, by element format.
         static: modules whose activations are quantized with one static fp8 scale that the checkpoint stores: the first
             rule that matches says `fp8_static` or not.
+        check_patterns: whether a pattern of the recipe that matches no layer of the model is a user's mistake (and not
+            just one of the checkpoint's own excludes).
     """
 
     recipe: Recipe
     scale_mode: Mapping[str, ScaleMode] = field(default_factory=lambda: dict(DEFAULT_SCALE_MODE))
     static: tuple[Rule, ...] = ()
+    check_patterns: bool = False
 
     name: ClassVar[str]
     """What users call the format."""

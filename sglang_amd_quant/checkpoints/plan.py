@@ -1,0 +1,264 @@
+"""What becomes of each tensor of a bf16 checkpoint: quantized (and to which names), or kept.
+
+Only what SGLang runs as a linear layer or as experts is quantized. That is decided by names and by config.json's
+`model_type`, never guessed from shapes; what is not known stays bf16 and is told in the summary, unless a rule of the
+recipe names it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+
+from sglang_amd_quant.checkpoints.folder import Folder, TensorInfo
+from sglang_amd_quant.checkpoints.naming import Part, Role, is_fused
+from sglang_amd_quant.errors import CheckpointError, RecipeError, SchemeError, ShapeError
+from sglang_amd_quant.formats.mx import ELEMENTS
+from sglang_amd_quant.recipe import Recipe, Rule
+from sglang_amd_quant.schemes import BF16, MX_BLOCK, SCHEMES, Scheme
+
+LINEARS = frozenset({
+    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj",
+    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
+    "gate_proj", "up_proj", "down_proj", "gate_up_proj",
+    "w1", "w2", "w3", "wq", "wk", "wv", "wo",
+    "fc1", "fc2", "dense", "query_key_value", "dense_h_to_4h", "dense_4h_to_h",
+})  # fmt: skip
+"""Last parts of module names that SGLang loads as linear layers."""
+
+TOWERS = (
+    "*visual.*", "*vision_tower.*", "*vision_model.*", "*vision_encoder.*", "*image_encoder.*",
+    "*audio_tower.*", "*audio_encoder.*", "*speech_encoder.*", "*multi_modal_projector.*", "*embed_vision.*",
+)  # fmt: skip
+"""Encoders of other modalities: small, run once a request, and often of widths that no block of 32 divides."""
+
+FUSED_LINEARS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
+"""What SGLang runs as one matmul must be of one scheme."""
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """How a model type stores all experts of a layer in one tensor.
+
+    Attributes:
+        transposed: [E, K, N] instead of [E, N, K].
+        split: gate and up lie one behind the other along N, and SGLang's loader also takes experts one by one: written
+            so. Otherwise (gate and up interleaved) the experts stay fused.
+    """
+
+    transposed: bool
+    split: bool
+
+
+FUSED_EXPERTS: dict[str, FusedExperts] = {
+    "gpt_oss": FusedExperts(transposed=True, split=False),
+    "llama4": FusedExperts(transposed=True, split=True),
+    "llama4_text": FusedExperts(transposed=True, split=True),
+    "qwen3_vl_moe": FusedExperts(transposed=True, split=True),
+    "qwen3_5_moe": FusedExperts(transposed=False, split=True),
+    "qwen3_5_moe_text": FusedExperts(transposed=False, split=True),
+}
+"""model_type -> layout of `...experts.gate_up_proj` and `...experts.down_proj`, as transformers 5.19 saves them
+(`models/*/modeling_*.py`, `conversion_mapping.py`). Qwen3-MoE, Mixtral, DeepSeek and more save expert by expert."""
+
+_WEIGHT = ".weight"
+_FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu})
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to write."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A source tensor, or a part of one, and the outputs it makes: the smallest unit of work and of sharding.
+
+    Attributes:
+        source: where it is read.
+        outputs: data and scales where quantized, else the copy.
+        scheme: what it is quantized to; None copies.
+        transposed: the source stores [.., K, N].
+        expert: which slice of the leading dimension, or None for all there are.
+        rows: which rows of the logical N.
+    """
+
+    source: TensorInfo
+    outputs: tuple[Output, ...]
+    scheme: Scheme | None = None
+    transposed: bool = False
+    expert: int | None = None
+    rows: range = range(0)
+
+
+@dataclass
+class Plan:
+    """All pieces, the recipe that the written config.json will hold, and what the summary tells."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    recipe: Recipe = field(default_factory=Recipe)
+    quantized: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    in_doubt: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(output.nbytes for piece in self.pieces for output in piece.outputs)
+
+
+def plan_conversion(folder: Folder, recipe: Recipe) -> Plan:
+    """Decide for every tensor of an unquantized checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is quantized already.
+        SchemeError: a scheme whose weights are not MX.
+        RecipeError: a pattern matches nothing, or parts of a fused layer get different schemes.
+        ShapeError: K is not a multiple of 32.
+    """
+    if folder.quantization_config is not None:
+        method = folder.quantization_config.get("quant_method", "modelopt")
+        raise CheckpointError(
+            f"{folder.path}: quant_method {method!r}",
+            "quantized already",
+            "give the bf16 original, or --scheme keep to rewrite it in our own format as it is",
+        )
+    for name in {recipe.default, *(rule.scheme for rule in recipe.rules)} - {BF16, *_mx_schemes()}:
+        raise SchemeError(f"scheme {name!r}", "weights are not MX", f"use one of {', '.join(_mx_schemes())}")
+    plan = Plan()
+    layout = FUSED_EXPERTS.get(str(folder.config.get("model_type")))
+    modules: list[str] = []
+    for info in folder.tensors.values():
+        for module, piece in _pieces(info, recipe, layout, plan):
+            modules.append(module)
+            plan.pieces.append(piece)
+            if piece.scheme:
+                plan.quantized[piece.scheme.name] += 1
+    _check_recipe(recipe, modules)
+    kept = dict.fromkeys(_generalized(module) for module in plan.in_doubt)
+    plan.recipe = Recipe((*(Rule(p, BF16) for p in kept), *recipe.rules), recipe.default, recipe.source)
+    return plan
+
+
+def _mx_schemes() -> list[str]:
+    return [name for name, scheme in SCHEMES.items() if scheme.weight in ELEMENTS]
+
+
+def _pieces(info: TensorInfo, recipe: Recipe, layout: FusedExperts | None, plan: Plan) -> Iterator[tuple[str, Piece]]:
+    """(module, piece) of one source tensor."""
+    module = info.name.removesuffix(_WEIGHT)
+    fused = is_fused(info.name) and len(info.shape) == 3
+    linear = info.name.endswith(_WEIGHT) and len(info.shape) == 2
+    copy = Piece(info, (Output(info.name, info.dtype, info.shape),))
+    if info.dtype in _FP8:
+        raise CheckpointError(
+            f"{info.name} {list(info.shape)} {info.dtype}",
+            "quantized, though config.json has no quantization_config",
+            "give the bf16 original, or mend config.json",
+        )
+    if not (info.dtype.is_floating_point and (fused or linear)):
+        yield module, copy
+    elif linear:
+        scheme = recipe.scheme_for(module)
+        if scheme is not None and not _is_linear(module, recipe):
+            plan.in_doubt.append(module)
+            scheme = None
+        n, k = info.shape
+        yield module, _quantized(info, module, (n, k), scheme, rows=range(n)) if scheme else copy
+    elif layout is None:
+        if recipe.scheme_for(module) is not None:
+            plan.in_doubt.append(module)
+        yield module, copy
+    else:
+        yield from _fused_pieces(info, recipe, layout, copy)
+
+
+def _is_linear(module: str, recipe: Recipe) -> bool:
+    if any(rule.matches(module) for rule in recipe.rules):
+        return True
+    return module.rpartition(".")[2] in LINEARS and not any(fnmatchcase(module, tower) for tower in TOWERS)
+
+
+def _fused_pieces(info: TensorInfo, recipe: Recipe, layout: FusedExperts, copy: Piece) -> Iterator[tuple[str, Piece]]:
+    experts, *matrix = info.shape
+    k, n = matrix if layout.transposed else reversed(matrix)
+    if not layout.split:
+        scheme = recipe.scheme_for(info.name)
+        piece = (
+            _quantized(info, info.name, (experts, n, k), scheme, layout.transposed, rows=range(n)) if scheme else copy
+        )
+        yield info.name, piece
+        return
+    stem, _, leaf = info.name.rpartition(".")
+    halves = {"gate_proj": range(n // 2), "up_proj": range(n // 2, n)} if leaf == "gate_up_proj" else {leaf: range(n)}
+    if all(recipe.scheme_for(f"{stem}.{e}.{part}") is None for e in range(experts) for part in halves):
+        yield info.name, copy
+        return
+    for expert in range(experts):
+        for part, rows in halves.items():
+            module = f"{stem}.{expert}.{part}"
+            scheme = recipe.scheme_for(module)
+            if scheme is None:
+                raise RecipeError(module, "bf16, while other experts of its layer are not", "give a layer one scheme")
+            yield module, _quantized(info, module, (len(rows), k), scheme, layout.transposed, expert, rows)
+
+
+def _quantized(
+    info: TensorInfo,
+    module: str,
+    shape: tuple[int, ...],
+    scheme: Scheme,
+    transposed: bool = False,
+    expert: int | None = None,
+    rows: range = range(0),
+) -> Piece:
+    *lead, k = shape
+    if k % MX_BLOCK:
+        raise ShapeError(
+            f"layer {module} {list(shape)}",
+            f"K={k} is not a multiple of {MX_BLOCK}, the MX block",
+            f'keep it in bf16 with a recipe rule "{module}": "bf16"',
+        )
+    data = Output(Part(module, Role.DATA).name, ELEMENTS[scheme.weight].dtype, (*lead, k // scheme.pack))
+    scales = Output(Part(module, Role.SCALE).name, torch.uint8, (*lead, k // MX_BLOCK))
+    return Piece(info, (data, scales), scheme, transposed, expert, rows)
+
+
+def _check_recipe(recipe: Recipe, modules: Iterable[str]) -> None:
+    modules = list(dict.fromkeys(modules))
+    unmatched = recipe.unmatched(modules)
+    if unmatched:
+        likely = next((m for m in modules if m.rpartition(".")[2] in LINEARS), modules[0] if modules else "")
+        raise RecipeError(
+            f"{recipe.source}: {', '.join(map(repr, unmatched))}",
+            "matches no module of the checkpoint",
+            f"modules are named like {likely}",
+        )
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for module in modules:
+        stem, _, leaf = module.rpartition(".")
+        experts = re.match(r"(.*\.experts)\.", module)
+        if experts:
+            groups[experts[1],].append(module)
+        for parts in FUSED_LINEARS:
+            if leaf in parts and not experts:
+                groups[stem, *parts].append(module)
+    for members in groups.values():
+        recipe.scheme_for(*members)
+
+
+def _generalized(module: str) -> str:
+    """A pattern over a module's name with any numbers: what is in doubt in one layer is so in all."""
+    return "re:" + re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", re.escape(module))
