@@ -1,0 +1,95 @@
+"""Dispatch rules as data: when a kernel wins, which layout wins, and which tile an arch takes untuned."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from sglang_amd_quant.selection.rule_types import LayoutRule, Range, Rule, TileRule
+
+
+def _m3_gate_up(n: int, rows: Range, e_min: int = 0) -> Rule:
+    return Rule(
+        "hip_mxfp8_moe", "gfx950", "moe_gate_up", "mxfp8", "aiter #3783", rows=rows, n=(n, n), k=(6144, 6144),
+        a_div=4, weighted=False, e_min=e_min,
+    )  # fmt: skip
+
+
+def _m3_down(rows: Range) -> Rule:
+    return Rule(
+        "hip_mxfp8_moe", "gfx950", "moe_down", "mxfp8", "aiter #3783", rows=rows, n=(6144, 6144), k=(768, 768), a_div=1
+    )  # fmt: skip
+
+
+RULES: tuple[Rule, ...] = (
+    # Dense: any M up to 16 in the GEMV's envelope. The matrix-unit crossover has no rule: untuned M > 16 lost.
+    Rule("hip_mxfp8_gemv", "gfx950", "linear", "mxfp8", "aiter #3783 envelope", m=(1, 16)),
+    # Grouped gate_up at TP4 and TP8 (deep K): wins up to 16 routed rows at any E, and up to 64 from 128 experts on.
+    _m3_gate_up(1536, rows=(1, 16)),
+    _m3_gate_up(1536, rows=(17, 64), e_min=128),
+    _m3_gate_up(768, rows=(1, 16)),
+    _m3_gate_up(768, rows=(17, 64), e_min=128),
+    # Grouped down at TP4 (shallow K): wins up to 8 routed rows, weighted or not.
+    _m3_down(rows=(1, 8)),
+    # Prefill gate_up of top-8 models; M <= 5 is decode, which #1015 leaves to another kernel, as it does down.
+    Rule("hip_moe_w4a16_wmma", "gfx11", "moe_gate_up", "int4_w4a16", "ROCm/vllm #1015", m=(6, None), a_div=8),
+)
+
+HIP_MARGIN = 1.03
+"""#3783 keeps a HIP kernel only where t_triton / t_hip is above this (`use_hip`); an entry that names the Triton kernel
+is its `use_hip=0`. A tuner for these packs applies it; lookup only reads the winner."""
+
+_GROUPED = ("moe_gate_up", "moe_down")
+
+# fmt: off
+LAYOUT_RULES: tuple[LayoutRule, ...] = (
+    LayoutRule("gfx950", "w4a8", _GROUPED, "cdna4_scale", "vllm#44804: swizzled scales win at TP1 and TP2", 2),
+    LayoutRule("gfx950", "w4a8", _GROUPED, "strided", "vllm#44804: strided scales win 23 of 28 cells at TP4 and TP8"),
+    LayoutRule("gfx11", "int4_w4a16", _GROUPED, "exllama", "ROCm/vllm #1015 reads ExLlama order"),
+)
+# fmt: on
+"""Swizzled or strided, for weights that are about to be laid out; the first that holds. Without one: strided."""
+
+_A8W4 = "aiter #3580 heuristic"
+_ROCPROF = "aiter #3580 heuristic (rocprof)"
+_DECODE = "vLLM#46117 decode selector"
+_STOCK = "stock dot_scaled tile, the baseline of aiter #3783"
+_SGL = "sglang 0.5.23 native gfx95 MXFP8 MoE"
+_SWEEP = "static: compile sweep on gfx11, larger tiles spill registers"
+_ONE_M = "ROCm/vllm #1015: one BLOCK_M 32 for both GEMMs"
+
+# fmt: off
+TILE_RULES: tuple[TileRule, ...] = (
+    TileRule("triton_moe_a8w4", "gfx950", _A8W4, 16, routed=True, shrink=(128, 0)),
+    TileRule("triton_moe_a8w4", "gfx950", _A8W4, 32, routed=True, n_ladder=((1024, 128), (4096, 256), (None, 512))),
+    TileRule("triton_moe_a8w4", "gfx950", _ROCPROF, 64, routed=True, num_stages=1),
+    TileRule("triton_moe_a8w4", "gfx950", _A8W4, 128, routed=True, n_pow2_max=256),
+    TileRule("triton_moe_a8w4", "gfx942", _A8W4, 16, routed=True, shrink=(64, 256)),
+    TileRule("triton_moe_a8w4", "gfx942", _A8W4, 32, routed=True, n_ladder=((1024, 128),)),
+    TileRule("triton_moe_a8w4", "gfx942", _A8W4, 32, routed=True, n_ladder=((None, 256),), num_warps=8),
+    TileRule("triton_moe_a8w4", "gfx942", _A8W4, 64, routed=True, num_warps=8),
+    TileRule("triton_moe_a8w4", "gfx942", _A8W4, 128, routed=True),
+    TileRule("triton_moe_mxfp8", "gfx950", _SGL, 64, n_ladder=((None, 64),), block_k=128, rows=(0, 32), k_min=3072,
+             ops=("moe_gate_up",)),
+    TileRule("triton_moe_mxfp8", "gfx950", _SGL, 64, block_k=128, num_warps=8),
+    TileRule("triton_gemm_mx", "gfx950", _DECODE, 16, n_ladder=((None, 16),), block_k=1024, num_warps=2, rows=(0, 16)),
+    TileRule("triton_gemm_mx", "gfx950", _STOCK, 64, block_k=128, num_warps=8),
+    TileRule("triton_gemm_mx", "gfx11", _SWEEP, 16, n_ladder=((None, 32),), block_k=64, num_stages=1, rows=(0, 16)),
+    TileRule("triton_gemm_mx", "gfx11", _SWEEP, 64, n_ladder=((None, 64),), block_k=64, num_stages=1),
+    TileRule("triton_moe_a8w4", "gfx11", _SWEEP, 16, n_ladder=((None, 32),), block_k=64, num_stages=1, rows=(0, 16)),
+    TileRule("triton_moe_a8w4", "gfx11", _SWEEP, 64, n_ladder=((None, 64),), block_k=64, num_stages=1),
+    TileRule("triton_moe_w4a16", "gfx11", _ONE_M, 32, n_ladder=((None, 64),), block_k=64),
+)
+# fmt: on
+"""Untuned tiles, tried in order for the kernels that cover a problem, until one is legal."""
+
+
+@lru_cache(maxsize=256)
+def rules_for(arch: str, op: str, scheme: str) -> tuple[Rule, ...]:
+    """The rules that speak of this kind of problem, in order."""
+    return tuple(r for r in RULES if (r.arch, r.op, r.scheme) == (arch, op, scheme))
+
+
+@lru_cache(maxsize=256)
+def e_thresholds(arch: str, op: str, scheme: str) -> tuple[int, ...]:
+    """Every E_min of those rules: an entry may stand in for another E only where no threshold lies between them."""
+    return tuple(sorted({r.e_min for r in rules_for(arch, op, scheme) if r.e_min}))
