@@ -13,6 +13,7 @@ COMMANDS: dict[str, str] = {
     "quantize": "convert a bf16 checkpoint to an MX one",
     "inspect": "say what a checkpoint holds, and what is wrong with it",
     "doctor": "say what is installed, and what would serve here",
+    "shapes": "list every GEMM of a model for TP x EP, with bytes, floors and pads",
 }
 """Command name -> one line of help. The code of command `x` is `sglang_amd_quant.cli.x`, which offers
 `DESCRIPTION`, `EXAMPLE`, `add_arguments(parser)` and `run(args) -> exit code`."""

@@ -130,7 +130,7 @@ def cards() -> dict[str, Path]:
 
 
 def load(model: str | Path) -> ModelFacts:
-    """A checkpoint folder, a config.json, or a shipped card's name (upper and lower case alike).
+    """A checkpoint folder, a config.json, or a shipped card's name or a beginning that only one has, in any case.
 
     Raises:
         CheckpointError: no such file or card, or no JSON.
@@ -140,10 +140,7 @@ def load(model: str | Path) -> ModelFacts:
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():
-        known = {name.lower(): file for name, file in cards().items()}
-        if str(model).lower() not in known:
-            raise CheckpointError(str(model), "no folder, config.json or model card", f"cards are {', '.join(cards())}")
-        path = known[str(model).lower()]
+        path = _card(str(model))
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -155,3 +152,13 @@ def load(model: str | Path) -> ModelFacts:
     if not isinstance(data, dict):
         raise CheckpointError(str(path), "no JSON object", "name a config.json")
     return ModelFacts.from_config(data, path.parent.name if path.name == "config.json" else path.stem)
+
+
+def _card(name: str) -> Path:
+    known = cards()
+    exact = [card for card in known if card.lower() == name.lower()]
+    found = exact or [card for card in known if card.lower().startswith(name.lower())]
+    if len(found) != 1:
+        reason = f"fits {len(found)} model cards" if found else "no folder, config.json or model card"
+        raise CheckpointError(name, reason, f"cards are {', '.join(found or known)}")
+    return known[found[0]]

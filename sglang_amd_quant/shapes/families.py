@@ -36,8 +36,12 @@ GEMMA3_DEFAULTS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim
 
 
 def gemma3(c: Config) -> list[Layer]:
+    """Its tied output projection is a plain embedding in SGLang: whole on every rank, not padded."""
     c.data = {**GEMMA3_DEFAULTS, **c.data}
-    return dense(c)
+    *layers, head = dense(c)
+    if c.get("tie_word_embeddings", True):
+        head = parts.replicated("lm_head", c.whole("vocab_size"), c.whole("hidden_size"), None, bf16=True)
+    return [*layers, head]
 
 
 def gpt_oss(c: Config) -> list[Layer]:
@@ -64,10 +68,8 @@ def _sparse_dense(c: Config) -> tuple[Blocks, Blocks]:
         flags = c.per_block("moe_layer_freq") or []
         sparse = tuple(i for i in blocks if flags[i])
     else:
-        step = c.whole("decoder_sparse_step", "moe_layer_freq", default=1)
-        phase = 1 if c.get("decoder_sparse_step") else 0  # Qwen counts blocks from 1, DeepSeek from 0
-        first, never = c.whole("first_k_dense_replace", default=0, least=0), set(c.indices("mlp_only_layers"))
-        sparse = tuple(i for i in blocks if i >= first and i not in never and (i + phase) % step == 0)
+        first, step = c.whole("first_k_dense_replace", default=0, least=0), c.whole("moe_layer_freq", default=1)
+        sparse = tuple(i for i in blocks if i >= first and i % step == 0)
     return sparse, tuple(i for i in blocks if i not in set(sparse))
 
 
@@ -83,12 +85,11 @@ def _qwen_moe_block(c: Config, sparse: Blocks) -> list[Layer]:
 
 
 def qwen_moe(c: Config) -> list[Layer]:
-    """Qwen2-MoE and Qwen3-MoE."""
-    sparse, plain = _sparse_dense(c)
-    middle = _qwen_moe_block(c, sparse)
-    if plain:
-        middle += parts.mlp(c, "mlp", c.whole("intermediate_size"), plain)
-    return [*parts.attention(c, every_block(c)), *middle, parts.lm_head(c)]
+    """Qwen2-MoE and Qwen3-MoE, with experts in every block: SGLang builds no other."""
+    if c.indices("mlp_only_layers") or c.whole("decoder_sparse_step", default=1) != 1:
+        raise ShapeError(c.where, "blocks without experts, which SGLang does not build", "serve it elsewhere")
+    blocks = every_block(c)
+    return [*parts.attention(c, blocks), *_qwen_moe_block(c, blocks), parts.lm_head(c)]
 
 
 def qwen_hybrid(c: Config, qkvz: Sequence[str], ba: Sequence[str], mtp: str | None = None) -> list[Layer]:
