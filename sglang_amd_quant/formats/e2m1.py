@@ -22,7 +22,7 @@ def encode(y: Tensor) -> Tensor:
     binades below add 2e.
 
     Args:
-        y: fp32 [..., K] contiguous, K even.
+        y: fp32 [..., K] contiguous, K even; overwritten.
 
     Returns:
         uint8 [..., K/2], low nibble = even index.
@@ -31,8 +31,8 @@ def encode(y: Tensor) -> Tensor:
     magnitude = (bits & 0x7FFFFFFF).clamp_(max=_SIX)
     shift = (magnitude & 0x7F800000).clamp_(min=_ONE).add_(22 << 23)
     code = magnitude.view(torch.float32).add_(shift.view(torch.float32)).view(torch.int32).sub_(shift)
-    code += shift.sub_(_ONE + (22 << 23)) >> 22
-    code |= (bits >> 28) & 8
+    code += shift.sub_(_ONE + (22 << 23)).bitwise_right_shift_(22)
+    code |= bits.bitwise_right_shift_(28).bitwise_and_(8)
     return nibbles.pack(code.to(torch.uint8))
 
 

@@ -23,8 +23,17 @@ def encode(y: Tensor) -> Tensor:
 
 
 def decode(data: Tensor) -> Tensor:
-    """float8_e4m3fn -> fp32, exact."""
-    return data.contiguous().to(torch.float32)
+    """float8_e4m3fn -> fp32, exact.
+
+    On CPUs torch casts from fp8 one element at a time. Moved to where fp16 keeps sign, exponent and mantissa, the same
+    bits are an fp16 of 2^-8 times the value, subnormals included, and that cast is an instruction. The carry out of
+    0x7F + 1 marks NaN.
+    """
+    if data.device.type != "cpu":
+        return data.contiguous().to(torch.float32)
+    halves = data.contiguous().view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    halves |= (halves + 0x80).bitwise_and_(0x4000)
+    return halves.view(torch.float16).to(torch.float32).mul_(2.0**8)
 
 
 def quantize_fp8_static(x: Tensor, scale: Tensor | float, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
@@ -67,7 +76,7 @@ def fn_to_fnuz(data: Tensor) -> Tensor:
 
 
 def mx_fn_to_fnuz(data: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """MXFP8 for gfx942: fn bytes become fnuz bytes of half the value, e8m0 scales one step larger; the product is the same.
+    """MXFP8 for gfx942: fnuz bytes of half the value under e8m0 scales of twice the value, so that products stay.
 
     The scale of 2^127 (254) has no double; its blocks keep it and are re-encoded, which fnuz does exactly up to 240 (it
     has every fn value below 256) and saturates beyond, where the product is no fp32 number anyway. 255 stays NaN.
@@ -78,11 +87,21 @@ def mx_fn_to_fnuz(data: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         float8_e4m3fnuz [..., K] and uint8 [..., K/32], both contiguous.
+
+    Raises:
+        ShapeError: data and scales are not of one tensor.
     """
-    out = torch.empty(data.shape, dtype=torch.float8_e4m3fnuz, device=data.device)
-    blocks = (*scales.shape, MX_BLOCK)
+    n = scales.shape[-1]
+    if data.shape != (*scales.shape[:-1], n * MX_BLOCK):
+        raise ShapeError(
+            f"e4m3 data {list(data.shape)} with scales {list(scales.shape)}",
+            f"there must be one scale per {MX_BLOCK} elements",
+            "take both from the same tensor",
+        )
+    out = torch.empty(*scales.shape, MX_BLOCK, dtype=torch.float8_e4m3fnuz, device=data.device)
     limit = torch.finfo(torch.float8_e4m3fnuz).max
-    for source, b, target in pieces(data.view(blocks), scales.unsqueeze(-1), out.view(blocks)):
+    for source, b, target in pieces(data.unflatten(-1, (n, MX_BLOCK)), scales.unsqueeze(-1), out):
         kept = decode(source).clamp_(-limit, limit).to(torch.float8_e4m3fnuz)
-        target.copy_(torch.where(b == 254, kept.view(torch.uint8), fn_to_fnuz(source).view(torch.uint8)).view(target.dtype))
-    return out, torch.where(scales < 254, scales + 1, scales)
+        bits = torch.where(b == 254, kept.view(torch.uint8), fn_to_fnuz(source).view(torch.uint8))
+        target.copy_(bits.view(torch.float8_e4m3fnuz))
+    return out.flatten(-2), torch.where(scales < 254, scales + 1, scales)

@@ -1,4 +1,4 @@
-"""e8m0: the scale of an MX block. Byte b is 2^(b - 127), 255 is NaN, zero does not exist (OCP MX v1.0, section 5.4.1)."""
+"""e8m0: the scale of an MX block. Byte b is 2^(b - 127), 255 is NaN, there is no zero (OCP MX v1.0, section 5.4.1)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ NAN = 255
 
 
 def decode(scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """2^(b - 127): bytes in any integer dtype and shape -> fp32 or fp64, 2^-127 exact (an fp32 subnormal), 255 -> NaN."""
+    """2^(b - 127): bytes as any integer dtype -> fp32 or fp64, 2^-127 exact (an fp32 subnormal), 255 -> NaN."""
     b = scales.to(torch.int32)
     bits = (b << 23).clamp_(min=1 << 22).masked_fill_(b == NAN, 0x7FC00000)
     return bits.view(torch.float32).to(dtype)
 
 
 def reciprocal(scales: Tensor) -> Tensor:
-    """2^(127 - b) as fp32, 255 -> NaN. Bytes mirror at 127; only 254 has no byte of its own for 2^-127 but 0, its mirror."""
+    """2^(127 - b) as fp32, exact, 255 -> NaN: reciprocals of scales are scales, mirrored at byte 127."""
     return decode(254 - scales.to(torch.int32) & 0xFF)
 
 

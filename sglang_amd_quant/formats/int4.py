@@ -92,12 +92,12 @@ def dequantize_int4(
             "take both from the same tensor",
         )
     if zeros is not None and zeros.shape != scales.shape:
-        raise ShapeError(f"zeros {list(zeros.shape)}", f"scales are {list(scales.shape)}", "unpack them to one per group")
+        raise ShapeError(
+            f"zeros {list(zeros.shape)}", f"scales are {list(scales.shape)}", "unpack them to one per group"
+        )
     out = torch.empty(*scales.shape, group, dtype=dtype, device=data.device)
     zeros = torch.full_like(scales, ZERO, dtype=torch.uint8) if zeros is None else zeros
-    for d, s, z, target in pieces(
-        data.unflatten(-1, (n, group // 2)), scales.unsqueeze(-1), zeros.unsqueeze(-1), out
-    ):
+    for d, s, z, target in pieces(data.unflatten(-1, (n, group // 2)), scales.unsqueeze(-1), zeros.unsqueeze(-1), out):
         target.copy_((nibbles.unpack(d).to(torch.float32) - z) * s.to(torch.float32))
     return out.flatten(-2)
 

@@ -1,4 +1,4 @@
-"""MX blocks: 32 elements along K share one e8m0 scale (OCP MX v1.0). The reference that every kernel is compared with."""
+"""MX blocks: 32 elements along K share an e8m0 scale (OCP MX v1.0). The reference that every kernel is compared with."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Element:
         return math.frexp(self.max)[1] - 1
 
     def carry(self, mode: ScaleMode) -> int:
-        """What to add to the fp32 bits of a block's amax, so that the exponent field steps up just where `mode` wants it.
+        """What to add to the fp32 bits of a block's amax for its exponent field to step up just where `mode` wants it.
 
         FLOOR never steps. CEIL steps from any nonzero mantissa on. RCEIL steps beyond the mantissa of `max`, which is
         ceil(log2(amax / max)) without the rounding of a division or a logarithm. EVEN steps where amax rounds up to the
@@ -110,7 +110,7 @@ def quantize_mx(x: Tensor, element: str, mode: ScaleMode | str | None = None) ->
 
 
 def dequantize_mx(data: Tensor, scales: Tensor, element: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values of MX blocks, element times scale: exact in fp32 and fp64 but for overflow, else rounded once to `dtype`.
+    """The values of MX blocks, element times scale: exact in fp32 and fp64 but for overflow, else rounded once.
 
     Args:
         data: as `quantize_mx` returns it, any strides.

@@ -20,9 +20,11 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     Slices are views, so writing to them writes to `tensors`. While torch.compile traces, everything is one piece: the
     compiler fuses, and has no temporaries to bound. The cuts depend on shapes only, so a graph can be captured.
     """
+    if torch.compiler.is_compiling():
+        yield tensors
+        return
     threads = torch.get_num_threads() if tensors[0].device.type == "cpu" else MOST
-    limit = max(t.numel() for t in tensors) if torch.compiler.is_compiling() else min(MOST, PER_THREAD * threads)
-    yield from _cut(tensors, limit)
+    yield from _cut(tensors, min(MOST, PER_THREAD * threads))
 
 
 def _cut(tensors: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
