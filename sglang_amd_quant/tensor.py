@@ -8,7 +8,7 @@ import torch
 
 from sglang_amd_quant import formats
 from sglang_amd_quant.errors import SchemeError, ShapeError
-from sglang_amd_quant.formats import e8m0
+from sglang_amd_quant.formats import e8m0, int4
 from sglang_amd_quant.layouts.base import Layout, padded_matrix
 from sglang_amd_quant.layouts.names import SCALE_LAYOUTS, STRIDED, TensorLayout, round_up
 from sglang_amd_quant.layouts.registry import scale_layout, source_layout, value_layout
@@ -207,13 +207,16 @@ class MxTensor:
             scheme: int4; its block becomes K / (number of groups).
 
         Raises:
-            ShapeError: the three do not belong together.
+            ShapeError: the three do not belong together, or the group is not 32, 64 or 128.
         """
         layout = source_layout(source)
+        if scales.ndim < 2 or not scales.numel():
+            raise ShapeError(f"scales {list(scales.shape)}", "not [..., K/group, N]", "pass those of the checkpoint")
         groups, n = scales.shape[-2:]
-        k = (qweight.numel() * 8) // max(scales.numel() // groups, 1)
-        if k % groups:
-            raise ShapeError(f"qweight {list(qweight.shape)}", f"K={k} is not {groups} groups", "pass its own scales")
+        k = qweight.numel() * 8 * groups // scales.numel()
+        if k % groups or k // groups not in int4.GROUPS:
+            known = ", ".join(map(str, int4.GROUPS))
+            raise ShapeError(f"qweight {list(qweight.shape)}", f"{groups} groups in K={k}", f"use groups of {known}")
         zeros = layout.unpack_zeros(qzeros)
         tensor = cls(
             layout.unpack(qweight, n, k // 2),
@@ -263,7 +266,7 @@ class MxTensor:
     def _repad(self, matrix: torch.Tensor, plan: PadPlan, elements: int, fill: int) -> torch.Tensor:
         if plan == self.pad:
             return matrix
-        bare = matrix[..., : min(plan.n, self.n), : self.k // elements]
+        bare = matrix[..., : self.n, : self.k // elements]
         octets = bare.view(torch.uint8) if bare.element_size() == 1 else bare
         return padded_matrix(octets, plan.n, plan.k // elements, fill).view(matrix.dtype)
 

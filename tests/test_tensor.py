@@ -174,7 +174,14 @@ def test_from_source(source, symmetric, lead):
     assert same_bits(tensor, wanted)
     assert tensor.scheme.block == 64
     assert torch.equal(tensor.to_layout("exllama").dequantize(), wanted.dequantize())
-    for wrong in ((given[0], given[1][..., :-1], given[2]), (given[0], given[1], given[2][..., :-8])):
+    qweight, qzeros, scales = given
+    for wrong in (
+        (qweight, qzeros[..., :-1], scales),
+        (qweight, qzeros, scales[..., :-8]),
+        (qweight, qzeros, scales[..., :1, :]),  # one group for all of K = 256
+        (qweight, qzeros, scales[..., :0, :]),
+        (qweight, qzeros, scales[..., 0].flatten()),
+    ):
         with pytest.raises(ShapeError):
             MxTensor.from_source(source, *wrong, INT4)
 

@@ -81,6 +81,31 @@ def test_each_byte_lies_where_the_closed_form_says(layout, n, cols, seed, byte_o
     assert np.array_equal(storage[where], matrix.numpy())
 
 
+@pytest.mark.parametrize(
+    ("layout", "shape", "storage", "pad"),
+    [
+        (SCALES["strided"], (33, 9), (33, 9), None),
+        (SCALES["cdna4_scale"], (33, 9), (2, 32 * 16), 0x7F),
+        (SCALES["cdna4_scale_256"], (33, 9), (8, 32 * 16), 0x7F),
+        (SCALES["cdna4_scale_256"], (257, 8), (16, 32 * 8), 0x7F),
+        (VALUES["preshuffle"], (33, 48), (3, 16 * 64), 0),
+        (VALUES["mxfp8_lane"], (33, 160), (3, 2, 2048), 0),
+        (VALUES["exllama"], (33, 18), (33, 5), 0),
+        (SOURCES["awq"], (24, 16), (32, 3), None),
+        (SOURCES["gptq"], (24, 16), (4, 24), None),
+        (SOURCES["gptq_v2"], (24, 16), (4, 24), None),
+    ],
+    ids=str,
+)
+def test_storage_shape_and_padding(layout, shape, storage, pad):
+    assert layout.storage_shape(*shape) == storage
+    packed = layout.pack(torch.full(shape, 0x55, dtype=torch.uint8))
+    assert packed.shape == storage
+    octets = packed.flatten().view(torch.uint8)
+    assert octets.unique().tolist() == sorted({0x55} if pad is None else {0x55, pad})
+    assert (octets == 0x55).sum() == math.prod(shape)
+
+
 @given(n=st.integers(1, 9), cols=st.integers(1, 20), seed=st.integers(0, 2**32 - 1))
 @quick
 def test_exllama_words_hold_even_elements_low_and_odd_ones_high(n, cols, seed, pack_words, nibble_order):
@@ -137,6 +162,9 @@ def test_views_need_not_be_contiguous(layout):
     assert torch.equal(layout.unpack(storage, 32, 48), view)
     spread = torch.stack((storage, storage), dim=-1)[..., 0]
     assert torch.equal(layout.unpack(spread, 32, 48), view)
+    # Nor aligned: a tensor cut out of a file's bytes may start anywhere.
+    cut = torch.cat((torch.zeros(3, dtype=torch.uint8), view.flatten()))[3:].view(view.shape)
+    assert torch.equal(layout.pack(cut), storage)
 
 
 @pytest.mark.parametrize("layout", [*VALUES.values(), *SCALES.values(), *SOURCES.values()], ids=identify)
