@@ -37,20 +37,25 @@ def row_parallel(name: str, n: int, k: Dim, blocks: Blocks) -> Linear:
     return Linear(name, (Dim(n, module=name),), k, blocks)
 
 
-def attention(
-    c: Config, blocks: Blocks, *, name: str = "self_attn", gate: bool = False, head_dim: int | None = None
-) -> list[Layer]:
-    """Fused q, k, v and o. With `gate`, q carries an output gate of its own size."""
+def attention(c: Config, blocks: Blocks, *, gate: bool = False, head_dim: int | None = None) -> list[Layer]:
+    """Fused q, k, v and o. With `gate`, q carries an output gate of its own size.
+
+    Args:
+        c: the config.
+        blocks: decoder blocks that have it.
+        gate: double q's rows.
+        head_dim: where it is no `head_dim` and not hidden_size / heads either.
+    """
     h, n = c.whole("hidden_size"), c.whole("num_attention_heads")
     kv, d = c.whole("num_key_value_heads", default=n), head_dim or c.whole("head_dim", default=h // n)
     parts = (
-        heads(n, d * (2 if gate else 1), f"{name}.q_proj"),
-        kv_heads(kv, d, f"{name}.k_proj"),
-        kv_heads(kv, d, f"{name}.v_proj"),
+        heads(n, d * (2 if gate else 1), "self_attn.q_proj"),
+        kv_heads(kv, d, "self_attn.k_proj"),
+        kv_heads(kv, d, "self_attn.v_proj"),
     )
     return [
-        Linear(f"{name}.qkv_proj", parts, Dim(h), blocks),
-        row_parallel(f"{name}.o_proj", h, heads(n, d), blocks),
+        Linear("self_attn.qkv_proj", parts, Dim(h), blocks),
+        row_parallel("self_attn.o_proj", h, heads(n, d), blocks),
     ]
 
 
@@ -61,7 +66,7 @@ def mla(c: Config, blocks: Blocks, *, indexed: Blocks = ()) -> list[Layer]:
     """
     h, n = c.whole("hidden_size"), c.whole("num_attention_heads")
     nope, rope, v = c.whole("qk_nope_head_dim"), c.whole("qk_rope_head_dim", least=0), c.whole("v_head_dim")
-    q_rank, kv_rank = c.whole("q_lora_rank", default=0), c.whole("kv_lora_rank")
+    q_rank, kv_rank = c.whole("q_lora_rank", default=None if indexed else 0), c.whole("kv_lora_rank")
     at = "self_attn."
     kv_a = Dim(kv_rank + rope, module=f"{at}kv_a_proj_with_mqa")
     if q_rank:

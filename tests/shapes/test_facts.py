@@ -94,6 +94,7 @@ def test_glm5_blocks_that_share_an_indexer(given: dict[str, Any], blocks: tuple[
         ('{"architectures": ["LlamaForCausalLM"], "text_config": 3}', "text_config is no object"),
         (json.dumps({**CARDS["DeepSeek-V4-Pro"], "compress_ratios": [4]}), "compress_ratios is no list of 61 entries"),
         (json.dumps({**CARDS["Qwen3-30B-A3B"], "mlp_only_layers": [0]}), "which SGLang does not build"),
+        (json.dumps({**CARDS["GLM-5"], "q_lora_rank": None}), "q_lora_rank is missing"),
         (json.dumps({**CARDS["gpt-oss-20b"], "hidden_size": "2880"}), "hidden_size is '2880'"),
     ],
 )
