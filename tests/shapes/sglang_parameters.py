@@ -155,17 +155,18 @@ def _hf_config(folder: Path, architecture: str) -> Any:
 
 
 def main() -> None:
-    """Write {"architecture variant TP EP": {parameter: shape}} to the file named as first argument."""
+    """Write {"architecture variant TP EP": {parameter: shape}}, and the plugin's default recipes as
+    {"default_recipes": {arch: recipe}}, to the file named as first argument."""
     import torch
     from sglang.srt.configs.shared_experts import SharedExpertsConfig
     from sglang.srt.model_loader.loader import set_default_torch_dtype
     from sglang.srt.models.registry import ModelRegistry
     from sglang.srt.runtime_context import get_model
 
-    from sglang_amd_quant.integration.config import AmdMxConfig
+    from sglang_amd_quant.integration.config import DEFAULT_RECIPES, AmdMxConfig
     from sglang_amd_quant.recipe import Recipe
 
-    built: dict[str, dict[str, list[int]]] = {}
+    built: dict[str, Any] = {"default_recipes": {arch: recipe.to_dict() for arch, recipe in DEFAULT_RECIPES.items()}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _start(folder)
