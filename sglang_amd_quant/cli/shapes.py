@@ -30,13 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, default=1, help="SGLang's --tp: ranks of the model (default 1)")
     parser.add_argument("--ep", type=int, default=1, help="SGLang's --ep: groups the experts are dealt to (default 1)")
     parser.add_argument("--rank", type=int, default=0, help="which rank (default 0; the last one's remainder is told)")
-    parser.add_argument(
+    schemes = parser.add_mutually_exclusive_group()
+    schemes.add_argument(
         "--scheme",
         choices=[AMD_MX, *SCHEMES, BF16],
         default=AMD_MX,
         help="scheme of all layers that can be quantized; amd_mx: the checkpoint's own, else the arch's default",
     )
-    parser.add_argument("--recipe", metavar="FILE", help="recipe (JSON) that gives layers their schemes")
+    schemes.add_argument("--recipe", metavar="FILE", help="recipe (JSON) that gives layers their schemes")
     parser.add_argument(
         "--m", type=_counts, default=(1,), metavar="M,M,…", help="tokens to tell floors for (default 1)"
     )

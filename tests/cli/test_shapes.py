@@ -107,6 +107,7 @@ def test_list_names_cards_and_what_is_unconfirmed(capsys: Out) -> None:
         (["gpt-oss-20b", "--m", "1,x"], "'1,x': write whole numbers of at least 1"),
         (["gpt-oss-20b", "--bandwidth", "nan"], "'nan': write TB/s above 0"),
         (["gpt-oss-20b", "--bandwidth", "fast"], "'fast': write TB/s above 0"),
+        (["gpt-oss-20b", "--recipe", "r.json", "--scheme", "w4a8"], "not allowed with argument"),
         (["gpt-oss-20b", "--recipe", "missing.json"], "missing.json: No such file"),
         (["Llama-3.1-8B", "--fuse-shared"], "it has no shared experts to fuse"),
     ],
