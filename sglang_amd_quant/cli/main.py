@@ -14,6 +14,9 @@ COMMANDS: dict[str, str] = {
     "inspect": "say what a checkpoint holds, and what is wrong with it",
     "doctor": "say what is installed, and what would serve here",
     "shapes": "list every GEMM of a model for TP x EP, with bytes, floors and pads",
+    "explain": "say which kernel a GEMM gets, and why",
+    "coverage": "say what every GEMM of a model would run on, and what is untuned",
+    "packs": "check, compare and join packs of tuned entries",
 }
 """Command name -> one line of help. The code of command `x` is `sglang_amd_quant.cli.x`, which offers
 `DESCRIPTION`, `EXAMPLE`, `add_arguments(parser)` and `run(args) -> exit code`."""

@@ -325,6 +325,17 @@ class KernelChoice:
         """Whether an entry tuned for this GEMM decided."""
         return self.source in TUNED
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> KernelChoice:
+        """Read `to_json`'s form, or a miss, which states a source alone."""
+        stated = dict(data.get("config", {}))
+        own = {name: stated.pop(name) for name in list(stated) if name in Config._fields}
+        return cls(
+            data.get("kernel", ""), Config(**own, params=tuple(sorted(stated.items()))), data.get("layout", ""),
+            data["source"], tuple(data.get("why", ())), (), data.get("in_build", True),
+            tuple(data.get("unfused", ())), data.get("us"),
+        )  # fmt: skip
+
     def to_json(self) -> dict[str, Any]:
         return {
             "kernel": self.kernel,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from sglang_amd_quant.errors import AmdMxError, ShapeError
+from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.selection.buckets import tuning_m
 from sglang_amd_quant.selection.problem import GemmProblem, KernelChoice
 
@@ -67,19 +67,26 @@ def write_untuned(path: Path, misses: Iterable[tuple[GemmProblem, str]]) -> int:
     return len(lines)
 
 
-def read_problems(path: Path) -> list[GemmProblem]:
-    """The distinct problems in a trace, a file of misses, or any log that holds lines of misses.
+def read_choices(path: Path) -> list[tuple[GemmProblem, KernelChoice]]:
+    """The distinct problems in a trace, a file of misses, or any log that holds lines of misses, each with its choice.
+
+    Of a miss only the choice's source is known. A problem that stands there again counts as it stood last.
 
     Raises:
         ShapeError: a line that begins as one of these and cannot be read, with file and line; or none at all.
     """
-    found = dict.fromkeys(_problems(path))
+    found = dict(_choices(path))
     if not found:
         raise ShapeError(str(path), "holds no problem", f"give a trace ({ENV_TRACE}) or a log with {UNTUNED!r} lines")
-    return list(found)
+    return list(found.items())
 
 
-def _problems(path: Path) -> Iterator[GemmProblem]:
+def read_problems(path: Path) -> list[GemmProblem]:
+    """The problems of `read_choices`: what a tuner is to work on."""
+    return [problem for problem, _ in read_choices(path)]
+
+
+def _choices(path: Path) -> Iterator[tuple[GemmProblem, KernelChoice]]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
@@ -90,8 +97,7 @@ def _problems(path: Path) -> Iterator[GemmProblem]:
             text = line if line.startswith('{"problem":') else ""
         if text:
             try:
-                yield GemmProblem.from_json(json.loads(text)["problem"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                data = json.loads(text)
+                yield GemmProblem.from_json(data["problem"]), KernelChoice.from_json(data.get("choice", data))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ShapeError(f"{path}:{number}", f"no problem ({error})", "cut the broken line") from None
-            except AmdMxError as error:
-                raise ShapeError(f"{path}:{number}", str(error), "cut the broken line") from None
