@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -58,13 +58,13 @@ class MxTensor:
         SchemeError: a tensor's dtype does not fit the scheme, or tensors are on different devices.
     """
 
-    data: torch.Tensor
-    scales: torch.Tensor
+    data: torch.Tensor = field(repr=False)
+    scales: torch.Tensor = field(repr=False)
     scheme: Scheme
     shape: tuple[int, ...]
     layout: TensorLayout = STRIDED
     pad: PadPlan = PadPlan()
-    zeros: torch.Tensor | None = None
+    zeros: torch.Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))

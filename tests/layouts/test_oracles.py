@@ -1,8 +1,10 @@
 """Agreement, bit for bit, with the code of others that packs or unpacks the same layouts.
 
-SGLang and compressed-tensors are installed for the tests anyway. triton_kernels comes in a wheel of 373 MB only, so its
+SGLang and compressed-tensors are installed for the tests anyway. triton_kernels comes in a wheel of 371 MB only, so its
 test runs where somebody put the package on the path: docs/layouts.md says how.
 """
+
+import importlib
 
 import pytest
 import torch
@@ -21,13 +23,9 @@ def random_bytes(shape, seed):
 
 @pytest.fixture(scope="session")
 def sglang_module():
-    """Import one of SGLang's modules; SGLang is no dependency, so without it these tests are skipped."""
+    """Import one of SGLang's modules. Without SGLang, no dependency of ours, these tests are skipped; a module moved fails."""
     pytest.importorskip("sglang")
-
-    def find(name):
-        return pytest.importorskip(f"sglang.{name}")
-
-    return find
+    return lambda name: importlib.import_module(f"sglang.{name}")
 
 
 @given(n=st.integers(1, 3), blocks=st.integers(1, 13), seed=SEEDS)
@@ -80,8 +78,8 @@ def test_triton_kernels_cdna4_scale(experts, n, blocks, seed):
 def compressed_tensors(sglang_module):
     """The two modules of compressed-tensors that pack int4 words."""
     pytest.importorskip("compressed_tensors")
-    awq = pytest.importorskip("compressed_tensors.entrypoints.convert.converters.autoawq").AutoAWQConverter
-    pack = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers").pack_to_int32
+    awq = importlib.import_module("compressed_tensors.entrypoints.convert.converters.autoawq").AutoAWQConverter
+    pack = importlib.import_module("compressed_tensors.compressors.pack_quantized.helpers").pack_to_int32
     return awq, pack
 
 
