@@ -23,7 +23,7 @@ def random_bytes(shape, seed):
 
 @pytest.fixture(scope="session")
 def sglang_module():
-    """Import one of SGLang's modules. Without SGLang, no dependency of ours, these tests are skipped; a module moved fails."""
+    """Import one of SGLang's modules. Without SGLang the tests are skipped; a module that moved fails them."""
     pytest.importorskip("sglang")
     return lambda name: importlib.import_module(f"sglang.{name}")
 
