@@ -43,7 +43,7 @@ def quantize_fp8_static(x: Tensor, scale: Tensor | float, dtype: torch.dtype = t
 
     Args:
         x: any shape, float dtype and strides.
-        scale: one positive number: a float, or a tensor of one element on x's device (read there, never by the host).
+        scale: one positive number; a tensor on x's device is read there, never by the host.
         dtype: `float8_e4m3fn`, or `float8_e4m3fnuz` with a scale already doubled for it.
 
     Returns:
@@ -55,9 +55,10 @@ def quantize_fp8_static(x: Tensor, scale: Tensor | float, dtype: torch.dtype = t
     """
     if dtype not in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
         raise SchemeError(f"dtype {dtype}", "no static fp8 format", "use float8_e4m3fn or float8_e4m3fnuz")
-    if isinstance(scale, Tensor) and scale.numel() != 1:
+    scale = torch.as_tensor(scale, dtype=torch.float32).detach()
+    if scale.numel() != 1:
         raise ShapeError(f"scale {list(scale.shape)}", "static fp8 has one scale per tensor", "pass a scalar")
-    inverse = 1 / (scale.detach().to(torch.float32).reshape(()) if isinstance(scale, Tensor) else scale)
+    inverse = scale.reshape(()).reciprocal()
     limit = torch.finfo(dtype).max
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     for source, target in pieces(x.detach().unsqueeze(-1), out.unsqueeze(-1)):

@@ -1,4 +1,4 @@
-"""MX blocks: 32 elements along K share an e8m0 scale (OCP MX v1.0). The reference that every kernel is compared with."""
+"""MX blocks: 32 elements along K share an e8m0 scale (OCP MX v1.0). The reference every kernel is compared with."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def quantize_mx(x: Tensor, element: str, mode: ScaleMode | str | None = None) ->
     data = torch.empty(*lead, n, MX_BLOCK // el.pack, dtype=el.dtype, device=x.device)
     scales = torch.empty(*lead, n, 1, dtype=torch.uint8, device=x.device)
     for source, d, s in pieces(x.detach().unflatten(-1, (n, MX_BLOCK)), data, scales):
-        blocks = source.to(torch.float32)
+        blocks = source.to(torch.float32, memory_format=torch.contiguous_format)
         amax = blocks.abs().amax(-1, keepdim=True)
         b = (amax.view(torch.int32) + carry >> 23).sub_(el.emax).clamp_(min=0).masked_fill_(amax.isnan(), e8m0.NAN)
         d.copy_(el.encode(blocks * e8m0.reciprocal(b)))
@@ -140,7 +140,7 @@ def dequantize_mx(data: Tensor, scales: Tensor, element: str, dtype: torch.dtype
             "take both from the same tensor",
         )
     out = torch.empty(*scales.shape, MX_BLOCK, dtype=dtype, device=data.device)
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     for d, s, target in pieces(data.unflatten(-1, (n, MX_BLOCK // el.pack)), scales.unsqueeze(-1), out):
         target.copy_(el.decode(d) * e8m0.decode(s, wide))
     return out.flatten(-2)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def pack(codes: Tensor) -> Tensor:
-    """uint8 [..., K] contiguous, values 0..15 -> uint8 [..., K/2]."""
-    pairs = codes.view(torch.int16)  # low byte = even index: every machine torch runs on is little-endian
+    """uint8 [..., K], values 0..15 -> uint8 [..., K/2]."""
+    pairs = codes.contiguous().view(torch.int16)  # low byte = even index: every machine torch runs on is little-endian
     return (pairs | pairs >> 4).to(torch.uint8)
 
 

@@ -28,13 +28,11 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _cut(tensors: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
-    first = tensors[0]
-    if first.numel() <= limit or first.dim() == 1:
+    size = max(t.numel() for t in tensors)
+    if size <= limit or tensors[0].dim() == 1:
         yield tensors
-        return
-    rows = limit // (first.numel() // first.shape[0])
-    if rows:
+    elif rows := limit // (size // tensors[0].shape[0]):
         yield from zip(*(t.split(rows) for t in tensors), strict=True)
-        return
-    for slices in zip(*(t.unbind() for t in tensors), strict=True):
-        yield from _cut(slices, limit)
+    else:
+        for slices in zip(*(t.unbind() for t in tensors), strict=True):
+            yield from _cut(slices, limit)

@@ -51,7 +51,19 @@ def test_nibbles_hold_the_even_index_low():
 
 @pytest.mark.parametrize(
     ("y", "rounded"),
-    [(0.25, 0), (0.75, 1), (1.25, 1), (1.75, 2), (2.5, 2), (3.5, 4), (5.0, 4), (6.5, 6), (7.0, 6), (1e9, 6), (np.inf, 6)],
+    [
+        (0.25, 0),
+        (0.75, 1),
+        (1.25, 1),
+        (1.75, 2),
+        (2.5, 2),
+        (3.5, 4),
+        (5.0, 4),
+        (6.5, 6),
+        (7.0, 6),
+        (1e9, 6),
+        (np.inf, 6),
+    ],
 )
 def test_e2m1_midpoints_go_to_the_even_code(y: float, rounded: float):
     assert e2m1.decode(e2m1.encode(torch.tensor([y, -y]))).tolist() == [rounded, -rounded]
@@ -86,7 +98,9 @@ def test_e8m0_codes():
 
 
 def test_e8m0_encode_marks_what_is_no_power_of_two():
-    wrong = torch.tensor([0.0, -0.0, -1.0, 3.0, 1.0000001, torch.inf, -torch.inf, torch.nan, 2.0**-128, 1.5 * 2.0**-127])
+    wrong = torch.tensor(
+        [0.0, -0.0, -1.0, 3.0, 1.0000001, torch.inf, -torch.inf, torch.nan, 2.0**-128, 1.5 * 2.0**-127]
+    )
     assert e8m0.encode(wrong).tolist() == [255] * 10
 
 
