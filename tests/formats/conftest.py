@@ -39,8 +39,10 @@ def random_blocks(rows: int, seed: int = 0, exponents: tuple[int, int] = (-110, 
 
 
 def boundary_blocks() -> torch.Tensor:
-    """fp32 [n, 32]: amax one fp32 ulp about every mantissa at which a mode's exponent steps, at all normal exponents;
-    the other elements on and one ulp about every midpoint and value of e2m1, and on e4m3 midpoints, under that scale."""
+    """fp32 [n, 32]: amax on and one ulp about every mantissa at which a mode's exponent steps, at all normal exponents.
+
+    The other elements lie on and one ulp about the midpoints and values of e2m1, and two midpoints of e4m3.
+    """
     mantissas = np.array([0, 1, 2, 3]) << 21  # 1, 1.25, 1.5, 1.75: all of 1/max, EVEN and FLOOR steps for e2m1
     mantissas = np.concatenate([mantissas, [0x700000, 0x780000]])  # 1.875; 1.9375: EVEN for e4m3
     exponents = np.arange(12, 254)
@@ -91,7 +93,7 @@ def quark() -> ModuleType:
     It scans the source of every transformers model at import (15 s), and compiles its quantizers on first call (5 s).
     """
     pytest.importorskip("quark", reason="amd-quark is not installed")
-    with mock.patch.object(Path, "rglob", lambda *_: iter(())):
+    with mock.patch.object(Path, "rglob", return_value=()):
         module = importlib.import_module("quark.torch")
     torch.compiler.set_stance("force_eager")
     yield module

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from sglang_amd_quant.formats import e2m1, e4m3, e8m0, nibbles
 
 BYTES = torch.arange(256, dtype=torch.uint8)

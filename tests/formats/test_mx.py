@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from sglang_amd_quant.errors import SchemeError, ShapeError
 from sglang_amd_quant.formats import dequantize_mx, fake_quantize_mx, pieces, quantize_mx
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, ScaleMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ELEMENTS = {"e2m1": 2, "e4m3": 1}  # -> elements per stored item
 

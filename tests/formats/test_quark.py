@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+
 from sglang_amd_quant.formats import dequantize_mx, fake_quantize_mx, nibbles, quantize_mx
 from sglang_amd_quant.schemes import ScaleMode
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from sglang_amd_quant.formats import dequantize_mx, quantize_mx
 from sglang_amd_quant.schemes import ScaleMode
 
