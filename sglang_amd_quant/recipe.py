@@ -27,8 +27,10 @@ ALWAYS_BF16 = (
     "*norm", "*norm.*", "*layernorm*",
     "*.gate", "*.router", "*.router.*", "*.shared_expert_gate",
     "*.kv_b_proj",
+    "*.in_proj_ba", "*.in_proj_a", "*.in_proj_b",
 )  # fmt: skip
-"""Never quantized: what a router, an embedding or MLA's absorbed kv_b_proj loses costs more than it saves."""
+"""Never quantized: what a router, an embedding, MLA's absorbed kv_b_proj or the per-head gates of linear attention lose
+costs more than it saves."""
 
 
 @dataclass(frozen=True)
@@ -139,3 +141,14 @@ class Recipe:
         """Patterns that match none of the given modules: most likely misspelt."""
         modules = list(modules)
         return [r.pattern for r in self.rules if not any(r.matches(m) for m in modules)]
+
+
+DEFAULT_RECIPES: dict[str, Recipe] = {
+    "gfx950": Recipe((Rule("*.experts.*", "w4a8"),), default="mxfp8", source="default of gfx950"),
+}
+"""arch -> what plain `amd_mx` does to bf16 weights."""
+
+
+def default_recipe(arch: str) -> Recipe:
+    """What plain `amd_mx` does to bf16 weights on an arch; without an entry `w4a16`, which needs no MX hardware."""
+    return DEFAULT_RECIPES.get(arch, Recipe.uniform("w4a16"))

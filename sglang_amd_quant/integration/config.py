@@ -13,10 +13,10 @@ from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 
-from sglang_amd_quant.checkpoints import Reader, reader_for
+from sglang_amd_quant.checkpoints import READERS, Reader, reader_for
 from sglang_amd_quant.errors import RecipeError, SchemeError, UnsupportedError
 from sglang_amd_quant.integration.plugin import METHODS, check_hooks
-from sglang_amd_quant.recipe import Recipe, Rule
+from sglang_amd_quant.recipe import Recipe, Rule, default_recipe
 from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES, ScaleMode, Scheme
 
@@ -34,14 +34,15 @@ FUSED_MODULES: dict[str, list[str]] = {
 EXPERT_PARTS: dict[str, list[str]] = {
     "gpt_oss": ["gate_up_proj", "down_proj"],
     "mixtral": ["0.w1", "0.w3", "0.w2"],
+    "minimax_m2": ["0.w1", "0.w3", "0.w2"],
+    "minimax_m3": ["0.w1", "0.w3", "0.w2"],
+    "llama4_text": ["gate_up_proj", "down_proj"],
 }
 """model_type -> checkpoint names of an expert layer's parts, below `...experts.`, where not as below."""
 DEFAULT_EXPERT_PARTS = ["0.gate_proj", "0.up_proj", "0.down_proj"]
 
-DEFAULT_RECIPES: dict[str, Recipe] = {
-    "gfx950": Recipe((Rule("*.experts.*", "w4a8"),), default="mxfp8", source="default of gfx950"),
-}
-"""arch -> what plain `amd_mx` does to bf16 weights; elsewhere `w4a16`, which needs no MX hardware."""
+ADDED_BY_SGLANG = ("hf_config", "packed_modules_mapping")
+"""Keys that SGLang puts into a quantization_config beside the checkpoint's own."""
 
 EXPERTS_TRANSPOSED = {"gpt_oss"}
 """model_type whose SGLang loader transposes fused expert tensors itself, so they are handed over as [E, K, N]."""
@@ -108,9 +109,11 @@ class AmdMxConfig(QuantizationConfig):
             CheckpointError: no reader knows the format.
             SchemeError: the forced scheme does not fit the checkpoint's weights.
         """
-        reader = reader_for(_own_keys(config))
+        hf_config = config.get("hf_config")
+        own = {key: value for key, value in config.items() if key not in ADDED_BY_SGLANG}
+        reader = reader_for(own, hf_config.to_dict() if hasattr(hf_config, "to_dict") else {})
         recipe, check = cls._chosen_recipe(reader)
-        made = cls(recipe, reader, config.get("hf_config"), check)
+        made = cls(recipe, reader, hf_config, check)
         made.packed_modules_mapping.update(config.get("packed_modules_mapping") or {})
         return made
 
@@ -119,7 +122,8 @@ class AmdMxConfig(QuantizationConfig):
         """Take over a checkpoint that some other format's method owns, where the user asked for us by name."""
         if user_quant != cls.NAME:
             return None
-        reader_for(_own_keys(hf_quant_cfg))
+        if hf_quant_cfg.get("quant_method") not in READERS:
+            reader_for(hf_quant_cfg)  # raises, with the formats there are
         return cls.NAME
 
     @classmethod
@@ -136,7 +140,7 @@ class AmdMxConfig(QuantizationConfig):
             return _fitting(_forced(cls.FORCED, reader), reader), False
         if reader is not None:
             return reader.recipe, reader.name == "amd_mx"
-        return DEFAULT_RECIPES.get(current_arch(), Recipe.uniform("w4a16")), False
+        return default_recipe(current_arch()), False
 
     # ---- layer by layer ----
 
@@ -173,6 +177,14 @@ class AmdMxConfig(QuantizationConfig):
             return [f"{prefix}.{part}" for part in parts]
         dot = f"{stem}." if stem else ""
         return [f"{dot}{part}" for part in self.packed_modules_mapping.get(last, [last])]
+
+    def can_fuse_shared_expert(self) -> bool:
+        """Whether SGLang may run shared experts as routed ones: only where both get the same scheme."""
+        experts, shared = (
+            self.recipe.scheme_for(f"model.layers.0.mlp.{name}")
+            for name in ("experts.0.gate_proj", "shared_experts.gate_proj")
+        )
+        return experts == shared
 
     def has_static_input(self, prefix: str, is_moe: bool = False) -> bool:
         """Whether the checkpoint stores a static fp8 scale for this layer's activations."""
@@ -217,11 +229,6 @@ class AmdMxConfig(QuantizationConfig):
                 "matches no layer of this model",
                 f"layers are named like {', '.join(sorted(self._quantized or self._seen)[:2])}",
             )
-
-
-def _own_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint's own keys, without those SGLang adds."""
-    return {key: value for key, value in config.items() if key not in ("hf_config", "packed_modules_mapping")}
 
 
 def _transposed_experts(stream: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

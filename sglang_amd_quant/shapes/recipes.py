@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import json
 
-from sglang_amd_quant.recipe import Recipe, Rule
+from sglang_amd_quant.recipe import Recipe, default_recipe
 from sglang_amd_quant.schemes import BF16, scheme
 from sglang_amd_quant.shapes.facts import ModelFacts
-
-DEFAULT_RECIPES: dict[str, Recipe] = {
-    "gfx950": Recipe((Rule("*.experts.*", "w4a8"),), default="mxfp8", source="default of gfx950"),
-}
-"""arch -> what plain `amd_mx` does to bf16 weights; elsewhere `w4a16`, which needs no MX hardware."""
 
 AMD_MX = "amd_mx"
 
@@ -22,7 +17,7 @@ def recipe_for(facts: ModelFacts, name: str, arch: str) -> Recipe:
     Args:
         facts: the model; a quantized checkpoint brings its own recipe.
         name: `amd_mx` (the checkpoint's own, else the default of the arch), a scheme, or `bf16`.
-        arch: as in `DEFAULT_RECIPES`.
+        arch: as in `recipe.DEFAULT_RECIPES`.
 
     Raises:
         SchemeError: no such scheme.
@@ -33,7 +28,7 @@ def recipe_for(facts: ModelFacts, name: str, arch: str) -> Recipe:
     if name != AMD_MX:
         return Recipe.uniform(scheme(name).name)
     if facts.quantization is None:
-        return DEFAULT_RECIPES.get(arch, Recipe.uniform("w4a16"))
+        return default_recipe(arch)
     from sglang_amd_quant.checkpoints import reader_for  # imports torch
 
     return reader_for(json.loads(facts.quantization)).recipe

@@ -46,6 +46,38 @@ def sglang_context(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
+def load_model(sglang_context: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """`load_model(folder, quantization)` loads a checkpoint as a scheduler process of one rank would."""
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.model_loader import get_model
+    from sglang.srt.server_args import ServerArgs
+
+    before = sglang_context.get_server_args()
+    parallel = sglang_context.get_parallel()
+    ranks = ("tp", "pp", "moe_ep", "moe_tp", "moe_dp", "attn_tp", "attn_dp", "attn_cp")
+    rendezvous = tmp_path_factory.mktemp("rendezvous") / "file"
+    parallel.override_permanently(**{f"{name}_rank": 0 for name in ranks})
+    parallel_state.init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
+    parallel_state.initialize_model_parallel(backend="gloo")
+
+    def load(folder: Any, quantization: str | None = None) -> torch.nn.Module:
+        args = ServerArgs(model_path=str(folder), quantization=quantization, skip_tokenizer_init=True)
+        args.resolve_once()
+        sglang_context._CONTEXT.set_server_args(args)
+        config = ModelConfig.from_server_args(args)
+        return get_model(model_config=config, load_config=LoadConfig(), device_config=DeviceConfig("cpu"))
+
+    yield load
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
+    parallel.clear_stamp()
+    sglang_context._CONTEXT.set_server_args(before)
+
+
+@pytest.fixture
 def rank(sglang_context: Any) -> Callable[..., Any]:
     """`with rank(tp=(1, 2), ep=(0, 2)):` builds layers as that rank would; (rank, size) pairs. tp is what ep leaves."""
 

@@ -163,10 +163,10 @@ def main() -> None:
     from sglang.srt.models.registry import ModelRegistry
     from sglang.srt.runtime_context import get_model
 
-    from sglang_amd_quant.integration.config import DEFAULT_RECIPES, AmdMxConfig
+    from sglang_amd_quant.integration.config import AmdMxConfig
     from sglang_amd_quant.recipe import Recipe
 
-    built: dict[str, Any] = {"default_recipes": {arch: recipe.to_dict() for arch, recipe in DEFAULT_RECIPES.items()}}
+    built: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _start(folder)

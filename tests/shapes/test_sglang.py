@@ -16,7 +16,6 @@ import pytest
 from sglang_amd_quant import shapes
 from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.shapes.facts import ModelFacts
-from sglang_amd_quant.shapes.recipes import DEFAULT_RECIPES
 
 pytest.importorskip("sglang")
 SCRIPT = Path(__file__).with_name("sglang_parameters.py")
@@ -83,7 +82,3 @@ def test_parameters_have_the_planned_shapes(
     if "lm_head" not in theirs:  # tied
         theirs["lm_head"] = tuple(parameters["model.embed_tokens.weight"])
     assert ours == theirs
-
-
-def test_default_recipes_are_those_of_the_plugin(built: dict[str, Any]) -> None:
-    assert {arch: recipe.to_dict() for arch, recipe in DEFAULT_RECIPES.items()} == built["default_recipes"]

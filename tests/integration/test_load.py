@@ -1,0 +1,221 @@
+"""Whole checkpoints through SGLang's own loader: ours and foreign formats, online quantization, and broken ones."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sglang_amd_quant.errors import AmdMxError, RecipeError
+from sglang_amd_quant.formats import quantize_mx
+from sglang_amd_quant.schemes import ScaleMode
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+EXPERTS = {"num_experts_per_tok": 2}
+MODELS = {
+    "qwen3": ("Qwen3", {}),
+    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 96}),
+    "mixtral": ("Mixtral", {**EXPERTS, "num_local_experts": 4}),
+    "gpt_oss": ("GptOss", {**EXPERTS, "num_local_experts": 4, "sliding_window": 32}),
+}
+
+
+@pytest.fixture(scope="session")
+def originals(sglang_context, tmp_path_factory):
+    """A tiny bf16 checkpoint of each architecture, written by transformers."""
+    import transformers
+
+    folders = {}
+    for name, (prefix, extra) in MODELS.items():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{prefix}Config")(**SIZES, **extra)
+        model = getattr(transformers, f"{prefix}ForCausalLM")(config).bfloat16()
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+    return folders
+
+
+def rewrite(source, target, change, quantization_config):
+    """Copy a checkpoint, passing its tensors through `change(dict) -> dict`."""
+    config = json.loads((source / "config.json").read_text())
+    if quantization_config is not None:
+        config["quantization_config"] = quantization_config
+    (target / "config.json").write_text(json.dumps(config))
+    tensors = change(load_file(source / "model.safetensors"))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def linears(tensors):
+    keep = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "moe.gate.", "router")
+    return [n for n in tensors if n.endswith(".weight") and tensors[n].dim() == 2 and not any(k in n for k in keep)]
+
+
+def quark(tensors):
+    for name in linears(tensors):
+        tensors[name], tensors[f"{name}_scale"] = quantize_mx(tensors[name], "e2m1", ScaleMode.EVEN)
+    return tensors
+
+
+QUARK = {
+    "quant_method": "quark",
+    "global_quant_config": {
+        "weight": {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0", "ch_axis": -1},
+        "input_tensors": {
+            "dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0", "ch_axis": -1,
+            "is_dynamic": True,
+        },
+    },
+    "exclude": ["lm_head", "*.mlp.gate"],
+    "layer_quant_config": {},
+    "layer_type_quant_config": {},
+    "export": {"pack_method": "reorder", "weight_format": "real_quantized"},
+}  # fmt: skip
+
+
+def gpt_oss(tensors):
+    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        data, scales = quantize_mx(tensors.pop(name).transpose(1, 2), "e2m1", ScaleMode.EVEN)
+        tensors[f"{name}_blocks"] = data.unflatten(-1, (-1, 16))
+        tensors[f"{name}_scales"] = scales
+    return tensors
+
+
+GPT_OSS = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+}
+
+
+def parameters(model):
+    return {
+        name: p.detach().view(torch.uint8) if p.element_size() == 1 else p.detach()
+        for name, p in model.named_parameters()
+    }
+
+
+def same(got, want):
+    got, want = parameters(got), parameters(want)
+    assert got.keys() == want.keys()
+    assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("scheme", ["amd_mxfp4", "amd_mxfp8"])
+def test_online(originals, load_model, name, scheme):
+    model = load_model(originals[name], scheme)
+    held = [n for n, m in model.named_modules() if hasattr(m, "weight_scale") or hasattr(m, "w2_weight_scale")]
+    attention = {"qkv_proj", "o_proj"} if name != "gpt_oss" else set()  # SGLang gives gpt-oss's attention no method
+    mlp = {"gate_up_proj", "down_proj"} if name == "qwen3" else {"experts"}
+    assert {n.rpartition(".")[2] for n in held} == attention | mlp
+    stored = [p for n in held for part, p in model.get_submodule(n).named_parameters() if "bias" not in part]
+    assert all(p.element_size() == 1 for p in stored)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "mixtral"])
+def test_quark(originals, load_model, name, tmp_path):
+    folder = rewrite(originals[name], tmp_path, quark, QUARK)
+    same(load_model(folder, "amd_mx"), load_model(originals[name], "amd_mxfp4"))
+
+
+def test_gpt_oss(originals, load_model, tmp_path, monkeypatch):
+    """Experts come packed, attention in bf16; the online twin is told so by a recipe."""
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"default": "bf16", "rules": {"*.experts.*": "w4a16"}}))
+    (tmp_path / "model").mkdir()
+    folder = rewrite(originals["gpt_oss"], tmp_path / "model", gpt_oss, GPT_OSS)
+    got = load_model(folder, "amd_mx")
+    monkeypatch.setenv("SGLANG_AMD_MX_RECIPE", str(recipe))
+    want = load_model(originals["gpt_oss"], "amd_mx")
+    assert got.model.layers[0].mlp.experts.w13_weight_scale.shape == (4, 192, 2)
+    same(got, want)
+
+
+def test_recipe_in_config_json_of_a_bf16_checkpoint(originals, load_model, tmp_path):
+    recipe = {"default": "mxfp8", "rules": {"*.o_proj": "bf16", "*.experts.*": "w4a8"}}
+    config = {"quant_method": "amd_mx", "version": 1, "recipe": recipe}
+    model = load_model(rewrite(originals["qwen3_moe"], tmp_path, dict, config))
+    layer = model.model.layers[0]
+    assert layer.self_attn.o_proj.weight.dtype == torch.bfloat16
+    assert layer.self_attn.qkv_proj.weight.dtype == torch.float8_e4m3fn
+    assert layer.mlp.experts.w13_weight.dtype == torch.uint8
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def with_tensor(name, change):
+    def apply(tensors):
+        tensors = quark(tensors)
+        value = change(tensors)
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+        return tensors
+
+    return apply
+
+
+BROKEN = {
+    "missing scales": (with_tensor(f"{Q}_scale", lambda t: None), r"q_proj"),
+    "missing weight": (with_tensor(Q, lambda t: None), r"q_proj"),
+    "NaN scale": (with_tensor(f"{Q}_scale", lambda t: torch.full_like(t[f"{Q}_scale"], 255)), r"q_proj"),
+    "narrow weight": (with_tensor(Q, lambda t: t[Q][:, :16]), r"qkv_proj"),
+    "short weight": (with_tensor(Q, lambda t: t[Q][:32]), r"q"),
+    "wrong dtype": (with_tensor(Q, lambda t: t[Q].float()), r"qkv_proj"),
+    "unknown tensor": (with_tensor(f"{Q}_zero_point", lambda t: torch.zeros(1)), r"q_proj\.weight_zero_point"),
+    "narrow scales": (with_tensor(f"{Q}_scale", lambda t: t[f"{Q}_scale"][:, :1]), r"q_proj"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoints_give_one_line(originals, load_model, tmp_path, case):
+    change, match = BROKEN[case]
+    folder = rewrite(originals["qwen3"], tmp_path, change, QUARK)
+    with pytest.raises(AmdMxError, match=match) as error:
+        load_model(folder, "amd_mx")
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_file(originals, load_model, tmp_path):
+    folder = rewrite(originals["qwen3"], tmp_path, quark, QUARK)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(Exception, match="(?i)incomplete|truncated|header|metadata"):
+        load_model(folder, "amd_mx")
+
+
+def test_misspelt_recipe(originals, load_model, tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"default": "mxfp4", "rules": {"*.qkv_porj": "mxfp8"}}))
+    monkeypatch.setenv("SGLANG_AMD_MX_RECIPE", str(recipe))
+    with pytest.raises(RecipeError, match=r"recipe\.json: pattern '\*\.qkv_porj': matches no layer"):
+        load_model(originals["qwen3"], "amd_mx")
+
+
+def test_weight_update_in_place(originals, load_model):
+    """`update_weights_from_disk` runs the same loader again on the live model."""
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    model = load_model(originals["qwen3"], "amd_mxfp4")
+    layer = model.model.layers[0].self_attn.o_proj
+    x = torch.randn(2, 64)
+    before = layer.quant_method.apply(layer, x)
+    tensors = load_file(originals["qwen3"] / "model.safetensors")
+    doubled = {name: t * 2 if name.endswith("o_proj.weight") else t for name, t in tensors.items()}
+    DefaultModelLoader.load_weights_and_postprocess(model, iter(doubled.items()), torch.device("cpu"))
+    torch.testing.assert_close(layer.quant_method.apply(layer, x), 2 * before, rtol=0, atol=0)
