@@ -111,7 +111,7 @@ class AmdMxConfig(QuantizationConfig):
         """
         hf_config = config.get("hf_config")
         own = {key: value for key, value in config.items() if key not in ADDED_BY_SGLANG}
-        reader = reader_for(own, hf_config.to_dict() if hasattr(hf_config, "to_dict") else {})
+        reader = reader_for(own, getattr(hf_config, "to_dict", dict)())
         recipe, check = cls._chosen_recipe(reader)
         made = cls(recipe, reader, hf_config, check)
         made.packed_modules_mapping.update(config.get("packed_modules_mapping") or {})

@@ -12,8 +12,11 @@ from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.integration import loading
-from sglang_amd_quant.ops import reference
+from sglang_amd_quant.ops.linear import QuantizedLinear
+from sglang_amd_quant.ops.reference import ActQuant
+from sglang_amd_quant.runtime.detect import cu_count, current_arch
 from sglang_amd_quant.schemes import MX_BLOCK, Scheme
+from sglang_amd_quant.selection import Epilogue, GemmProblem
 
 if TYPE_CHECKING:
     from sglang_amd_quant.integration.config import AmdMxConfig
@@ -101,9 +104,24 @@ class AmdMxLinearMethod(LinearMethodBase):
             loading.fill_dummy(layer.weight.data, layer.weight_scale.data)
         loading.check_loaded(self.prefix, layer.weight_scale.data)
         static = loading.static_scale(self.prefix, getattr(layer, "input_scale", None))
-        layer.dequantized = loading.Dequantized(layer.weight.data, layer.weight_scale.data, self.scheme.weight)
-        layer.act_quant = reference.ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static)
+        n, packed = layer.weight.shape
+        layer.amd_mx = QuantizedLinear(
+            GemmProblem(
+                "linear",
+                self.scheme.name,
+                current_arch(),
+                m=0,
+                n=n,
+                k=packed * self.scheme.pack,
+                cu_count=cu_count(),
+                tp=getattr(layer, "tp_size", 1) or 1,
+                act="" if static is None else "fp8_static",
+                epilogue=Epilogue(bias=layer.bias is not None),
+            ),
+            loading.Dequantized(layer.weight.data, layer.weight_scale.data, self.scheme.weight),
+            ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static),
+        )
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x[..., K] -> [..., N] in x's dtype."""
-        return reference.linear(x, layer.dequantized(), layer.act_quant, bias)
+        return layer.amd_mx(x, bias)

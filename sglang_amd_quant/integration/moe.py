@@ -14,9 +14,12 @@ from sglang.srt.utils import set_weight_attrs
 
 from sglang_amd_quant.errors import ShapeError, UnsupportedError
 from sglang_amd_quant.integration import loading
-from sglang_amd_quant.ops import reference
 from sglang_amd_quant.ops.activation import Activation
+from sglang_amd_quant.ops.moe import QuantizedMoe
+from sglang_amd_quant.ops.reference import ActQuant, MoeProblem
+from sglang_amd_quant.runtime.detect import cu_count, current_arch
 from sglang_amd_quant.schemes import MX_BLOCK, Scheme
+from sglang_amd_quant.selection import Epilogue, GemmProblem
 
 if TYPE_CHECKING:
     from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
@@ -153,25 +156,66 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check that all of it came; forget copies of earlier weights."""
-        acts = []
-        for name in ("w13", "w2"):
+        run = layer.moe_runner_config
+        activation = activation_of(run)
+        kept, acts, gemms = [], [], []
+        for name, op in (("w13", "moe_gate_up"), ("w2", "moe_down")):
             data, scales = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale").data
             if loading.is_dummy_load():
                 loading.fill_dummy(data, scales)
             loading.check_loaded(f"{self.prefix}.{name}", scales)
-            setattr(layer, f"{name}_dequantized", loading.Dequantized(data, scales, self.scheme.weight))
             static = loading.static_scale(f"{self.prefix}.{name}", getattr(layer, f"{name}_input_scale", None))
-            acts.append(reference.ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static))
-        run = layer.moe_runner_config
-        layer.amd_mx_problem = reference.MoeProblem(
+            kept.append(loading.Dequantized(data, scales, self.scheme.weight))
+            acts.append(ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static))
+            gemms.append(self._gemm(layer, op, data, activation, static is not None))
+        problem = MoeProblem(
             num_experts=layer.num_local_experts,
-            activation=activation_of(run),
+            activation=activation,
             act13=acts[0],
             act2=acts[1],
             weight_on_input=run.apply_router_weight_on_input,
             combine=not run.no_combine,
             weight_output=not run.no_combine or run.no_combine_keep_router_weight,
             scale=1.0 if run.routed_scaling_factor is None else run.routed_scaling_factor,
+        )
+        layer.amd_mx = QuantizedMoe(
+            gate_up=gemms[0],
+            down=gemms[1],
+            problem=problem,
+            w13=kept[0],
+            w2=kept[1],
+            b13=getattr(layer, "w13_weight_bias", None),
+            b2=getattr(layer, "w2_weight_bias", None),
+        )
+
+    def _gemm(
+        self, layer: torch.nn.Module, op: str, data: torch.Tensor, activation: Activation, static: bool
+    ) -> GemmProblem:
+        experts, n, packed = data.shape
+        gate_up = op == "moe_gate_up"
+        return GemmProblem(
+            op,
+            self.scheme.name,
+            current_arch(),
+            m=0,
+            n=n,
+            k=packed * self.scheme.pack,
+            cu_count=cu_count(),
+            e_local=experts,
+            e_total=max(layer.num_experts, experts),
+            top_k=layer.top_k,
+            tp=layer.moe_tp_size * layer.moe_ep_size,
+            ep=layer.moe_ep_size,
+            act="fp8_static" if static else "",
+            weighted=not gate_up and not layer.moe_runner_config.apply_router_weight_on_input,
+            epilogue=Epilogue(
+                bias=hasattr(layer, "w13_weight_bias"),
+                activation=activation.kind if gate_up else None,
+                gated=activation.gated,
+                interleaved=activation.interleaved and gate_up,
+                limit=activation.limit if gate_up else None,
+                alpha=activation.alpha if gate_up and activation.kind == "swigluoai" else None,
+            ),
         )
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: MoeRunnerConfig) -> None:
@@ -191,16 +235,7 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
     def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> StandardCombineInput:
         """Run the experts on hidden_states [M, H] and topk_ids [M, top_k]: local ids, -1 for experts of other ranks."""
         topk = dispatch_output.topk_output
-        out = reference.fused_moe(
-            dispatch_output.hidden_states,
-            topk.topk_ids,
-            topk.topk_weights,
-            layer.amd_mx_problem,
-            layer.w13_dequantized,
-            layer.w2_dequantized,
-            getattr(layer, "w13_weight_bias", None),
-            getattr(layer, "w2_weight_bias", None),
-        )
+        out = layer.amd_mx(dispatch_output.hidden_states, topk.topk_ids, topk.topk_weights)
         return StandardCombineInput(hidden_states=out)
 
 

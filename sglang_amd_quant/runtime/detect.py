@@ -18,3 +18,13 @@ def current_arch() -> str:
     if torch.version.hip is not None:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+@lru_cache(maxsize=1)
+def cu_count() -> int:
+    """Compute units (SMs) of the current device; 0 on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
