@@ -1,0 +1,62 @@
+"""`amd-mx doctor`: what it reports here, and what it finds missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+
+import pytest
+
+from sglang_amd_quant.cli import doctor
+from sglang_amd_quant.cli.main import main
+from sglang_amd_quant.integration import versions
+
+
+def test_this_environment_can_serve(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "serves on cpu" in text
+    assert "no problems found" in text
+    assert "--attention-backend torch_native" in text
+    assert "reference (reference): mxfp4, mxfp8, w4a8, w4a16" in text
+
+
+def test_json(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["arch"] == "cpu"
+    assert {row["scheme"] for row in found["kernels"]} == {"mxfp4", "mxfp8", "w4a8", "w4a16"}
+    assert found["problems"] == []
+
+
+@pytest.mark.parametrize("missing", ["torch", "sglang", "triton"])
+def test_missing_package(monkeypatch, capsys, missing):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == missing else real(name))
+    if missing == "sglang":
+        monkeypatch.setattr(versions, "sglang_version", lambda: None)
+    assert main(["doctor"]) == 1
+    assert f"PROBLEM: {missing} is not installed; install" in capsys.readouterr().out
+
+
+def test_untested_sglang(monkeypatch, capsys):
+    monkeypatch.setattr(versions, "sglang_version", lambda: versions.Version("0.6.0"))
+    assert main(["doctor"]) == 1
+    assert "PROBLEM: sglang 0.6.0 was not tested" in capsys.readouterr().out
+    monkeypatch.setenv(versions.OVERRIDE, "1")
+    assert main(["doctor"]) == 0
+
+
+def test_plugin_left_out_by_the_environment(monkeypatch, capsys):
+    monkeypatch.setenv("SGLANG_PLUGINS", "other")
+    assert main(["doctor"]) == 1
+    assert "set SGLANG_PLUGINS=other,amd_mx" in capsys.readouterr().out
+
+
+def test_no_cpu_platform(monkeypatch, capsys):
+    real = importlib.metadata.entry_points
+    hidden = lambda **query: [] if query["group"] == "sglang.srt.platforms" else real(**query)
+    monkeypatch.setattr(importlib.metadata, "entry_points", hidden)
+    monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
+    assert main(["doctor"]) == 1
+    assert "no CPU platform is installed; pip install sglang-amd-quant-cpu" in capsys.readouterr().out
