@@ -89,15 +89,18 @@ class ShardWriter:
         self._file = self._temporary.open("wb")
         self._file.write(self._shard.header)
         self._file.truncate(self._shard.nbytes)
+        self._file.flush()
         return self
 
     def write(self, name: str, tensor: torch.Tensor, first: int = 0) -> None:
-        """Write a tensor, or the part of it that starts at its byte `first`."""
-        self._file.seek(self._shard.starts[name] + first)
-        self._file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        """Write a tensor, or the part of it that starts at its byte `first`. Several threads may."""
+        left = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        at = self._shard.starts[name] + first
+        while left:
+            done = os.pwrite(self._file.fileno(), left, at)
+            left, at = left[done:], at + done
 
     def __exit__(self, failed: object, *_: object) -> None:
-        self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         if failed is None:

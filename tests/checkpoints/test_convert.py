@@ -301,7 +301,7 @@ class TestFolder:
 
         made: list[str] = []
         real = convert._make
-        monkeypatch.setattr(convert, "_make", lambda piece, *rest: (made.append(piece.source.name), real(piece, *rest)))
+        monkeypatch.setattr(convert, "_make", lambda c, *rest: (made.append(c.piece.source.name), real(c, *rest))[1])
         finished = len(list(job.partial.glob("*.safetensors")))
         quantized(source, tmp_path / "out", Recipe.uniform("mxfp4"), **options)
         assert contents(tmp_path / "out") == contents(tmp_path / "whole")

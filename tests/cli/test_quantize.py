@@ -111,7 +111,7 @@ def test_sigkill(source: Path, tmp_path: Path) -> None:
     args = ["quantize", str(source), str(tmp_path / "out"), "--scheme", "mxfp4", "--max-shard-size", "300KB"]
     slowed = (
         "import time; from sglang_amd_quant.checkpoints import convert; make = convert._make\n"
-        "convert._make = lambda *a: (time.sleep(0.1), make(*a))\n"
+        "convert._make = lambda *a: (time.sleep(0.1), make(*a))[1]\n"
         f"from sglang_amd_quant.cli.main import main; main({args!r})"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
