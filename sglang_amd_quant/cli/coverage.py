@@ -42,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="FILE", help="recipe (JSON) that gives layers their schemes")
     parser.add_argument("--m", type=_tokens, default=DEFAULT_MS, metavar="M,M,…", help="default 1,2,4,…,8192")
     parser.add_argument("--kernels", choices=("all", "shipped"), default="all", help="what to plan with (default all)")
-    parser.add_argument("--fail-under", type=_percent, metavar="PCT", help="exit 1 if fewer %% of cells are tuned")
+    parser.add_argument(
+        "--fail-under",
+        type=_percent,
+        metavar="PCT",
+        help="exit 1 if less than PCT %% of cells have a tuned entry (of kernels in this build: --kernels shipped)",
+    )
     parser.add_argument("--missing", type=Path, metavar="FILE", help="write the shapes to tune, for the tuner to read")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the report there, not to stdout")
     form = parser.add_mutually_exclusive_group()

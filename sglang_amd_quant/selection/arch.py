@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ ARCHES: dict[str, Arch] = {
 _FAMILY = ((re.compile(r"gfx11\d\d"), "gfx11"), (re.compile(r"sm_90a"), "sm_90"))
 
 
+@lru_cache(maxsize=256)
 def canonical(name: str) -> str:
     """The family name of what a driver reports: `gfx1151` and `gfx942:sramecc+:xnack-` are `gfx11` and `gfx942`.
 

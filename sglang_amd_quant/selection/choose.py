@@ -58,9 +58,9 @@ class Selector:
         if problem.m == 0:
             return _reference(problem, ("no rows: there is nothing to launch",), refused)
         for candidate in candidates(problem, self.packs):
-            against = self._against(problem, candidate)
+            against, overruled = self._against(problem, candidate)
             if not against:
-                return _choice(problem, candidate, refused)
+                return _choice(problem, candidate, overruled, refused)
             refused.append(Refused(candidate.source, candidate.kernel, candidate.config or Config(), against))
         if not known_arch(problem):
             why = f"no kernel is known for {problem.arch}"
@@ -70,19 +70,18 @@ class Selector:
             why = "every candidate was refused"
         return _reference(problem, (why,), refused)
 
-    def _against(self, problem: GemmProblem, candidate: Candidate) -> tuple[str, ...]:
+    def _against(self, problem: GemmProblem, candidate: Candidate) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Reasons that refuse a candidate, and estimates against it that its measurement overrules."""
         if candidate.out:
-            return candidate.out
+            return candidate.out, ()
         assert candidate.config is not None
-        reasons = [
-            reason.text
-            for reason in legal(laid_out(problem, candidate), kernel(candidate.kernel), candidate.config)
-            if not (reason.estimate and candidate.measured)
-        ]
+        spec = kernel(candidate.kernel)
+        found = legal(laid_out(problem, candidate), spec, candidate.config)
+        overruled = tuple(r.text for r in found if r.estimate and candidate.measured)
+        reasons = [r.text for r in found if not (r.estimate and candidate.measured)]
         if candidate.kernel not in self.available:
-            published = kernel(candidate.kernel).status == PUBLISHED
-            reasons.append(NO_BINARY if published else "not available on this device")
-        return tuple(reasons)
+            reasons.append(NO_BINARY if spec.status == PUBLISHED else "not available on this device")
+        return tuple(reasons), overruled
 
 
 def laid_out(problem: GemmProblem, candidate: Candidate) -> GemmProblem:
@@ -92,13 +91,14 @@ def laid_out(problem: GemmProblem, candidate: Candidate) -> GemmProblem:
     return replace(problem, layout=candidate.layout)
 
 
-def _choice(problem: GemmProblem, candidate: Candidate, refused: list[Refused]) -> KernelChoice:
+def _choice(
+    problem: GemmProblem, candidate: Candidate, overruled: tuple[str, ...], refused: list[Refused]
+) -> KernelChoice:
     spec = kernel(candidate.kernel)
     assert candidate.config is not None
     here = laid_out(problem, candidate)
     why = list(candidate.why)
-    estimates = [reason.text for reason in legal(here, spec, candidate.config)]
-    why += [f"{text}, but the entry was measured so" for text in estimates]
+    why += [f"{text}, but the entry was measured so" for text in overruled]
     rest = unfused(problem, spec)
     if rest:
         why.append(f"{' and '.join(rest)} not fused: the op runs {'it' if len(rest) == 1 else 'them'} after")

@@ -50,13 +50,24 @@ svg { display: block; } svg text { font-family: inherit; }
 """
 
 
+_HATCHES = (
+    '<svg width="0" height="0"><defs>'
+    + "".join(
+        f'<pattern id="{name}" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        f'<line x1="0" y1="0" x2="0" y2="6" stroke="{ink}" stroke-opacity="{opacity}" stroke-width="2.4"/></pattern>'
+        for name, ink, opacity in (("on-dark", "#fff", 0.5), ("on-light", "#000", 0.16))
+    )
+    + "</defs></svg>"
+)
+
+
 def html(report: Report) -> str:
     """The whole file as text; nothing is loaded from elsewhere."""
     tuned, cells = report.tuned_percent, len(report.choices)
     told = [f"{tuned:.1f} % of {cells} cells are tuned for their GEMM (exact, padded M or nearest E)."]
     if report.without_binary:
         told.append(
-            f"Hatched: {report.without_binary} cells plan a published mechanism of which this build has no kernel "
+            f"{report.without_binary} of {cells} cells plan a published mechanism of which this build has no kernel "
             "binary; there the torch reference would run."
         )
     if report.bf16:
@@ -69,6 +80,7 @@ def html(report: Report) -> str:
             f"<title>Coverage: {escape(report.title)}</title><style>{_STYLE}</style></head><body>",
             f"<h1>Kernel coverage, {kind}: {escape(report.title)}</h1>",
             *(f"<p>{escape(line)}</p>" for line in told),
+            _HATCHES,
             *_legend(report),
             *_svg(report),
             "</body></html>",
@@ -82,6 +94,11 @@ def _legend(report: Report) -> Iterator[str]:
     for source, count in report.totals().items():
         swatch = f'<svg width="{CELL_W}" height="22">{_box(source, 0, 0, 20, False)}</svg>'
         yield f'<tr><td>{swatch}</td><td><b>{source}</b></td><td class="n">{count}</td><td>{MEANING[source]}</td></tr>'
+    if report.without_binary:
+        swatch = f'<svg width="{CELL_W}" height="22">{_box("borrowed", 0, 0, 20, True, letter="")}</svg>'
+        told = "no kernel binary in this build: the torch reference would run"
+        count = report.without_binary
+        yield f'<tr><td>{swatch}</td><td><b>hatched</b></td><td class="n">{count}</td><td>{told}</td></tr>'
     yield "</table>"
 
 
@@ -89,10 +106,6 @@ def _svg(report: Report) -> Iterator[str]:
     width = LABEL_W + CELL_W * len(report.ms) + 8
     height = HEAD_H + (CELL_H + 14) * len(report.rows) + 8
     yield f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
-    yield (
-        '<defs><pattern id="hatch" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-        '<line x1="0" y1="0" x2="0" y2="6" stroke="#fff" stroke-opacity="0.55" stroke-width="2.4"/></pattern></defs>'
-    )
     yield f'<text class="sub" x="{LABEL_W - 12}" y="{HEAD_H - 14}" text-anchor="end">tokens M</text>'
     for i, m in enumerate(report.ms):
         x = LABEL_W + CELL_W * i + CELL_W / 2 - 1
@@ -122,11 +135,11 @@ def _tip(row: Row, m: int, choice: KernelChoice) -> str:
     return "\n".join(lines)
 
 
-def _box(source: str, x: int, y: int, height: int, hatched: bool) -> str:
-    ink = "#fff" if source in _DARK else "#1b1f24"
+def _box(source: str, x: int, y: int, height: int, hatched: bool, letter: str | None = None) -> str:
+    dark = source in _DARK
     box = f'x="{x}" y="{y}" width="{CELL_W - 2}" height="{height}" rx="3"'
-    hatch = f'<rect {box} fill="url(#hatch)"/>' if hatched else ""
-    return (
-        f'<rect {box} fill="{COLOURS[source]}"/>{hatch}'
-        f'<text class="letter" x="{x + CELL_W / 2 - 1}" y="{y + height / 2 + 4}" fill="{ink}">{LETTERS[source]}</text>'
-    )
+    hatch = f'<rect {box} fill="url(#{"on-dark" if dark else "on-light"})"/>' if hatched else ""
+    mark = LETTERS[source] if letter is None else letter
+    ink, middle = "#fff" if dark else "#1b1f24", f'x="{x + CELL_W / 2 - 1}" y="{y + height / 2 + 4}"'
+    text = f'<text class="letter" {middle} fill="{ink}">{mark}</text>'
+    return f'<rect {box} fill="{COLOURS[source]}"/>{hatch}{text}'

@@ -54,8 +54,8 @@ def restage(problem: GemmProblem, kernel: KernelSpec, config: Config) -> Config:
     """
     if "block_m" in kernel.space and problem.moe:
         config = config._replace(block_m=routed_block_m(problem))
-    if not kernel.triton or not config.num_stages:
-        return config
+    if not kernel.triton or not config.num_stages or not all(config.tile):
+        return config  # nothing to stage, or a malformed entry: `legal` says so
     return config._replace(num_stages=_stages(problem, config, config.num_stages) or 1)
 
 

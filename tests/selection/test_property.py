@@ -1,0 +1,191 @@
+"""No choice is ever illegal: 10,000 random problems per arch, judged by facts written down here a second time.
+
+The judge (`violations`) shares no code with `legality.py`: it restates, kernel by kernel, what the sources say.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from sglang_amd_quant.selection import SOURCES, Epilogue, GemmProblem, KernelChoice, Selector, kernels, shipped
+from sglang_amd_quant.selection.arch import ARCHES
+from sglang_amd_quant.selection.packs import Packs, load_file
+
+PROBLEMS = 10_000
+LDS = {"gfx950": 163_840, "gfx942": 65_536, "gfx1250": 327_680, "gfx11": 65_536, "sm_90": 232_448}
+BITS = {"e2m1": 4, "e4m3": 8, "fp8_static": 8, "bf16": 16}
+WEIGHT_BITS = {"mxfp4": 4, "w4a8": 4, "w4a16": 4, "int4_w4a16": 4, "mxfp8": 8}
+ON = {
+    "hip_mxfp8_gemv": ("gfx950",),
+    "hip_mxfp8_mfma": ("gfx950",),
+    "hip_mxfp8_moe": ("gfx950",),
+    "hip_moe_w4a16_wmma": ("gfx11",),
+    "triton_moe_mxfp8": ("gfx950",),
+    "triton_moe_a8w4": ("gfx950", "gfx942", "gfx11", "sm_90"),
+    "triton_gemm_mx": ("gfx950", "gfx942", "gfx11", "sm_90"),
+    "triton_moe_w4a16": ("gfx950", "gfx942", "gfx11"),
+}
+
+
+def lds(arch, c, bits_a, bits_b):
+    a, b = c.block_m * c.block_k, c.block_n * c.block_k
+    if arch not in ("gfx950", "gfx1250"):
+        a, b = a * bits_a // 8, b * bits_b // 8
+        return (a + b) * (c.num_stages - 1) or max(a, b)
+    padded = []
+    for n in (a, b):
+        by_32 = n + n // 32 * 4 - (4 if n % 32 == 0 else 0)
+        by_row = n + n // c.block_k * 8 - (8 if n % c.block_k == 0 else 0)
+        padded.append(max(by_32, by_row))
+    return c.num_stages * (padded[0] * bits_a + padded[1] * bits_b) // 8
+
+
+def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
+    c, out = choice.config, []
+    if choice.kernel == "reference":
+        return [] if choice.source == "reference" and choice.reasons else ["the reference says why"]
+    if p.arch not in ON[choice.kernel]:
+        out.append("arch")
+    if choice.source not in SOURCES:
+        out.append("source")
+    if p.layout is not None and choice.layout != p.layout:
+        out.append("layout is not the weights'")
+    if p.block_m and c.block_m not in (None, p.block_m):
+        out.append("block_m is not routing's")
+    if p.out_dtype in ("fp16", "fp32") and choice.kernel.startswith("hip"):
+        out.append("out dtype")
+    if choice.kernel.startswith("hip_mxfp8"):
+        rows = p.m * p.top_k if p.op == "moe_down" else p.m
+        out += ["2 GiB"] * (p.e_local * p.n * p.k > 2**31 - 1 or rows * p.k > 2**31 - 1)
+        out += ["strided"] * (choice.layout != "strided")
+    if choice.kernel == "hip_mxfp8_gemv":
+        out += ["gemv"] * (p.m > 16 or bool(p.k % 32) or bool(p.n % c.block_n) or p.op != "linear")
+    if choice.kernel == "hip_mxfp8_mfma":
+        bad = p.m not in (8, 16, 32, 64) or p.k % 128 or (p.k // 128) % c.split_k
+        out += ["mfma"] * bool(bad)
+    if choice.kernel == "hip_mxfp8_moe":
+        a_div = p.top_k if p.op == "moe_gate_up" else 1
+        bad = (p.k % 1024 and p.k != 768) or c.block_m % 4 or a_div not in (1, 4, 8) or p.n % c.block_n
+        out += ["grouped"] * bool(bad)
+    if choice.kernel == "hip_moe_w4a16_wmma":
+        tile = {8: 256, 1: 512}.get(p.top_k if p.op == "moe_gate_up" else 1)
+        out += ["wmma"] * bool(p.group != 128 or p.k % 128 or not tile or p.n % tile or c.block_n != tile)
+    if choice.kernel.startswith("triton"):
+        sizes = (c.block_m, c.block_n, c.block_k)
+        out += ["power of two"] * any(not v or v & (v - 1) for v in sizes)
+        out += ["stages"] * (not 1 <= c.num_stages <= 8)
+        out += ["lanes"] * (not 1 <= c.num_warps * ARCHES[p.arch].wave <= 1024)
+        if "cdna4" in choice.layout:
+            out += ["swizzle"] * (c.block_k < 256 or c.block_n < 32)
+        if p.arch == "gfx950" and p.act != "bf16":
+            least = 64 if c.nonkdim == 32 else 128
+            out += ["scaled MFMA"] * (c.num_warps < 2 or c.block_k < least)
+        if p.out_dtype in ("mxfp8", "mxfp4") and "quantize" not in choice.unfused:
+            columns = c.block_n // 2 if p.epilogue.activation and p.epilogue.gated else c.block_n
+            out += ["32 columns"] * (columns < 32)
+        if choice.source not in ("exact", "padded_m", "nearest_e"):  # those ran as they are
+            out += ["LDS"] * (lds(p.arch, c, BITS[p.act], WEIGHT_BITS[p.scheme]) > LDS[p.arch])
+    return out
+
+
+SIZES = (32, 64, 96, 128, 192, 256, 360, 384, 512, 736, 768, 1024, 1472, 1536, 2048, 2304, 2880, 3072, 4096, 5760, 6144,
+         7168, 9216, 12288, 16384, 28672)  # fmt: skip
+SHAPES = ((1024, 7168), (3072, 3072), (1536, 6144), (6144, 768), (2304, 6144), (2048, 4096))
+"""Shapes that the random packs are about; most of the problems are of these."""
+
+MS = (1, 2, 3, 4, 8, 16, 17, 24, 32, 64, 100, 256, 1000, 1024, 4096, 8192, 40_000)
+
+
+SCHEMES = ("mxfp8", "w4a8", "mxfp4", "w4a16", "int4_w4a16")
+OPS = ("linear", "moe_gate_up", "moe_down")
+KERNELS = [spec for spec in kernels().values() if spec.schemes]
+
+
+def random_problem(rng: random.Random, arch: str) -> GemmProblem:
+    """Mostly what some kernel is for, else anything."""
+    spec = rng.choice(KERNELS)
+    usual = rng.random() < 0.85
+    op, scheme = (rng.choice(spec.ops), rng.choice(spec.schemes)) if usual else (rng.choice(OPS), rng.choice(SCHEMES))
+    int4 = scheme == "int4_w4a16"
+    group = rng.choice((32, 64, 128, 128)) if int4 else 32
+    n, k = rng.choice(SHAPES) if rng.random() < 0.6 else (rng.choice(SIZES) + rng.randrange(2), rng.choice(SIZES))
+    linear = op == "linear"
+    e_total = 1 if linear else rng.choice((8, 32, 64, 128, 129, 192, 256, 512))
+    ep = 1 if linear else rng.choice((1, 1, 2, 4, 8))
+    others = ("exllama",) if int4 else ("cdna4_scale", "cdna4_scale_256", "preshuffle")
+    return GemmProblem(
+        op, scheme, arch, rng.choice(MS), n, max(group, k // group * group), rng.choice((0, 0, 128)),
+        -(-e_total // ep), e_total, 1 if linear else rng.choice((1, 4, 5, 8)), ep, ep,
+        Epilogue(rng.random() < 0.3, rng.choice((None, "silu", "swigluoai"))),
+        rng.choice(("bf16",) * 7 + ("fp16", "fp32", "mxfp8", "mxfp4")),
+        rng.choice((None, None, "strided", rng.choice(others))),
+        group, "fp8_static" if scheme == "w4a8" and rng.random() < 0.2 else "",
+        rng.choice((0,) * 6 + (16, 32, 64, 128)), rng.random() < 0.5,
+    )  # fmt: skip
+
+
+NONSENSE = (0, 1, 7, 24, 96, 2048)
+
+
+def random_row(rng: random.Random, arch: str) -> dict[str, object]:
+    """An entry: for half of its fields as its kernel has them, else wrong, or nonsense."""
+    spec = rng.choice(KERNELS)
+    right = rng.random() < 0.9
+    op, scheme = (rng.choice(spec.ops), rng.choice(spec.schemes)) if right else (rng.choice(OPS), rng.choice(SCHEMES))
+    n, k = rng.choice(SHAPES)
+    row: dict[str, object] = {"arch": arch, "op": op, "N": n, "K": k, "scheme": scheme}
+    row["kernel"] = spec.name if rng.random() < 0.95 else "gone_kernel"
+    for name in ("block_m", "block_n", "block_k", "split_k", "num_warps", "num_stages", "nonkdim"):
+        if name in spec.space:
+            row[name] = rng.choice(spec.space[name])
+        if rng.random() < 0.04:
+            row[name] = rng.choice(NONSENSE)
+    row["layout"] = rng.choice(("", "", "", "strided", "cdna4_scale", "exllama", "preshuffle"))
+    row["cu_num"] = rng.choice(("", 256, 128))
+    if op == "linear":
+        row["M"] = rng.choice(MS)
+    else:
+        row["E"] = rng.choice(("", 16, 32, 64, 128, 129, 256))
+        row["top_k"] = rng.choice(("", 1, 4, 8))
+        keyed_by = rng.choice(("M", "M_routed", "block_m"))
+        row[keyed_by] = row.get("block_m", 32) if keyed_by == "block_m" else rng.choice(MS)
+    return row
+
+
+@pytest.mark.parametrize("arch", list(ARCHES))
+def test_no_choice_is_illegal(arch, write_pack):
+    rng = random.Random(f"selection {arch}")
+    packs = Packs(load_file(write_pack(f"{arch}.csv", *(random_row(rng, arch) for _ in range(800)))))
+    plan, here = Selector(packs), Selector(packs, available=shipped())
+    sources = dict.fromkeys(SOURCES, 0)
+    for _ in range(PROBLEMS):
+        problem = random_problem(rng, arch)
+        choice = plan(problem)
+        assert not violations(problem, choice), (problem, choice)
+        sources[choice.source] += 1
+    for problem in list(plan._chosen)[:500]:
+        assert here(problem).kernel in shipped()
+    if arch == "gfx950":  # the sample exercises every step of the lookup
+        assert min(sources.values()) > 20, sources
+
+
+def test_choices_do_not_depend_on_the_order_of_equal_work():
+    """The same problem gets the same choice whatever was asked before, and from another selector."""
+    rng = random.Random(3)
+    problems = [random_problem(rng, "gfx950") for _ in range(300)]
+    one, two = Selector(), Selector()
+    assert [one(p) for p in problems] == [two(p) for p in reversed(problems)][::-1]
+
+
+def test_the_judge_sees_what_is_wrong():
+    """The judge itself: each field of a legal choice spoilt in turn is found."""
+    problem = GemmProblem("moe_gate_up", "w4a8", "gfx950", 64, 3072, 3072, 0, 128, 128, 4, layout="cdna4_scale")
+    choice = Selector(Packs([]))(problem)
+    assert not violations(problem, choice)
+    for spoilt in ({"block_k": 128}, {"block_n": 16}, {"num_warps": 1}, {"num_stages": 4, "block_n": 512}):
+        assert violations(problem, replace(choice, config=choice.config._replace(**spoilt))), spoilt
+    assert violations(problem, replace(choice, layout="strided"))
+    assert violations(replace(problem, block_m=128), choice)
