@@ -154,9 +154,17 @@ _COMPARED = tuple(name for name in PackRow._fields if name not in ("file", "line
 
 def diff(before: Sequence[PackRow], after: Sequence[PackRow]) -> list[Change]:
     """What differs between two packs, by key; file, line, date, note, tp and ep do not count."""
-    a, b = ({row.key: row for row in reversed(rows)} for rows in (before, after))
+    a, b = _owners(before), _owners(after)
     changes = [Change(a.get(key), b.get(key)) for key in dict.fromkeys((*a, *b))]
     return [c for c in changes if not (c.before and c.after) or _compared(c.before) != _compared(c.after)]
+
+
+def _owners(rows: Sequence[PackRow]) -> dict[tuple[object, ...], PackRow]:
+    """The first entry of each key."""
+    owners: dict[tuple[object, ...], PackRow] = {}
+    for row in rows:
+        owners.setdefault(row.key, row)
+    return owners
 
 
 def _compared(row: PackRow) -> tuple[object, ...]:

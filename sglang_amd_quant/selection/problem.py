@@ -235,8 +235,10 @@ class GemmProblem:
         Raises:
             ShapeError: a field that is unknown, missing or of another type.
         """
-        data = dict(data)
-        epilogue = data.pop("epilogue", {})
+        epilogue = data.get("epilogue", {}) if isinstance(data, dict) else None
+        if not isinstance(epilogue, dict):
+            raise ShapeError(f"problem {data}", "not an object of fields", "see docs/selection.md")
+        data = {name: value for name, value in data.items() if name != "epilogue"}
         wrong = sorted(set(data) - set(PROBLEM_FIELDS)) + sorted(set(epilogue) - {f.name for f in fields(Epilogue)})
         wrong += sorted(_REQUIRED - set(data))
         wrong += [name for name, value in data.items() if name in PROBLEM_FIELDS and not _typed(name, value)]

@@ -1,0 +1,72 @@
+"""Swizzled or strided is chosen once, at load time, from measurements, rules, and the kernels that are there."""
+
+from dataclasses import replace
+
+import pytest
+
+from sglang_amd_quant.selection import GemmProblem, Selector, choose_layout, shipped
+from sglang_amd_quant.selection.packs import Packs
+
+GATE_UP = GemmProblem("moe_gate_up", "w4a8", "gfx950", 1, 5760, 2880, e_local=128, e_total=128, top_k=4)
+DOWN = replace(GATE_UP, op="moe_down", n=2880, k=2880)
+EMPTY = Selector(Packs([]))
+
+
+@pytest.mark.parametrize(
+    ("tp", "ep", "layout"),
+    [(1, 1, "cdna4_scale"), (2, 1, "cdna4_scale"), (4, 1, "strided"), (8, 1, "strided"), (8, 4, "cdna4_scale")],
+)
+def test_the_rule_of_vllm_44804(tp, ep, layout):
+    """Swizzled up to two ranks a weight, strided from four on: it wins 23 of 28 cells there."""
+    choice = choose_layout(replace(GATE_UP, tp=tp, ep=ep), EMPTY)
+    assert (choice.layout, choice.source) == (layout, "rule")
+    assert "vllm#44804" in choice.reasons[0]
+
+
+def test_nothing_is_swizzled_for_kernels_that_are_not_there():
+    choice = choose_layout(GATE_UP, Selector(Packs([]), available=shipped()))
+    assert (choice.layout, choice.source) == ("strided", "default")
+    assert any("cdna4_scale refused" in reason and "no available kernel" in reason for reason in choice.reasons)
+
+
+def test_measurements_of_both_decide_before_the_rule(packs_of):
+    row = {
+        "op": "moe_gate_up", "scheme": "w4a8", "N": 5760, "K": 2880, "kernel": "triton_moe_a8w4", "block_m": 16,
+        "block_n": 128, "block_k": 256, "num_warps": 4, "num_stages": 2, "E": 128,
+    }  # fmt: skip
+    rows = [
+        {**row, "layout": layout, "M": m, "us": us}
+        for layout, m, us in (
+            ("cdna4_scale", 1, 20), ("strided", 1, 25), ("cdna4_scale", 64, 90), ("strided", 64, 70),
+            ("cdna4_scale", 256, 1),  # measured one way only: no comparison
+        )
+    ]  # fmt: skip
+    choice = choose_layout(GATE_UP, Selector(packs_of(*rows)))
+    assert (choice.layout, choice.source) == ("strided", "exact")
+    assert "2 common entries: strided 95.0 us, cdna4_scale 110.0 us" in choice.reasons[0]
+    assert choose_layout(GATE_UP, Selector(packs_of(*rows[::2]))).source == "rule"
+
+
+def test_a_layout_that_kernels_cannot_serve_everywhere_is_refused():
+    """exllama is the rule for gfx11 int4, and what its kernels read."""
+    int4 = GemmProblem(
+        "moe_gate_up", "int4_w4a16", "gfx11", 1, 1024, 2048, e_local=256, e_total=256, top_k=8, group=128
+    )
+    assert choose_layout(int4, EMPTY).layout == "exllama"
+    assert choose_layout(replace(int4, op="linear", e_local=1, e_total=1, top_k=1), EMPTY).layout == "strided"
+
+
+def test_no_rule_no_swizzle():
+    dense = GemmProblem("linear", "mxfp8", "gfx950", 1, 2304, 6144)
+    assert choose_layout(dense, EMPTY).layout == "strided"
+    assert choose_layout(replace(dense, arch="cpu", cu_count=0), EMPTY).layout == "strided"
+
+
+@pytest.mark.parametrize("problem", [GATE_UP, DOWN, replace(DOWN, tp=8, k=384)])
+def test_the_layout_chosen_has_a_kernel_for_every_m(problem):
+    select = Selector()
+    layout = choose_layout(problem, select).layout
+    for m in (1, 3, 17, 100, 5000):
+        choice = select(replace(problem, m=m, layout=layout))
+        assert choice.source != "reference"
+        assert choice.layout == layout
