@@ -12,11 +12,11 @@ LETTERS = dict(zip(SOURCES, "EPNBRHD-", strict=True))
 """One letter a source, so that a map can be read without its colours."""
 
 COLOURS = {
-    "exact": "#00594c",
-    "padded_m": "#2a9d7f",
+    "exact": "#00473d",
+    "padded_m": "#1f7a63",
     "nearest_e": "#8fd3b6",
     "borrowed": "#c9c3e6",
-    "rule": "#5b7fc7",
+    "rule": "#3f62ad",
     "heuristic": "#f6c667",
     "default": "#e58a3c",
     "reference": "#b33a3a",

@@ -1,0 +1,87 @@
+"""`amd-mx explain`, run as users do but in this process."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sglang_amd_quant import shapes
+from sglang_amd_quant.cli.main import main
+from sglang_amd_quant.errors import AmdMxError
+from sglang_amd_quant.selection import SOURCES
+
+Out = pytest.CaptureFixture[str]
+
+ISSUE = "--arch gfx950 --op moe_gate_up --scheme w4a8 --m 64 --n 5760 --k 2880 --experts 128 --top-k 4"
+
+
+def run(capsys: Out, line: str) -> tuple[int, str, str]:
+    try:
+        code = main(["explain", *line.split()])
+    except SystemExit as stop:  # argparse
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_choice_its_config_its_source_and_what_this_build_has(capsys: Out) -> None:
+    code, out, _ = run(capsys, ISSUE)
+    assert code == 0
+    assert "planned  triton_moe_a8w4   source: borrowed" in out
+    assert "block_m=16 block_n=128 block_k=256" in out
+    assert "here     reference would run (reference): no kernel binary of triton_moe_a8w4 in this build" in out
+
+
+def test_json_says_the_same(capsys: Out) -> None:
+    code, out, _ = run(capsys, ISSUE + " --json")
+    data = json.loads(out)
+    assert code == 0
+    assert data["planned"]["kernel"] == "triton_moe_a8w4"
+    assert data["planned"]["config"]["block_n"] == 128
+    assert (data["planned"]["in_build"], data["here"]["kernel"]) == (False, "reference")
+    assert data["problem"]["e_local"] == 128
+    assert all(refused["why"] for refused in data["here"]["refused"])
+
+
+def test_ep_divides_the_experts(capsys: Out) -> None:
+    assert "E=16/128" in run(capsys, ISSUE + " --tp 8 --ep 8")[1]
+    code, _, err = run(capsys, ISSUE + " --ep 3")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("--k 360", "K must be whole groups of 32"),
+        ("--m -1", "below its least value"),
+        ("--layout zigzag", "'zigzag' is unknown"),
+        ("--arch gfx9000", "'gfx9000' is unknown"),
+        ("--scheme fp5", "invalid choice"),
+        ("--top-k 200", "more local experts or top_k than experts"),
+    ],
+)
+def test_what_is_no_problem_is_said_in_one_line(capsys: Out, change: str, said: str) -> None:
+    code, out, err = run(capsys, f"{ISSUE} {change}")
+    assert (code, out) == (2, "")
+    assert said in err.splitlines()[-1]
+
+
+def test_every_gemm_of_every_card_and_parallelism_is_explained(capsys: Out) -> None:
+    seen = set()
+    for card in shapes.cards():
+        facts = shapes.load(card)
+        for tp in (1, 2, 4, 8):
+            for ep in (1, 2, 4, 8):
+                try:
+                    gemms = shapes.plan(facts, tp, ep, "w4a8")
+                except AmdMxError:
+                    continue
+                seen |= {(g.op, g.N, g.K, g.E_total, g.top_k, tp, ep) for g in gemms if g.scheme != "bf16"}
+    for op, n, k, e, top_k, tp, ep in sorted(seen)[::5]:
+        ep = ep if e % ep == 0 else 1
+        line = f"--arch gfx942 --op {op} --scheme w4a8 --m 16 --n {n} --k {k} --experts {e} --top-k {top_k}"
+        line += f" --tp {tp} --ep {ep}"
+        code, out, err = run(capsys, line + " --json")
+        assert (code, err) == (0, ""), line
+        assert json.loads(out)["planned"]["source"] in SOURCES
