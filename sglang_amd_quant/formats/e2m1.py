@@ -22,7 +22,7 @@ def encode(y: Tensor) -> Tensor:
     binades below add 2e.
 
     Args:
-        y: fp32 [..., K] contiguous, K even; overwritten.
+        y: fp32 [..., K], any strides, K even; overwritten.
 
     Returns:
         uint8 [..., K/2], low nibble = even index.

@@ -23,7 +23,7 @@ def encode(y: Tensor) -> Tensor:
 
 
 def decode(data: Tensor) -> Tensor:
-    """float8_e4m3fn -> fp32, exact.
+    """float8_e4m3fn -> fp32 of the same shape, exact.
 
     On CPUs torch casts from fp8 one element at a time. Moved to where fp16 keeps sign, exponent and mantissa, the same
     bits are an fp16 of 2^-8 times the value, subnormals included, and that cast is an instruction. The carry out of

@@ -49,7 +49,7 @@ def quantize_int4(x: Tensor, group: int, symmetric: bool = True) -> tuple[Tensor
     scales = torch.empty(*lead, n, 1, dtype=torch.bfloat16, device=x.device)
     zeros = torch.empty(*lead, n, 1, dtype=torch.uint8, device=x.device)
     for source, d, s, z in pieces(x.detach().unflatten(-1, (n, group)), data, scales, zeros):
-        groups = source.to(torch.float32, memory_format=torch.contiguous_format)
+        groups = source.to(torch.float32)
         if symmetric:
             s.copy_(groups.abs().amax(-1, keepdim=True) / 7.5)
         else:

@@ -27,7 +27,7 @@ class Element:
         mantissa_bits: without the implicit one.
         dtype: of stored data.
         pack: elements per stored item along K.
-        encode: fp32 [..., K] contiguous (may be overwritten) -> data [..., K / pack].
+        encode: fp32 [..., K], any strides (may be overwritten) -> data [..., K / pack].
         decode: data [..., K / pack] -> fp32 [..., K], exact.
     """
 
@@ -101,7 +101,7 @@ def quantize_mx(x: Tensor, element: str, mode: ScaleMode | str | None = None) ->
     data = torch.empty(*lead, n, MX_BLOCK // el.pack, dtype=el.dtype, device=x.device)
     scales = torch.empty(*lead, n, 1, dtype=torch.uint8, device=x.device)
     for source, d, s in pieces(x.detach().unflatten(-1, (n, MX_BLOCK)), data, scales):
-        blocks = source.to(torch.float32, memory_format=torch.contiguous_format)
+        blocks = source.to(torch.float32)
         amax = blocks.abs().amax(-1, keepdim=True)
         b = (amax.view(torch.int32) + carry >> 23).sub_(el.emax).clamp_(min=0).masked_fill_(amax.isnan(), e8m0.NAN)
         d.copy_(el.encode(blocks * e8m0.reciprocal(b)))
