@@ -67,6 +67,9 @@ FUSED_EXPERTS: dict[str, FusedExperts] = {
 """model_type -> layout of `...experts.gate_up_proj` and `...experts.down_proj`, as transformers 5.19 saves them
 (`models/*/modeling_*.py`, `conversion_mapping.py`). Qwen3-MoE, Mixtral, DeepSeek and more save expert by expert."""
 
+BF16_IN_SGLANG: dict[str, tuple[str, ...]] = {"gpt_oss": ("*.self_attn.*",)}
+"""model_type -> linears that SGLang 0.5.23 gives no quantization method: written quantized, they could not load."""
+
 _WEIGHT = ".weight"
 _FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu})
 
@@ -138,7 +141,10 @@ def plan_conversion(folder: Folder, recipe: Recipe) -> Plan:
     for name in {recipe.default, *(rule.scheme for rule in recipe.rules)} - {BF16, *_mx_schemes()}:
         raise SchemeError(f"scheme {name!r}", "weights are not MX", f"use one of {', '.join(_mx_schemes())}")
     plan = Plan()
-    layout = FUSED_EXPERTS.get(str(folder.config.get("model_type")))
+    model_type = str(folder.config.get("model_type"))
+    layout = FUSED_EXPERTS.get(model_type)
+    unserved = BF16_IN_SGLANG.get(model_type, ())
+    recipe = Recipe((*(Rule(p, BF16) for p in unserved), *recipe.rules), recipe.default, recipe.source)
     modules: list[str] = []
     for info in folder.tensors.values():
         for module, piece in _pieces(info, recipe, layout, plan):

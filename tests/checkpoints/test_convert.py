@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         pytest.param("gemma3_text", 14, id="tied"),
         pytest.param("qwen3_moe", 8 + 2 * 4 * 3, id="qwen3_moe"),
         pytest.param("mixtral", 8 + 2 * 4 * 3, id="mixtral"),
-        pytest.param("gpt_oss", 8 + 2 * 2, id="gpt_oss"),
+        pytest.param("gpt_oss", 2 * 2, id="gpt_oss"),  # SGLang gives its attention no quantization method
         pytest.param("llama4_text", 8 + 2 * 4 * 3 + 2 * 3, id="llama4"),
     ],
 )
