@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -11,14 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-# PyPI's torchvision declares fakes for operators that its CUDA build lacks beside a CPU torch; importing it, as
-# transformers and with it Quark do, then fails. A schema is enough for numbers.
-for _op in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, _op):
-        torch.library.define(f"torchvision::{_op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+try:
+    importlib.import_module("torchvision")
+except ImportError:
+    pass  # nothing here needs it
+except (
+    RuntimeError
+):  # its CUDA build, from PyPI, beside a CPU torch: importing it fails, and with it transformers and Quark
+    for _op in ("nms", "qnms"):  # a schema without a kernel is enough
+        if not hasattr(torch.ops.torchvision, _op):
+            torch.library.define(f"torchvision::{_op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -87,14 +93,15 @@ def boundaries() -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def quark() -> ModuleType:
-    """amd-quark, imported without what has nothing to do with numbers and takes most of its time.
-
-    It scans the source of every transformers model at import (15 s), and compiles its quantizers on first call (5 s).
-    """
+def quark_module() -> ModuleType:
+    """amd-quark, imported without its scan of the source of every transformers model (15 s)."""
     pytest.importorskip("quark", reason="amd-quark is not installed")
     with mock.patch.object(Path, "rglob", return_value=()):
-        module = importlib.import_module("quark.torch")
-    torch.compiler.set_stance("force_eager")
-    yield module
-    torch.compiler.set_stance("default")
+        return importlib.import_module("quark.torch")
+
+
+@pytest.fixture
+def quark(quark_module: ModuleType) -> Iterator[ModuleType]:
+    """amd-quark, run eagerly: it compiles its quantizers on their first call otherwise (5 s)."""
+    with torch.compiler.set_stance("force_eager"):
+        yield quark_module
