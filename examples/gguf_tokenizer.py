@@ -90,7 +90,7 @@ def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
 
 
 def write_tokenizer(meta: dict[str, Any], out: Path) -> Tokenizer:
-    """Write tokenizer.json and tokenizer_config.json (chat template inside) to the directory `out`. Returns the first."""
+    """Write tokenizer.json and tokenizer_config.json, with the chat template, to a directory. Returns the tokenizer."""
     tokenizer = build_tokenizer(meta)
     tokenizer.save(str(out / "tokenizer.json"), pretty=False)
     pieces = meta["tokenizer.ggml.tokens"]

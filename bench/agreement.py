@@ -1,0 +1,136 @@
+"""How far a server's greedy token ids agree with a reference model, and how far they must.
+
+Two right implementations of one network round to bf16 at different places (SGLang adds the residual inside the norm in
+fp32, transformers before it in bf16), so their logits differ a little, and greedy ids may part where two tokens are
+nearly tied. How nearly is measured on the reference itself: run it once more with the output of every norm moved by up
+to one bf16 ulp, which is what such a difference comes to, and see by how much the margin between the first two tokens
+changes. With s the root mean square of those changes,
+
+    bound = SIGMAS * s + ulp(top logit)
+
+where the second term is the rounding of the two logits themselves to bf16, half an ulp each.
+
+Each position is judged on the server's own prefix (one forward pass over prompt + ids), so a parting hides nothing that
+follows it; where no position parts, the reference's greedy ids are the server's, by induction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SIGMAS = 5.0
+"""A change of the margin beyond 5 s has a chance below 1e-6 a position if changes are normal; there are 256."""
+
+BF16_ULP = 2.0**-7
+"""Spacing of bf16 numbers in [1, 2): 7 stored mantissa bits."""
+
+
+@dataclass(frozen=True)
+class Parting:
+    """A position where the reference would have taken another token.
+
+    Attributes:
+        prompt, position: which prompt, and which of its generated tokens.
+        token, wanted: the server's id and the reference's.
+        margin: by how much the reference's logit of `wanted` exceeds that of `token`.
+        bound: what the margin may be at most.
+    """
+
+    prompt: int
+    position: int
+    token: int
+    wanted: int
+    margin: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Positions compared, the partings among them, s, and the median of the reference's top-2 margins."""
+
+    positions: int
+    partings: tuple[Parting, ...]
+    noise: float
+    median_margin: float
+
+    @property
+    def broken(self) -> list[Parting]:
+        """Partings that rounding does not explain."""
+        return [p for p in self.partings if p.margin > p.bound]
+
+    def __str__(self) -> str:
+        worst = max((p.margin for p in self.partings), default=0.0)
+        bound = max((p.bound for p in self.partings), default=SIGMAS * self.noise)
+        return (
+            f"{self.positions} positions, {len(self.partings)} partings, largest margin {worst:.3f} "
+            f"(bound {bound:.3f}; median top-2 margin {self.median_margin:.2f}), {len(self.broken)} unexplained"
+        )
+
+
+@torch.inference_mode()
+def logits(model: Any, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
+    """fp32 logits [len(output), V] from which each of `output` was to be chosen."""
+    ids = torch.tensor([[*prompt, *output[:-1]]])
+    hidden = model.base_model(ids).last_hidden_state[0, len(prompt) - 1 :]
+    return functional.linear(hidden.float(), model.get_output_embeddings().weight.float())
+
+
+@contextmanager
+def moved_by_an_ulp(model: Any, seed: int = 0) -> Iterator[None]:
+    """While open, every norm's output is moved by -1, 0 or 1 bf16 ulp at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        steps = torch.randint(-1, 2, output.shape, generator=generator)
+        return (output.float() * (1 + steps * BF16_ULP / 2)).to(output.dtype)  # half to one ulp, rounded to one
+
+    norms = [m for name, m in model.named_modules() if name.endswith("norm")]
+    handles = [norm.register_forward_hook(move) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compare(model: Any, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> Agreement:
+    """Judge generated ids against the reference model.
+
+    Args:
+        model: a bf16 transformers causal LM.
+        prompts: token ids.
+        outputs: the ids that the server generated greedily after each prompt.
+    """
+    pairs = list(zip(prompts, outputs, strict=True))
+    rows = [logits(model, *pair) for pair in pairs]
+    with moved_by_an_ulp(model):
+        moved = [logits(model, *pair) for pair in pairs]
+    margins, changes = [], []
+    for before, after in zip(rows, moved, strict=True):
+        top = before.topk(2, dim=-1)
+        margins.append(top.values[:, 0] - top.values[:, 1])
+        again = after.gather(-1, top.indices)
+        changes.append(again[:, 0] - again[:, 1] - margins[-1])
+    noise = torch.cat(changes).square().mean().sqrt().item()
+    partings = [
+        parting
+        for i, (row, output) in enumerate(zip(rows, outputs, strict=True))
+        for parting in _partings(i, row, torch.tensor(output), noise)
+    ]
+    return Agreement(sum(map(len, outputs)), tuple(partings), noise, torch.cat(margins).median().item())
+
+
+def _partings(prompt: int, row: Tensor, output: Tensor, noise: float) -> Iterator[Parting]:
+    best = row.max(dim=-1)
+    for position in (best.indices != output).nonzero().flatten().tolist():
+        token, top = int(output[position]), float(best.values[position])
+        bound = SIGMAS * noise + BF16_ULP * 2.0 ** torch.tensor(top).abs().log2().floor().item()
+        margin = top - float(row[position, token])
+        yield Parting(prompt, position, token, int(best.indices[position]), margin, bound)
