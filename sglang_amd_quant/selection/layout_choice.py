@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from sglang_amd_quant.layouts.names import TensorLayout
 from sglang_amd_quant.schemes import scheme as scheme_named
 from sglang_amd_quant.selection.choose import REFERENCE, Selector, process_selector
-from sglang_amd_quant.selection.lookup import PADDED_TO
-from sglang_amd_quant.selection.packs import PackRow, Packs
+from sglang_amd_quant.selection.lookup import entry_shapes
+from sglang_amd_quant.selection.packs import Packs
 from sglang_amd_quant.selection.problem import GemmProblem
 from sglang_amd_quant.selection.rules import LAYOUT_RULES
 from sglang_amd_quant.selection.specs import kernels
@@ -61,13 +61,11 @@ Preference = tuple[str, str, str]
 
 
 def _measured(problem: GemmProblem, packs: Packs) -> Iterable[Preference]:
-    rows: list[PackRow] = []
-    for n, k in dict.fromkeys(((problem.n, problem.k), problem.padded(PADDED_TO))):
-        rows += packs.shape(problem.arch, problem.op, problem.scheme, n, k)
+    rows = [row for shape in entry_shapes(problem) for rows in packs.shape(shape).values() for row in rows]
     times: dict[str, dict[tuple[object, ...], float]] = {}
     for row in rows:
         if row.layout and row.us is not None and row.e in (None, problem.e_local):
-            at = (row.cu_num, row.e, row.m, row.m_routed, row.config.block_m if row.m is None else None)
+            at = (row.cu_num, row.e, *row.at)
             cell = times.setdefault(row.layout, {})
             cell[at] = min(row.us, cell.get(at, row.us))
     common = set.intersection(*map(set, times.values())) if len(times) > 1 else set()

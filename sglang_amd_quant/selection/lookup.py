@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from math import log2
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.buckets import padded_ms
 from sglang_amd_quant.selection.families import routed_block_m
 from sglang_amd_quant.selection.heuristics import default_tiles, heuristic_tiles, restage
-from sglang_amd_quant.selection.packs import PUBLISHED, PackRow, Packs
+from sglang_amd_quant.selection.packs import PUBLISHED, At, PackRow, Packs, Shape
 from sglang_amd_quant.selection.problem import Config, GemmProblem
 from sglang_amd_quant.selection.rules import e_thresholds, rules_for
 from sglang_amd_quant.selection.specs import KernelSpec, kernels
@@ -64,67 +65,78 @@ def candidates(problem: GemmProblem, packs: Packs) -> Iterator[Candidate]:
                 yield Candidate(source, spec.name, tile.config, None, False, (tile.why,))
 
 
-class _Match(NamedTuple):
-    """How an entry relates to a problem: its step of the lookup, and its place within that step."""
-
-    source: str
-    order: tuple[float, ...]
-    row: PackRow
+def entry_shapes(problem: GemmProblem) -> list[Shape]:
+    """Under which shapes entries may stand: the problem's own, and padded."""
+    kind = (problem.arch, problem.op, problem.scheme)
+    return [(*kind, n, k) for n, k in dict.fromkeys(((problem.n, problem.k), problem.padded(PADDED_TO)))]
 
 
 def _entries(problem: GemmProblem, packs: Packs) -> Iterator[Candidate]:
-    rows = packs.shape(problem.arch, problem.op, problem.scheme, problem.n, problem.k)
-    padded = problem.padded(PADDED_TO)
-    if padded != (problem.n, problem.k):
-        rows = rows + packs.shape(problem.arch, problem.op, problem.scheme, *padded)
-    if not rows:
+    by_at = [found for shape in entry_shapes(problem) if (found := packs.shape(shape))]
+    if not by_at:
         return
-    matches: dict[str, list[_Match]] = {"exact": [], "padded_m": [], "nearest_e": [], "borrowed": []}
-    for place, row in enumerate(rows):
-        match = _match(problem, row, place)
-        if match:
-            matches[match.source].append(match)
-    for source, found in matches.items():
-        found.sort()
-        for match in found if source != "borrowed" else found[:DONORS]:
-            yield _candidate(problem, source, match.row)
+    wanted = _wanted(problem)
+    steps: dict[str, list[tuple[tuple[float, ...], PackRow]]] = {"exact": [], "padded_m": [], "nearest_e": []}
+    for at, rank in wanted.items():
+        for row in (row for found in by_at for row in found.get(at, ())):
+            if not _fits_layout(problem, row):
+                continue
+            distance = _e_distance(problem, row)
+            if not distance and row.top_k in (None, problem.top_k):
+                steps["padded_m" if rank else "exact"].append(((rank, *_soft(problem, row)), row))
+            elif _same_side(problem, row.e):
+                steps["nearest_e"].append(((distance, rank, *_soft(problem, row)), row))
+    taken = set()
+    for source, matches in steps.items():
+        matches.sort(key=lambda match: match[0])  # stable: what is left is precedence
+        for _, row in matches:
+            taken.add(id(row))
+            yield _candidate(problem, source, row)
+    for row in islice((row for row in _donors(problem, by_at) if id(row) not in taken), DONORS):
+        yield _candidate(problem, "borrowed", row)
 
 
-def _match(problem: GemmProblem, row: PackRow, place: int) -> _Match | None:
-    if row.group not in (None, problem.group):
-        return None
-    m_rank = _m_rank(problem, row)
-    e_log = 0.0 if row.e is None else abs(log2(row.e / problem.e_local))
-    same_routing = row.top_k in (None, problem.top_k)
-    soft = (float(row.cu_num not in (None, problem.cu_count)), float(row.e is None), float(place))
-    for_layout = row.layout is None or problem.layout in (None, row.layout)
-    if m_rank is not None and for_layout:
-        if not e_log and same_routing:
-            return _Match("exact" if m_rank == 0 else "padded_m", (m_rank, *soft), row)
-        if _same_side(problem, row.e):
-            return _Match("nearest_e", (e_log, m_rank, *soft), row)
-    if not _may_lend(problem, row):
-        return None
-    far_e = float(not _same_side(problem, row.e))
-    return _Match("borrowed", (far_e, _m_distance(problem, row), e_log, *soft), row)
-
-
-def _m_rank(problem: GemmProblem, row: PackRow) -> float | None:
-    """0 where the entry is for this very M, 1 and 2 for the padded Ms, None for another M."""
-    if row.m is None and row.m_routed is None:
-        return 0.0 if row.config.block_m == routed_block_m(problem) else None
+def _wanted(problem: GemmProblem) -> dict[At, float]:
+    """What an entry's M may be, with its rank: 0 for this very M, 1 and 2 for the padded ones."""
+    ranks: dict[At, float] = {("block_m", routed_block_m(problem)): 0.0}
     for rank, m in enumerate((problem.m, *padded_ms(problem))):
-        if m == row.m or (row.m_routed is not None and m * problem.top_k == row.m_routed):
-            return float(rank)
-    return None
+        ranks.setdefault(("M", m), float(rank))
+        ranks.setdefault(("M_routed", m * problem.top_k), float(rank))
+    return ranks
 
 
-def _may_lend(problem: GemmProblem, row: PackRow) -> bool:
+def _fits_layout(problem: GemmProblem, row: PackRow) -> bool:
+    group = row.group in (None, problem.group)
+    return group and (row.layout is None or problem.layout in (None, row.layout))
+
+
+def _e_distance(problem: GemmProblem, row: PackRow) -> float:
+    return 0.0 if row.e in (None, problem.e_local) else abs(log2((row.e or 1) / problem.e_local))
+
+
+def _soft(problem: GemmProblem, row: PackRow) -> tuple[bool, bool]:
+    """Keys that prefer but do not exclude: another cu_num, and no E where others state it, come later."""
+    return row.cu_num not in (None, problem.cu_count), row.e is None
+
+
+def _donors(problem: GemmProblem, by_at: list[Mapping[At, list[PackRow]]]) -> Iterator[PackRow]:
+    """Entries for another M, E or layout, the nearest M first; those beyond an E threshold after all others."""
+    ats = {at: _m_distance(problem, at) for found in by_at for at in found if _may_lend(problem, at)}
+    beyond: list[PackRow] = []
+    for at in sorted(ats, key=lambda at: (ats[at], at)):
+        rows = [row for found in by_at for row in found.get(at, ()) if row.group in (None, problem.group)]
+        rows.sort(key=lambda row: (_e_distance(problem, row), *_soft(problem, row)))
+        beyond += (row for row in rows if not _same_side(problem, row.e))
+        yield from (row for row in rows if _same_side(problem, row.e))
+    yield from beyond
+
+
+def _may_lend(problem: GemmProblem, at: At) -> bool:
     """An entry for another M must be near, and on the same side of every bound that a rule sets on M."""
-    rows = row.m_routed or (row.m or 0) * problem.top_k
+    rows = _rows_at(problem, at)
     if not rows:
         return True
-    if _m_distance(problem, row) > DONOR_M_LOG2:
+    if _m_distance(problem, at) > DONOR_M_LOG2:
         return False
     return all(
         rule.holds_at(problem.m, problem.rows) == rule.holds_at(rows / problem.top_k, rows)
@@ -132,12 +144,18 @@ def _may_lend(problem: GemmProblem, row: PackRow) -> bool:
     )
 
 
-def _m_distance(problem: GemmProblem, row: PackRow) -> float:
-    rows = row.m_routed or (row.m or 0) * problem.top_k
+def _m_distance(problem: GemmProblem, at: At) -> float:
+    rows = _rows_at(problem, at)
     if rows:
         return abs(log2(rows / problem.rows))
-    block_m = row.config.block_m
+    block_m = at[1]
     return float(PROXY_BLOCK_M.index(block_m)) if block_m in PROXY_BLOCK_M else float(len(PROXY_BLOCK_M))
+
+
+def _rows_at(problem: GemmProblem, at: At) -> int:
+    """M_routed of an entry; 0 for one that is keyed by BLOCK_M and says nothing of M."""
+    kind, value = at
+    return {"M": value * problem.top_k, "M_routed": value, "block_m": 0}[kind]
 
 
 def _same_side(problem: GemmProblem, e: int | None) -> bool:
