@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ep", type=int, default=1, help="SGLang's --ep (default 1)")
     parser.add_argument("--scheme", choices=[AMD_MX, *SCHEMES], default=AMD_MX, help=f"default {AMD_MX}")
     parser.add_argument("--recipe", metavar="FILE", help="recipe (JSON) that gives layers their schemes")
+    parser.add_argument("--group", type=int, default=0, help="elements per int4 scale: 32 (default), 64 or 128")
     parser.add_argument("--m", type=_tokens, default=DEFAULT_MS, metavar="M,M,…", help="default 1,2,4,…,8192")
     parser.add_argument("--kernels", choices=("all", "shipped"), default="all", help="what to plan with (default all)")
     parser.add_argument(
@@ -102,7 +103,7 @@ def _report(args: argparse.Namespace) -> Report:
     facts = shapes.load(args.model)
     recipe = Recipe.load(args.recipe) if args.recipe else recipe_for(facts, args.scheme, args.arch)
     selector = Selector(available=shipped() if args.kernels == "shipped" else None)
-    return coverage(facts, args.arch, args.tp, args.ep, recipe, args.m, selector, args.cu_count)
+    return coverage(facts, args.arch, args.tp, args.ep, recipe, args.m, selector, args.cu_count, args.group)
 
 
 def _written(write, path: Path) -> int:  # type: ignore[no-untyped-def]

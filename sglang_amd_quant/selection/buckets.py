@@ -1,4 +1,4 @@
-"""Which M an entry stands for: the padded lookup of aiter #3974 and the tiers of its fused MoE."""
+"""Which M an entry stands for: aiter's padded lookup (#3974) and MoE tiers, and routing's tile height (#3580)."""
 
 from __future__ import annotations
 
@@ -46,3 +46,15 @@ def padded_ms(problem: GemmProblem) -> tuple[int, ...]:
 def tuning_m(problem: GemmProblem) -> int:
     """The M at which to tune for this problem: the coarsest one that its lookup reaches."""
     return padded_ms(problem)[-1]
+
+
+def routed_block_m(problem: GemmProblem) -> int:
+    """BLOCK_M that routing gives: next_pow2(tokens per expert), clamped to 16...128 (aiter #3580).
+
+    Tokens per expert are M * top_k // E over *all* experts of the model: with expert parallelism a rank sees every
+    token and keeps E_local / E_total of them. For a linear, E is 1.
+    """
+    if problem.block_m:
+        return problem.block_m
+    tokens = max(1, problem.rows // problem.e_total)
+    return min(max(next_pow2(tokens), 16), 128)

@@ -7,8 +7,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 from sglang_amd_quant.selection import trace
+from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.legality import layout_of, legal, unfused
-from sglang_amd_quant.selection.lookup import Candidate, candidates, known_arch
+from sglang_amd_quant.selection.lookup import Candidate, candidates
 from sglang_amd_quant.selection.packs import Packs, installed_packs
 from sglang_amd_quant.selection.problem import Config, GemmProblem, KernelChoice, Refused
 from sglang_amd_quant.selection.specs import PUBLISHED, kernel, kernels, shipped
@@ -62,7 +63,7 @@ class Selector:
             if not against:
                 return _choice(problem, candidate, overruled, refused)
             refused.append(Refused(candidate.source, candidate.kernel, candidate.config or Config(), against))
-        if not known_arch(problem):
+        if problem.arch not in ARCHES:
             why = f"no kernel is known for {problem.arch}"
         elif not refused:
             why = f"no kernel is known for {problem.scheme} {problem.op} on {problem.arch}"

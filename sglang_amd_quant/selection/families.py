@@ -6,6 +6,7 @@ of this project registers a spec of its own, under its own name, with the envelo
 
 from __future__ import annotations
 
+from sglang_amd_quant.selection.buckets import routed_block_m
 from sglang_amd_quant.selection.problem import OUT_DTYPES, Config, GemmProblem
 from sglang_amd_quant.selection.specs import PUBLISHED, SHIPPED, KernelSpec, register
 
@@ -27,18 +28,6 @@ _CDNA4 = ("cdna4_scale", "cdna4_scale_256")
 def _tile(block_m: int) -> Config:
     """aiter #3580's conservative default, its last resort before giving up."""
     return Config(block_m, 128, 256, 1, num_warps=4, num_stages=2, waves_per_eu=0, nonkdim=16)
-
-
-def routed_block_m(problem: GemmProblem) -> int:
-    """BLOCK_M that routing gives: next_pow2(tokens per expert), clamped to 16...128 (aiter #3580).
-
-    Tokens per expert are M * top_k // E over *all* experts of the model: with expert parallelism a rank sees every
-    token and keeps E_local / E_total of them. For a linear, E is 1.
-    """
-    if problem.block_m:
-        return problem.block_m
-    tokens = max(1, problem.rows // problem.e_total)
-    return min(max(1 << (tokens - 1).bit_length(), 16), 128)
 
 
 def _moe_tile(problem: GemmProblem) -> Config:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from sglang_amd_quant.selection.buckets import next_pow2
-from sglang_amd_quant.selection.families import routed_block_m
+from sglang_amd_quant.selection.buckets import next_pow2, routed_block_m
 from sglang_amd_quant.selection.lds import fitting_stages
 from sglang_amd_quant.selection.legality import MX_OUT_COLUMNS
 from sglang_amd_quant.selection.problem import MX_OUT, Config, GemmProblem

@@ -7,9 +7,7 @@ from itertools import islice
 from math import log2
 from typing import NamedTuple
 
-from sglang_amd_quant.selection.arch import ARCHES
-from sglang_amd_quant.selection.buckets import padded_ms
-from sglang_amd_quant.selection.families import routed_block_m
+from sglang_amd_quant.selection.buckets import padded_ms, routed_block_m
 from sglang_amd_quant.selection.heuristics import default_tiles, heuristic_tiles, restage
 from sglang_amd_quant.selection.packs import PUBLISHED, At, PackRow, Packs, Shape
 from sglang_amd_quant.selection.problem import Config, GemmProblem
@@ -215,8 +213,3 @@ def _rules(problem: GemmProblem) -> Iterator[Candidate]:
         config = None if misses else spec.configure(problem)
         out = tuple(f"outside of the rule of {rule.origin}: {miss}" for miss in misses)
         yield Candidate("rule", rule.kernel, config, None, False, (f"rule of {rule.origin}",), out)
-
-
-def known_arch(problem: GemmProblem) -> bool:
-    """Whether selection has any facts of the problem's arch."""
-    return problem.arch in ARCHES

@@ -65,6 +65,16 @@ def test_json_csv_and_html_tell_the_same(capsys: Out, tmp_path: Path) -> None:
     assert file.read_text().count("<title>") == cells + 1
 
 
+def test_int4_groups(capsys: Out) -> None:
+    """ROCm/vllm #1015's model and kernel: groups of 128 only, decode (M <= 5) left to another."""
+    argv = ("Qwen3.6-35B-A3B", "--arch", "gfx1151", "--scheme", "int4_w4a16", "--m", "1,994", "--json")
+    for group, kernels_ in (("32", ["triton_moe_w4a16"] * 2), ("128", ["triton_moe_w4a16", "hip_moe_w4a16_wmma"])):
+        data = json.loads(run(capsys, *argv, "--group", group)[1])
+        (gate_up,) = [gemm for gemm in data["gemms"] if gemm["problem"]["op"] == "moe_gate_up"]
+        assert [choice["kernel"] for choice in gate_up["choices"].values()] == kernels_
+    assert run(capsys, *argv, "--group", "48")[0] == 2
+
+
 def test_fail_under(capsys: Out) -> None:
     argv = ("gpt-oss-120b", "--tp", "4", "--scheme", "w4a8", "--m", "8192")
     assert run(capsys, *argv, "--fail-under", "50")[0] == 0
