@@ -45,7 +45,8 @@ $(VENV)/.serve: pyproject.toml cpu_platform/pyproject.toml requirements/torch.tx
 	@echo "installing torch, SGLang and this package into $(VENV) (about 2.5 GB on disk)"
 	$(PIP) install -r requirements/torch.txt
 	$(PIP) install --no-deps -r requirements/sglang-nodeps.txt
-	$(PIP) install -e ".[cpu,example]" ./cpu_platform
+	$(PIP) install -e ".[cpu,example]"
+	$(PIP) install --no-deps ./cpu_platform
 	touch $@
 
 $(VENV)/.test: $(VENV)/.serve
