@@ -29,7 +29,8 @@ from sglang_amd_quant.errors import AmdMxError
 from sglang_amd_quant.selection import GemmProblem, Selector, choose
 from sglang_amd_quant.selection.buckets import TUNING_MS
 from sglang_amd_quant.selection.coverage import problem_of
-from sglang_amd_quant.selection.packs import COLUMNS, VERSION_LINE, Packs, load_file, shipped_dir
+from sglang_amd_quant.selection.pack_csv import COLUMNS, VERSION_LINE, load_file
+from sglang_amd_quant.selection.packs import Packs, shipped_dir
 
 ROWS = 100_000
 REPEATS = 7

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sglang_amd_quant.errors import UnsupportedError
+from sglang_amd_quant.selection.pack_csv import PackRow, load_file, write_file
 from sglang_amd_quant.selection.pack_tools import describe, diff, lint, merge
-from sglang_amd_quant.selection.packs import PackRow, load_file, pack_files, shipped_dir, write_file
+from sglang_amd_quant.selection.packs import pack_files, shipped_dir
 
 DESCRIPTION = """Check, compare and join packs: the CSV files of tuned entries (docs/packs.md has the schema).
 

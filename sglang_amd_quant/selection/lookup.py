@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from sglang_amd_quant.selection.buckets import padded_ms, routed_block_m
 from sglang_amd_quant.selection.heuristics import default_tiles, heuristic_tiles, restage
-from sglang_amd_quant.selection.packs import PUBLISHED, At, PackRow, Packs, Shape
+from sglang_amd_quant.selection.pack_csv import PUBLISHED, At, PackRow, Shape
+from sglang_amd_quant.selection.packs import Packs
 from sglang_amd_quant.selection.problem import Config, GemmProblem
 from sglang_amd_quant.selection.rules import e_thresholds, rules_for
 from sglang_amd_quant.selection.specs import KernelSpec, kernels

@@ -12,7 +12,8 @@ from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.legality import legal
 from sglang_amd_quant.selection.lookup import PADDED_TO
-from sglang_amd_quant.selection.packs import MEASURED, PackError, PackRow, Packs, load_file, pack_files
+from sglang_amd_quant.selection.pack_csv import MEASURED, PackError, PackRow, load_file
+from sglang_amd_quant.selection.packs import Packs, pack_files
 from sglang_amd_quant.selection.problem import GemmProblem
 from sglang_amd_quant.selection.specs import kernels
 from sglang_amd_quant.shapes import cards, load, plan

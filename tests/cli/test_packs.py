@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sglang_amd_quant.cli.main import main
-from sglang_amd_quant.selection.packs import load_file, shipped_dir, write_file
+from sglang_amd_quant.selection.pack_csv import load_file, write_file
+from sglang_amd_quant.selection.packs import shipped_dir
 
 Out = pytest.CaptureFixture[str]
 SHIPPED = shipped_dir() / "gfx950" / "mxfp8" / "minimax-m3.csv"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from sglang_amd_quant.selection import trace
-from sglang_amd_quant.selection.packs import COLUMNS, VERSION_LINE, Packs, load_file
+from sglang_amd_quant.selection.pack_csv import COLUMNS, VERSION_LINE, load_file
+from sglang_amd_quant.selection.packs import Packs
 
 PUBLISHED = {"source": "published", "note": "test"}
 

@@ -1,7 +1,8 @@
 import pytest
 
+from sglang_amd_quant.selection.pack_csv import PackError, load_file
 from sglang_amd_quant.selection.pack_tools import diff, lint, merge, planned_shapes
-from sglang_amd_quant.selection.packs import PackError, load_file, shipped_dir
+from sglang_amd_quant.selection.packs import shipped_dir
 
 REAL = {"op": "linear", "scheme": "mxfp8", "N": 2304, "K": 6144, "M": 64, "kernel": "triton_gemm_mx"}
 TILE = {"block_m": 64, "block_n": 128, "block_k": 128, "num_warps": 8, "num_stages": 2}

@@ -4,18 +4,8 @@ from pathlib import Path
 import pytest
 
 from sglang_amd_quant.selection import Config, Selector
-from sglang_amd_quant.selection.packs import (
-    COLUMNS,
-    VERSION_LINE,
-    PackError,
-    Packs,
-    installed_packs,
-    load_file,
-    load_packs,
-    pack_files,
-    shipped_dir,
-    write_file,
-)
+from sglang_amd_quant.selection.pack_csv import COLUMNS, VERSION_LINE, PackError, load_file, write_file
+from sglang_amd_quant.selection.packs import Packs, installed_packs, load_packs, pack_files, shipped_dir
 
 HEADER = ",".join(COLUMNS)
 LINEAR = {"op": "linear", "scheme": "mxfp8", "N": 2048, "K": 4096, "M": 64, "kernel": "triton_gemm_mx", "block_m": 64}

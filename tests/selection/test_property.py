@@ -12,7 +12,8 @@ import pytest
 
 from sglang_amd_quant.selection import SOURCES, Epilogue, GemmProblem, KernelChoice, Selector, kernels, shipped
 from sglang_amd_quant.selection.arch import ARCHES
-from sglang_amd_quant.selection.packs import Packs, load_file
+from sglang_amd_quant.selection.pack_csv import load_file
+from sglang_amd_quant.selection.packs import Packs
 
 PROBLEMS = 10_000
 LDS = {"gfx950": 163_840, "gfx942": 65_536, "gfx1250": 327_680, "gfx11": 65_536, "sm_90": 232_448}
