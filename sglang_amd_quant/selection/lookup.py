@@ -24,7 +24,6 @@ PROXY_BLOCK_M = (16, 32, 64, 128)
 DONORS = 8
 """Entries that are tried as donors; the order is by nearness, and further ones would only be worse."""
 
-
 DONOR_M_LOG2 = 2.0
 """How far a donor's M may be, in powers of two: the best tile moves with M."""
 

@@ -220,7 +220,7 @@ _LINE = re.compile(",".join([*(rf"([^,]*(?:,[^,]*){{{size - 1}}})" for size in _
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Garbage collection off: a hundred thousand tuples that all live on would be walked again and again (2 x time)."""
     was = gc.isenabled()
     gc.disable()
@@ -231,7 +231,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-@_no_collection()
+@no_collection()
 def load_file(path: Path) -> list[PackRow]:
     """Read one pack.
 

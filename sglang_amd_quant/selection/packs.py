@@ -9,7 +9,16 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from sglang_amd_quant.selection.pack_csv import ENV_PACKS, MEASURED, At, PackError, PackRow, Shape, load_file
+from sglang_amd_quant.selection.pack_csv import (
+    ENV_PACKS,
+    MEASURED,
+    At,
+    PackError,
+    PackRow,
+    Shape,
+    load_file,
+    no_collection,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +52,7 @@ class Packs:
     in the order given before the shipped ones; then by file and line. The order never depends on anything else.
     """
 
+    @no_collection()
     def __init__(self, rows: Iterable[PackRow]) -> None:
         self.rows = sorted(rows, key=lambda row: row.source != MEASURED)
         self._index: dict[Shape, dict[At, list[PackRow]]] = {}
