@@ -65,6 +65,8 @@ class Ledger:
         if part is None or (part.role is Role.DATA and tensor.dtype not in _RAW_DTYPES):
             return self._passed(name, tensor)
         module = self._modules.setdefault(part.module, _Module())
+        if part.role in module.names:
+            raise CheckpointError(name, f"says what {module.names[part.role]} says already", "delete one of the two")
         module.names[part.role] = name
         try:
             tensor = self._checked(name, part, tensor, module)

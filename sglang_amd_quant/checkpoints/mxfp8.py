@@ -4,6 +4,9 @@ MiniMax-M3-MXFP8).
     <module>.weight             float8_e4m3fn [N, K]
     <module>.weight_scale_inv   uint8 e8m0 [N, K/32]: the factor that dequantizes, in spite of its name
 
+SGLang rewrites the config of ModelOpt's MXFP8 checkpoints to this method before any quantization config sees it, so the
+scale may also be called `weight_scale`.
+
 `ignored_layers` or `modules_to_not_convert` name modules by any run of whole dotted parts of their path.
 """
 
@@ -24,7 +27,11 @@ class Mxfp8Reader(Reader):
     """e4m3 weights with 1 x 32 e8m0 scales, activations quantized alike."""
 
     name: ClassVar[str] = "mxfp8"
-    suffixes: ClassVar[Mapping[str, Role]] = {".weight_scale_inv": Role.SCALE, ".weight": Role.DATA}
+    suffixes: ClassVar[Mapping[str, Role]] = {
+        ".weight_scale_inv": Role.SCALE,
+        ".weight_scale": Role.SCALE,
+        ".weight": Role.DATA,
+    }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], model: Mapping[str, Any]) -> Self:

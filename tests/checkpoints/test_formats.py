@@ -204,6 +204,20 @@ class TestModelOpt:
         with pytest.raises(CheckpointError, match=r"quant_algo of 'a\.q_proj': FP8, not one of"):
             tools.reader_for(config | {"quantized_layers": {"a.q_proj": {"quant_algo": "FP8"}}})
 
+    def test_as_sglang_hands_it_over(self, export: Callable[[str], Path], tools: Any) -> None:
+        """SGLang's ModelConfig rewrites this config to `quant_method: mxfp8`; the tensors keep ModelOpt's names."""
+        from sglang.srt.configs.model_config import ModelConfig
+
+        folder = export("qwen3_moe")
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        parsed = config | ModelConfig._parse_modelopt_quant_config(None, {"quantization": config})
+        assert parsed["quant_method"] == "mxfp8"
+        rewritten = dict(tools.reader_for(parsed).canonical(load_file(folder / "model.safetensors").items()))
+        expected = tools.canonical(folder)
+        assert set(rewritten) == set(expected)
+        assert all(torch.equal(rewritten[n].view(torch.uint8), expected[n].view(torch.uint8)) for n in expected)
+        assert tools.reader_for(parsed).recipe.scheme_for("model.layers.0.mlp.gate") is None
+
     def test_nvfp4_is_refused(self, tools: Any) -> None:
         with pytest.raises(CheckpointError, match="NVFP4, not one of MXFP8"):
             tools.reader_for({"quant_method": "modelopt", "quant_algo": "NVFP4"})
@@ -235,6 +249,13 @@ class TestMxfp8:
         recipe = tools.reader_for({"quant_method": "mxfp8", "ignored_layers": [ignored]}).recipe
         for module in ("model.layers.0.mlp.gate_up_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.fc"):
             assert (recipe.scheme_for(module) is None) == _module_path_match(ignored, module), (ignored, module)
+
+    def test_one_scale_under_two_names(self, tools: Any) -> None:
+        scales = [
+            (f"a.q_proj.{name}", torch.ones(4, 1, dtype=torch.uint8)) for name in ("weight_scale", "weight_scale_inv")
+        ]
+        with pytest.raises(CheckpointError, match=r"weight_scale_inv: says what a\.q_proj\.weight_scale says already"):
+            list(tools.reader_for({"quant_method": "mxfp8"}).canonical(scales))
 
     def test_other_blocks_are_refused(self, tools: Any) -> None:
         with pytest.raises(CheckpointError, match="weight_block_size"):
