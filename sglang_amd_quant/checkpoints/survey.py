@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from sglang_amd_quant.checkpoints.folder import Folder
+from sglang_amd_quant.checkpoints.ledger import Named
 from sglang_amd_quant.checkpoints.naming import Role, some
 from sglang_amd_quant.checkpoints.native import NativeReader
 from sglang_amd_quant.checkpoints.reader import Reader
@@ -84,7 +85,11 @@ class _Module:
     quantized: bool = False
 
 
-def survey(path: str | Path) -> Survey:
+Watch = Callable[[Iterable[Named], int], Iterable[Named]]
+"""Wraps the stream of a checkpoint's tensors, given how many there are: for a progress bar."""
+
+
+def survey(path: str | Path, watch: Watch = lambda stream, count: stream) -> Survey:
     """Look a checkpoint folder through.
 
     Raises:
@@ -101,7 +106,7 @@ def survey(path: str | Path) -> Survey:
         problems.append(str(error))
         found.format = f"unknown ({(folder.quantization_config or {}).get('quant_method')})"
         return found
-    modules = _modules(folder, reader, problems) if reader else _plain_modules(folder, problems)
+    modules = _modules(folder, reader, problems, watch) if reader else _plain_modules(folder, problems)
     found.groups = _grouped(modules)
     found.format = reader.name if reader else "not quantized"
     return found
@@ -121,13 +126,14 @@ def _plain_modules(folder: Folder, problems: list[str]) -> dict[str, _Module]:
     }
 
 
-def _modules(folder: Folder, reader: Reader, problems: list[str]) -> dict[str, _Module]:
+def _modules(folder: Folder, reader: Reader, problems: list[str], watch: Watch) -> dict[str, _Module]:
     def is_scale(name: str) -> bool:
         part = reader.part(name)
         return part is not None and part.role is not Role.DATA
 
     modules: dict[str, _Module] = defaultdict(_Module)
-    for name, tensor in reader.walk(folder.stream(real=is_scale), lambda error: problems.append(str(error))):
+    stream = watch(folder.stream(real=is_scale), len(folder.tensors))
+    for name, tensor in reader.walk(stream, lambda error: problems.append(str(error))):
         if tensor.dim() < 2 or name.endswith("_bias"):
             continue
         part = _CANONICAL.part(name)

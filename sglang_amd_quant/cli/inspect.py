@@ -26,9 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     from sglang_amd_quant.checkpoints.survey import survey
 
-    found = survey(args.checkpoint)
+    found = survey(
+        args.checkpoint, lambda stream, count: tqdm(stream, total=count, unit=" tensors", delay=1, leave=False)
+    )
     print(json.dumps(_as_dict(found), indent=2) if args.json else _text(found))
     return 1 if found.problems else 0
 

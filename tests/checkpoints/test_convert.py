@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_amd_quant.checkpoints import convert
-from sglang_amd_quant.checkpoints.convert import Job, keep_job, quantize_job
+from sglang_amd_quant.checkpoints import convert, job
+from sglang_amd_quant.checkpoints.convert import keep_job, quantize_job
 from sglang_amd_quant.checkpoints.folder import Folder
+from sglang_amd_quant.checkpoints.job import Job
 from sglang_amd_quant.errors import CheckpointError, RecipeError, SchemeError, ShapeError
 from sglang_amd_quant.formats import fake_quantize_mx
 from sglang_amd_quant.recipe import Recipe, Rule
@@ -350,7 +351,7 @@ class TestFolder:
         job.execute(second)
 
     def test_no_room(self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+        monkeypatch.setattr(job.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
         with pytest.raises(CheckpointError, match="make room"):
             quantized(source, tmp_path / "out", Recipe.uniform("mxfp4"))
 

@@ -192,6 +192,18 @@ def test_quantized_lm_head_is_dequantized(export: Callable[..., Path], tools: An
     assert torch.equal(head.float(), by_quark(stored["lm_head.weight"], stored["lm_head.weight_scale"]))
 
 
+def test_kv_cache_scales_pass(specs: dict[str, Any], tools: Any) -> None:
+    """SGLang reads them itself, under Quark's names."""
+    config = specs["mxfp4"].to_dict() | {"quant_method": "quark"}
+    k_proj = "model.layers.0.self_attn.k_proj"
+    stored = {
+        f"{k_proj}.weight": torch.zeros(32, 32, dtype=torch.uint8),
+        f"{k_proj}.weight_scale": torch.zeros(32, 2, dtype=torch.uint8),
+        f"{k_proj}.output_scale": torch.tensor(0.5),
+    }
+    assert set(dict(tools.reader_for(config).canonical(stored.items()))) == set(stored)
+
+
 def test_fp8_per_tensor_is_refused(specs: dict[str, Any], tools: Any) -> None:
     config = specs["fp8 per tensor"].to_dict() | {"quant_method": "quark"}
     with pytest.raises(CheckpointError, match=r"global_quant_config.weight: no MX weights \(dtype fp8_e4m3"):
