@@ -139,7 +139,7 @@ class AmdMxConfig(QuantizationConfig):
         if cls.FORCED:
             return _fitting(_forced(cls.FORCED, reader), reader), False
         if reader is not None:
-            return reader.recipe, reader.name == "amd_mx"
+            return reader.recipe, reader.check_patterns
         return default_recipe(current_arch()), False
 
     # ---- layer by layer ----
