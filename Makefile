@@ -32,6 +32,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/amd-mx packs lint
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
