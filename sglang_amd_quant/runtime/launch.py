@@ -1,0 +1,111 @@
+"""A kernel launch as a value: the same description runs on a GPU (`runtime.device`) and in the emulator (tests/emulator)."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from sglang_amd_quant.errors import ShapeError
+
+STRUCT_CODES = {"ptr": "P", "i32": "i", "i64": "q", "f32": "f"}
+"""Parameter types of the manifest as `struct` codes. Native alignment is the kernel argument layout of CUDA and of the AMD
+code object ABI alike; the build compares it with the offsets that the code object states."""
+
+
+@dataclass(frozen=True)
+class LaunchDescription:
+    """One launch of one entry point.
+
+    Attributes:
+        kernel: name of the entry point, as in `kernels/hip/manifest.py`.
+        grid: blocks of threads.
+        block: threads a block.
+        args: one value a parameter, in order: for a pointer a tensor, an array, an address or None (null), else a number.
+        lds: bytes of dynamic LDS (shared memory) a block.
+    """
+
+    kernel: str
+    grid: int
+    block: int
+    args: tuple[Any, ...]
+    lds: int = 0
+
+
+def address(value: Any) -> int:
+    """The device (or, for arrays, host) address that a pointer argument stands for.
+
+    Raises:
+        TypeError: it is no tensor, array, address or None.
+    """
+    if value is None:
+        return 0
+    if isinstance(value, int):
+        return value
+    if hasattr(value, "data_ptr"):
+        return int(value.data_ptr())
+    if hasattr(value, "ctypes"):
+        return int(value.ctypes.data)
+    raise TypeError(f"a pointer argument must be a tensor, an array, an int or None, not {type(value).__name__}")
+
+
+class ArgumentPacker:
+    """Packs the arguments of one signature into the bytes that the kernel reads.
+
+    Args:
+        kernel: name, for messages.
+        types: type of each parameter, from `STRUCT_CODES`.
+    """
+
+    def __init__(self, kernel: str, types: tuple[str, ...]) -> None:
+        self.kernel = kernel
+        self._layout = struct.Struct("@" + "".join(STRUCT_CODES[t] for t in types))
+        self._pointers = tuple(i for i, t in enumerate(types) if t == "ptr")
+        self._count = len(types)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the packed arguments."""
+        return self._layout.size
+
+    def pack(self, args: tuple[Any, ...]) -> bytes:
+        """The packed arguments.
+
+        Raises:
+            ShapeError: their number, or a value's range, does not fit the signature.
+        """
+        values = list(args)
+        try:
+            for i in self._pointers:
+                values[i] = address(values[i])
+            return self._layout.pack(*values)
+        except (struct.error, IndexError) as error:
+            raise ShapeError(
+                f"{self.kernel} with {len(args)} arguments",
+                f"takes {self._count} ({error})",
+                "pass them as kernels/hip/manifest.py lists them",
+            ) from None
+
+
+@lru_cache(maxsize=None)
+def packer(kernel: str) -> ArgumentPacker:
+    """The packer of an entry point of the manifest.
+
+    Raises:
+        KeyError: the manifest has no such entry point.
+    """
+    from sglang_amd_quant.kernels.hip import manifest
+
+    return ArgumentPacker(kernel, manifest.find(kernel)[1].types)
+
+
+def offsets(types: tuple[str, ...]) -> list[tuple[int, int]]:
+    """(offset, size) of each argument in its packed form."""
+    result = []
+    for i, t in enumerate(types):
+        size = ctypes.sizeof({"P": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}[STRUCT_CODES[t]])
+        end = struct.calcsize("@" + "".join(STRUCT_CODES[u] for u in types[: i + 1]))
+        result.append((end - size, size))
+    return result
