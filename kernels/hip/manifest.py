@@ -1,8 +1,8 @@
 """Every entry point of `kernels/hip/`, as data: what is compiled for what, how it is called, what it promises.
 
-The build compiles each `CodeObject` once an arch, the report checks each `EntryPoint`'s claims against the machine code, the
-runtime finds by name the file that holds an entry point and how its arguments are packed. Plain data: no imports but the
-standard library's.
+The build compiles each `CodeObject` once an arch, the report checks each `EntryPoint`'s claims against the machine
+code, the runtime finds by name the file that holds an entry point and how its arguments are packed. Plain data: no
+imports but the standard library's.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class EntryPoint:
     Attributes:
         name: its symbol.
         params: `name:type` of each parameter in order; types are `ptr`, `i32`, `i64` and `f32`.
-        claims: what its machine code must show, by the names in `sglang_amd_quant.toolchain.report.CLAIMS`. A claim says
-            nothing about archs that have no such instruction.
+        claims: what its machine code must show, by the names in `sglang_amd_quant.toolchain.report.CLAIMS`. A claim
+            says nothing about archs that have no such instruction.
     """
 
     name: str
@@ -53,10 +53,8 @@ class CodeObject:
     defines: tuple[str, ...] = ()
 
 
-_GEMV = tuple(
-    "x:ptr w:ptr scales:ptr bias:ptr y:ptr x_stride:i64 y_stride:i64 "
-    "m:i32 n:i32 k:i32 slab:i32 waves_k:i32 waves_n:i32 grid:i32".split()
-)
+_GEMV = ("x:ptr", "w:ptr", "scales:ptr", "bias:ptr", "y:ptr", "x_stride:i64", "y_stride:i64", "m:i32", "n:i32", "k:i32")
+_GEMV += ("slab:i32", "waves_k:i32", "waves_n:i32", "grid:i32")
 
 CODE_OBJECTS = (
     CodeObject(

@@ -1,7 +1,7 @@
 """What the toolchain and the launch plans need to know of each GPU architecture.
 
-Sources: LLVM's AMDGPUUsage (register files, granularity, waves a SIMD), the CDNA3, CDNA4 and RDNA3 ISA guides (LDS), the CUDA
-programming guide's table of compute capabilities (sm_90).
+Sources: LLVM's AMDGPUUsage (register files, granularity, waves a SIMD), the CDNA3, CDNA4 and RDNA3 ISA guides (LDS),
+    the CUDA programming guide's table of compute capabilities (sm_90).
 """
 
 from __future__ import annotations

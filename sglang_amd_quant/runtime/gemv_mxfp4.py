@@ -48,13 +48,20 @@ def tile(arch: Arch, kernel_m: int) -> tuple[int, int]:
 
 
 def plan(
-    m: int, n: int, k: int, arch: str, cu_count: int, *, waves: tuple[int, int] | None = None, blocks_per_cu: int | None = None
+    m: int,
+    n: int,
+    k: int,
+    arch: str,
+    cu_count: int,
+    *,
+    waves: tuple[int, int] | None = None,
+    blocks_per_cu: int | None = None,
 ) -> GemvPlan:
     """Choose the split for [m, k] x [n, k].
 
-    Waves go to K first, as far as K divides into whole steps: that shortens what a single tile takes, which is what counts
-    when there are fewer tiles than places to run them. The activations of a whole K stay in LDS if so many blocks of
-    threads still find room on a CU that they hide each other's latency; else K goes through LDS in slabs.
+    Waves go to K first, as far as K divides into whole steps: that shortens what a single tile takes, which is what
+    counts when there are fewer tiles than places to run them. The activations of a whole K stay in LDS if so many
+    blocks of threads still find room on a CU that they hide each other's latency; else K goes through LDS in slabs.
 
     Args:
         waves: (waves_k, waves_n) instead of the rule's choice.
@@ -64,7 +71,9 @@ def plan(
         ShapeError: m outside 1..4, or k no positive multiple of 32, or n < 1.
     """
     if not 1 <= m <= MAX_M or n < 1 or k < MX_BLOCK or k % MX_BLOCK:
-        raise ShapeError(f"GEMV M={m} N={n} K={k}", "needs M of 1 to 4, N >= 1, K a multiple of 32", "use the GEMM instead")
+        raise ShapeError(
+            f"GEMV M={m} N={n} K={k}", "needs M of 1 to 4, N >= 1, K a multiple of 32", "use the GEMM instead"
+        )
     facts = arch_facts(arch)
     kernel_m = m if m < 3 else 4
     rows, blocks_a_step = tile(facts, kernel_m)

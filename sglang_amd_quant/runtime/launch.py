@@ -1,18 +1,19 @@
-"""A kernel launch as a value: the same description runs on a GPU (`runtime.device`) and in the emulator (tests/emulator)."""
+"""A kernel launch as a value: the same description runs on a GPU (`runtime.device`) and in the emulator
+(tests/emulator)."""
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.kernels.hip import manifest
 
 STRUCT_CODES = {"ptr": "P", "i32": "i", "i64": "q", "f32": "f"}
-"""Parameter types of the manifest as `struct` codes. Native alignment is the kernel argument layout of CUDA and of the AMD
-code object ABI alike; the build compares it with the offsets that the code object states."""
+"""Parameter types of the manifest as `struct` codes. Native alignment is the kernel argument layout of CUDA and of
+the AMD code object ABI alike; the build compares it with the offsets that the code object states."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class LaunchDescription:
         kernel: name of the entry point, as in `kernels/hip/manifest.py`.
         grid: blocks of threads.
         block: threads a block.
-        args: one value a parameter, in order: for a pointer a tensor, an array, an address or None (null), else a number.
+        args: one value a parameter, in order: for a pointer a tensor, an array, an address or None (null), else a
+            number.
         lds: bytes of dynamic LDS (shared memory) a block.
     """
 
@@ -71,17 +73,23 @@ class ArgumentPacker:
         return self._layout.size
 
     def pack(self, args: tuple[Any, ...]) -> bytes:
-        """The packed arguments.
+        """The packed arguments. Raises ShapeError as `pack_into`."""
+        buffer = bytearray(self.size)
+        self.pack_into(buffer, args)
+        return bytes(buffer)
+
+    def pack_into(self, buffer: Any, args: tuple[Any, ...]) -> None:
+        """Pack into a writable buffer of `size` bytes.
 
         Raises:
-            ShapeError: their number, or a value's range, does not fit the signature.
+            ShapeError: the number of arguments, or a value's type or range, does not fit the signature.
         """
         values = list(args)
         try:
             for i in self._pointers:
                 values[i] = address(values[i])
-            return self._layout.pack(*values)
-        except (struct.error, IndexError) as error:
+            self._layout.pack_into(buffer, 0, *values)
+        except (struct.error, IndexError, TypeError) as error:
             raise ShapeError(
                 f"{self.kernel} with {len(args)} arguments",
                 f"takes {self._count} ({error})",
@@ -89,15 +97,13 @@ class ArgumentPacker:
             ) from None
 
 
-@lru_cache(maxsize=None)
+@cache
 def packer(kernel: str) -> ArgumentPacker:
     """The packer of an entry point of the manifest.
 
     Raises:
         KeyError: the manifest has no such entry point.
     """
-    from sglang_amd_quant.kernels.hip import manifest
-
     return ArgumentPacker(kernel, manifest.find(kernel)[1].types)
 
 
@@ -105,7 +111,7 @@ def offsets(types: tuple[str, ...]) -> list[tuple[int, int]]:
     """(offset, size) of each argument in its packed form."""
     result = []
     for i, t in enumerate(types):
-        size = ctypes.sizeof({"P": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}[STRUCT_CODES[t]])
+        size = struct.calcsize(STRUCT_CODES[t])
         end = struct.calcsize("@" + "".join(STRUCT_CODES[u] for u in types[: i + 1]))
         result.append((end - size, size))
     return result

@@ -1,4 +1,5 @@
-"""Compiles what `kernels/hip/manifest.py` lists: incremental by content, in parallel, with a resource report a kernel."""
+"""Compiles what `kernels/hip/manifest.py` lists: incremental by content, in parallel, with a resource report a
+kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_amd_quant import kernels
 from sglang_amd_quant.errors import UnsupportedError
 from sglang_amd_quant.kernels.hip.manifest import CODE_OBJECTS, CodeObject, EntryPoint
 from sglang_amd_quant.runtime.arch import Arch, arch_facts
@@ -20,7 +20,7 @@ from sglang_amd_quant.runtime.launch import offsets
 from sglang_amd_quant.toolchain.compilers import ZIGLANG, AmdCompiler, BuildError, NvidiaCompiler, find_compiler
 from sglang_amd_quant.toolchain.report import Argument, KernelReport, amd_reports, check, instructions, nvidia_reports
 
-HIP_DIR = Path(str(kernels.__file__)).parent / "hip"
+HIP_DIR = CODE_OBJECT_DIR.parent / "hip"
 INCLUDE_DIR = HIP_DIR / "include"
 
 _FORMAT = 1  # of the record beside a code object; raise it when reports change
@@ -79,7 +79,8 @@ def build(
         What was built, in the order of the manifest and then of `archs`. Reports may hold problems.
 
     Raises:
-        BuildError: a source does not compile, or does not hold the manifest's entry points; the first of them if several.
+        BuildError: a source does not compile, or does not hold the manifest's entry points; the first of them if
+            several.
         UnsupportedError: no compiler for an arch.
     """
     units = []
@@ -87,7 +88,11 @@ def build(
         arch = arch_facts(name)
         compiler = find_compiler(arch, which)
         if compiler is None:
-            remedy = f"pip install ziglang=={ZIGLANG}" if arch.vendor == "amd" else "put CUDA's nvcc on PATH or set CUDA_HOME"
+            remedy = (
+                f"pip install ziglang=={ZIGLANG}"
+                if arch.vendor == "amd"
+                else "put CUDA's nvcc on PATH or set CUDA_HOME"
+            )
             raise UnsupportedError(f"arch {name}", "no compiler for it on this machine", remedy)
         units += [(c, arch, compiler) for c in code_objects if name in c.archs]
     order = {c.name: i for i, c in enumerate(code_objects)}
@@ -140,7 +145,11 @@ def _build_one(
         reports.append(report)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, output.binary)
-    facts = {"key": key, "sha256": hashlib.sha256(output.binary).hexdigest(), "compiler": compiler.identity}
+    facts: dict[str, object] = {
+        "key": key,
+        "sha256": hashlib.sha256(output.binary).hexdigest(),
+        "compiler": compiler.identity,
+    }
     facts |= {"code_object": code_object.name, "arch": arch.name, "reports": [r.to_json() for r in reports]}
     _write(record, json.dumps(facts, indent=1).encode())
     return Built(code_object, arch, path, reports, compiler.identity, cached=False)
@@ -159,7 +168,9 @@ def _check_arguments(code_object: CodeObject, arch: Arch, entry_point: EntryPoin
     types = entry_point.types
     packed = [Argument(o, s, t == "ptr") for (o, s), t in zip(offsets(types), types, strict=True)]
     if packed != stated:
-        place = next((i for i, (a, b) in enumerate(zip(packed, stated, strict=False)) if a != b), min(len(packed), len(stated)))
+        place = next(
+            (i for i, (a, b) in enumerate(zip(packed, stated, strict=False)) if a != b), min(len(packed), len(stated))
+        )
         raise BuildError(
             f"{code_object.source}, {entry_point.name} for {arch.name}",
             f"parameter {place} of {len(stated)} is not what the manifest says",

@@ -1,8 +1,9 @@
 """Finds the compilers of this machine and knows how to call them.
 
-AMD targets need nothing but clang and lld with an AMDGPU back end, device only and without HIP's headers. Those come with the
-`ziglang` wheel (a build dependency, pinned: the code objects a wheel ships are the ones that were tested) or with ROCm. The
-way goes over assembly text, because that is also what the resource report reads. sm_90 needs CUDA's nvcc.
+AMD targets need nothing but clang and lld with an AMDGPU back end, device only and without HIP's headers. Those come
+with the `ziglang` wheel (a build dependency, pinned: the code objects a wheel ships are the ones that were tested) or
+with ROCm. The way goes over assembly text, because that is also what the resource report reads. sm_90 needs CUDA's
+nvcc.
 """
 
 from __future__ import annotations
@@ -75,10 +76,9 @@ class AmdCompiler:
     def assembly(self, source: Path, arch: Arch, include: Path, defines: tuple[str, ...], work: Path) -> str:
         """The assembly text of one source. Raises BuildError."""
         text = work / f"{source.stem}.s"
-        flags = f"-x hip -std=c++17 -O3 --offload-arch={arch.name} --cuda-device-only -nogpulib -nogpuinc".split()
-        warn = "-Wall -Wextra -Werror=return-type".split()
-        macros = [f"-D{d}" for d in defines]
-        run([*self.clang, *flags, *warn, f"-I{include}", *macros, "-S", str(source), "-o", str(text)], source, arch)
+        flags = ["-x", "hip", "-std=c++17", "-O3", f"--offload-arch={arch.name}", "-Wall", "-Wextra"]
+        flags += ["--cuda-device-only", "-nogpulib", "-nogpuinc", f"-I{include}", *(f"-D{d}" for d in defines)]
+        run([*self.clang, *flags, "-S", str(source), "-o", str(text)], source, arch)
         return text.read_text()
 
     def assemble(self, assembly: str, source: Path, arch: Arch, work: Path) -> bytes:
@@ -112,9 +112,9 @@ class NvidiaCompiler:
             BuildError: the source does not compile.
         """
         cubin = work / f"{source.stem}.cubin"
-        flags = f"-x cu -std=c++17 -O3 -arch={arch.name} -cubin -Xptxas -v".split()
-        macros = [f"-D{d}" for d in defines]
-        notes = run([self.nvcc, *flags, f"-I{include}", *macros, str(source), "-o", str(cubin)], source, arch)
+        flags = ["-x", "cu", "-std=c++17", "-O3", f"-arch={arch.name}", "-cubin", "-Xptxas", "-v"]
+        flags += [f"-I{include}", *(f"-D{d}" for d in defines)]
+        notes = run([self.nvcc, *flags, str(source), "-o", str(cubin)], source, arch)
         sass = run([self.cuobjdump, "-sass", str(cubin)], source, arch) if self.cuobjdump else ""
         return Output(cubin.read_bytes(), sass, notes)
 
@@ -128,11 +128,15 @@ def run(command: list[str], source: Path, arch: Arch) -> str:
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     except OSError as error:
-        raise BuildError(f"{source.name} for {arch.name}", f"cannot run {command[0]}: {error}", "see `amd-mx doctor`") from None
+        raise BuildError(
+            f"{source.name} for {arch.name}", f"cannot run {command[0]}: {error}", "see `amd-mx doctor`"
+        ) from None
     if done.returncode:
         place, reason = first_error(done.stdout)
         where = f"{place} for {arch.name}" if place else f"{source.name} for {arch.name}"
-        failure = BuildError(where, reason or f"{Path(command[0]).name} exited with {done.returncode}", "see the compiler's output")
+        failure = BuildError(
+            where, reason or f"{Path(command[0]).name} exited with {done.returncode}", "see the compiler's output"
+        )
         failure.log = done.stdout
         raise failure
     return done.stdout
@@ -140,7 +144,9 @@ def run(command: list[str], source: Path, arch: Arch) -> str:
 
 def first_error(log: str) -> tuple[str, str]:
     """(file:line, message) of the first error in the output of clang (`f:1:2: error: m`) or nvcc (`f(1): error: m`)."""
-    found = re.search(r"^(?P<file>[^\s:(][^:(\n]*)[:(](?P<line>\d+)[^\n]*?\berror\b[^:\n]*: (?P<message>[^\n]*)", log, re.M)
+    found = re.search(
+        r"^(?P<file>[^\s:(][^:(\n]*)[:(](?P<line>\d+)[^\n]*?\berror\b[^:\n]*: (?P<message>[^\n]*)", log, re.M
+    )
     if found is None:
         return "", log.strip().splitlines()[0] if log.strip() else ""
     return f"{found['file']}:{found['line']}", found["message"].strip()
@@ -150,8 +156,8 @@ def find_compiler(arch: Arch, which: str | None = None) -> AmdCompiler | NvidiaC
     """The compiler for an arch, or None if this machine has none.
 
     Args:
-        which: for AMD targets, `zig` or `rocm` to insist on one; None takes ziglang if there, else ROCm. The environment
-            variable AMD_MX_HIP_COMPILER does the same.
+        which: for AMD targets, `zig` or `rocm` to insist on one; None takes ziglang if there, else ROCm. The
+            environment variable AMD_MX_HIP_COMPILER does the same.
 
     Raises:
         UnsupportedError: the one insisted on is not there.

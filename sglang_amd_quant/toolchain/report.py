@@ -13,7 +13,11 @@ CLAIMS: dict[str, dict[str, str]] = {
     "scaled_mfma": {"gfx950": r"v_mfma_scale_f32_"},
     "matrix": {"gfx9": r"v_mfma_", "gfx11": r"v_wmma_", "sm_90": r"(HMMA|QMMA|HGMMA|QGMMA)\b"},
     "dot_units": {"gfx9": r"v_(dot2|mfma)", "gfx11": r"v_(dual_)?(dot2|wmma)", "sm_90": r"H?G?MMA\b"},
-    "wide_loads": {"gfx9": r"(global|buffer)_load_dwordx4", "gfx11": r"(global|buffer)_load_b128", "sm_90": r"LDG\S*\.128"},
+    "wide_loads": {
+        "gfx9": r"(global|buffer)_load_dwordx4",
+        "gfx11": r"(global|buffer)_load_b128",
+        "sm_90": r"LDG\S*\.128",
+    },
     "async_lds": {"gfx950": r"(global_load_lds_dwordx4|buffer_load_dwordx4\b.*\blds)", "sm_90": r"LDGSTS\S*\.128"},
 }
 """Claim -> arch prefix -> what at least one instruction must match. An arch that no prefix fits makes no such claim."""
@@ -52,8 +56,30 @@ _CLASSES: dict[str, dict[str, str]] = {
 }
 """Instruction classes by vendor; the first that matches an instruction counts it."""
 
-_WIDTHS = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short": 2, "byte": 1, "dword": 4, "dwordx2": 8, "dwordx3": 12}
-_WIDTHS |= {"dwordx4": 16, "u8": 1, "i8": 1, "u16": 2, "i16": 2, "b8": 1, "b16": 2, "b32": 4, "b64": 8, "b96": 12, "b128": 16}
+_WIDTHS = {
+    "ubyte": 1,
+    "sbyte": 1,
+    "ushort": 2,
+    "sshort": 2,
+    "short": 2,
+    "byte": 1,
+    "dword": 4,
+    "dwordx2": 8,
+    "dwordx3": 12,
+}
+_WIDTHS |= {
+    "dwordx4": 16,
+    "u8": 1,
+    "i8": 1,
+    "u16": 2,
+    "i16": 2,
+    "b8": 1,
+    "b16": 2,
+    "b32": 4,
+    "b64": 8,
+    "b96": 12,
+    "b128": 16,
+}
 
 
 @dataclass
@@ -96,7 +122,10 @@ class KernelReport:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; widths become strings."""
-        return asdict(self) | {k: v and {str(w): n for w, n in sorted(v.items())} for k, v in (("loads", self.loads), ("stores", self.stores))}
+        data = asdict(self)
+        for key in ("loads", "stores"):
+            data[key] = data[key] and {str(width): n for width, n in sorted(data[key].items())}
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> KernelReport:
@@ -107,7 +136,8 @@ class KernelReport:
 
 @dataclass(frozen=True)
 class Argument:
-    """An explicit kernel argument as the code object states it: byte offset, bytes, and whether it is a global pointer."""
+    """An explicit kernel argument as the code object states it: byte offset, bytes, and whether it is a global
+    pointer."""
 
     offset: int
     size: int
@@ -118,26 +148,35 @@ def amd_reports(assembly: str, arch: Arch) -> dict[str, tuple[KernelReport, list
     """Reports and explicit arguments of every kernel in an AMD assembly text (clang's or Triton's)."""
     result = {}
     for name, text in _amd_metadata(assembly).items():
-        get = lambda key, text=text: int((re.search(rf"^    \.{key}:\s+(\d+)", text, re.M) or ["", 0])[1])  # noqa: E731
         body = _amd_body(assembly, name)
-        size = re.search(rf"^\s*\.size\s+{re.escape(name)},.*?codeLenInByte = (\d+)", assembly, re.M | re.S)
-        vgpr, lds, threads = get("vgpr_count"), get("group_segment_fixed_size"), get("max_flat_workgroup_size")
+        vgpr, lds, threads = (
+            _number(r"^    \.vgpr_count:\s+(\d+)", text),
+            _number(r"^    \.group_segment_fixed_size:\s+(\d+)", text),
+            _number(r"^    \.max_flat_workgroup_size:\s+(\d+)", text),
+        )
         report = KernelReport(
             kernel=name,
             arch=arch.name,
             vgpr=vgpr,
-            agpr=get("agpr_count"),
-            sgpr=get("sgpr_count"),
+            agpr=_number(r"^    \.agpr_count:\s+(\d+)", text),
+            sgpr=_number(r"^    \.sgpr_count:\s+(\d+)", text),
             lds=lds,
-            scratch=get("private_segment_fixed_size"),
-            spills=get("vgpr_spill_count") + get("sgpr_spill_count"),
+            scratch=_number(r"^    \.private_segment_fixed_size:\s+(\d+)", text),
+            spills=_number(r"^    \.vgpr_spill_count:\s+(\d+)", text)
+            + _number(r"^    \.sgpr_spill_count:\s+(\d+)", text),
             threads=threads,
             occupancy=arch.occupancy(vgpr, lds, max(1, threads // arch.wave)),
-            code=int(size[1]) if size else 0,
+            code=_number(rf"^\s*\.size\s+{re.escape(name)},.*?codeLenInByte = (\d+)", assembly),
         )
         _count(report, body, arch)
         result[name] = report, _amd_arguments(text)
     return result
+
+
+def _number(pattern: str, text: str) -> int:
+    """The number that the pattern's group finds, 0 if there is none."""
+    found = re.search(pattern, text, re.M | re.S)
+    return int(found[1]) if found else 0
 
 
 def _amd_metadata(assembly: str) -> dict[str, str]:
@@ -158,7 +197,9 @@ def _amd_arguments(metadata: str) -> list[Argument]:
     for item in re.split(r"^      - ", found[1] if found else "", flags=re.M)[1:]:
         values = dict(re.findall(r"\.(\w+):\s+(\S+)", item))
         if not values["value_kind"].startswith("hidden_"):
-            arguments.append(Argument(int(values["offset"]), int(values["size"]), values["value_kind"] == "global_buffer"))
+            arguments.append(
+                Argument(int(values["offset"]), int(values["size"]), values["value_kind"] == "global_buffer")
+            )
     return arguments
 
 
@@ -173,8 +214,7 @@ def nvidia_reports(notes: str, sass: str, arch: Arch) -> dict[str, KernelReport]
     result = {}
     for part in re.split(r"Compiling entry function '", notes)[1:]:
         name = part.partition("'")[0]
-        get = lambda pattern, part=part: int((re.search(pattern, part) or ["", 0])[1])  # noqa: E731
-        registers, lds = get(r"Used (\d+) registers"), get(r"(\d+) bytes smem")
+        registers, lds = _number(r"Used (\d+) registers", part), _number(r"(\d+) bytes smem", part)
         body = _sass_body(sass, name)
         result[name] = report = KernelReport(
             kernel=name,
@@ -183,8 +223,8 @@ def nvidia_reports(notes: str, sass: str, arch: Arch) -> dict[str, KernelReport]
             agpr=0,
             sgpr=None,
             lds=lds,
-            scratch=get(r"(\d+) bytes stack frame"),
-            spills=get(r"(\d+) bytes spill stores"),
+            scratch=_number(r"(\d+) bytes stack frame", part),
+            spills=_number(r"(\d+) bytes spill stores", part),
             threads=1024,
             occupancy=arch.occupancy(registers, lds, 1024 // arch.wave),
             code=16 * len(body),
@@ -202,7 +242,7 @@ def _sass_body(sass: str, name: str) -> list[str]:
 
 def _count(report: KernelReport, body: list[str], arch: Arch) -> None:
     classes = {name: re.compile(pattern) for name, pattern in _CLASSES[arch.vendor].items()}
-    mix: Counter[str] = Counter({name: 0 for name in classes})
+    mix: Counter[str] = Counter(dict.fromkeys(classes, 0))
     widths: dict[str, Counter[int]] = {"global_load": Counter(), "global_store": Counter()}
     for instruction in body:
         kind = next((name for name, pattern in classes.items() if pattern.match(instruction)), "vector")
@@ -229,7 +269,9 @@ def check(report: KernelReport, arch: Arch, claims: tuple[str, ...], body: str) 
         body: the instructions, one a line; empty if there was no disassembler, then claims are not checked.
     """
     if report.spills:
-        report.problems.append(f"spills {report.spills} registers" if arch.vendor == "amd" else f"spills {report.spills} bytes")
+        report.problems.append(
+            f"spills {report.spills} registers" if arch.vendor == "amd" else f"spills {report.spills} bytes"
+        )
     elif report.scratch:
         report.problems.append(f"uses {report.scratch} bytes of scratch a lane")
     if report.lds > arch.lds_bytes:
@@ -247,17 +289,23 @@ def instructions(assembly: str, kernel: str, arch: Arch) -> str:
 
 def table(reports: list[KernelReport]) -> str:
     """The reports as aligned text; all figures are static."""
-    head = "kernel arch VGPR AGPR SGPR LDS scratch spills occupancy code matrix load16 load8 load<=4 store LDSread LDSwrite async wait problems"
-    rows = [head.split()]
+    head = ["kernel", "arch", "VGPR", "AGPR", "SGPR", "LDS", "scratch", "spills", "occupancy", "code", "matrix"]
+    head += ["load16", "load8", "load<=4", "store", "LDSread", "LDSwrite", "async", "wait", "problems"]
+    rows = [head]
     for r in reports:
-        mix, loads = r.mix or {}, r.loads or {}
-        narrow = sum(n for w, n in loads.items() if w <= 4)
-        known = [mix.get("matrix"), loads.get(16, 0), loads.get(8, 0), narrow, mix.get("global_store")]
-        known += [mix.get("lds_read"), mix.get("lds_write"), mix.get("async_copy"), mix.get("wait")]
-        counted = known if r.mix else [None] * len(known)
-        cells = [r.kernel, r.arch, r.vgpr, r.agpr, r.sgpr, r.lds, r.scratch, r.spills, r.occupancy, r.code, *counted]
-        rows.append(["-" if c is None else str(c) for c in cells] + ["; ".join(r.problems) or "none"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = (0, 1, len(widths) - 1)
-    line = lambda row: "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))  # noqa: E731
-    return "\n".join(line(row).rstrip() for row in rows)
+        fixed = [r.vgpr, r.agpr, r.sgpr, r.lds, r.scratch, r.spills, r.occupancy, r.code]
+        counted: list[int | None] = [None] * 9
+        if r.mix is not None and r.loads is not None:
+            narrow = sum(n for width, n in r.loads.items() if width <= 4)
+            counted = [r.mix["matrix"], r.loads.get(16, 0), r.loads.get(8, 0), narrow, r.mix["global_store"]]
+            counted += [r.mix["lds_read"], r.mix["lds_write"], r.mix["async_copy"], r.mix["wait"]]
+        figures = ["-" if c is None else str(c) for c in (*fixed, *counted)]
+        rows.append([r.kernel, r.arch, *figures, "; ".join(r.problems) or "none"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = (0, 1, len(head) - 1)
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i in text else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
