@@ -7,7 +7,6 @@ ours come from the ISA documents, and they meet only through the machine code.
 import numpy as np
 import pytest
 import torch
-
 from emulator import CodeObject, launch, uninitialised
 
 corpus = pytest.importorskip("triton_corpus", reason="needs triton")

@@ -148,7 +148,7 @@ class _Launch:
         placed = self.memory.add_arrays(arrays)
         self.regions = [placed[n][0] if n in placed else None for n in range(len(args))]
         self.uninitialised = [placed[n][0] for n in placed if isinstance(args[n], Uninitialised)]
-        size = max([self.kernel.descriptor.kernarg_bytes, *(a.offset + a.size for a in self.kernel.arguments)] or [0])
+        size = max([self.kernel.descriptor.kernarg_bytes, *(a.offset + a.size for a in self.kernel.arguments)])
         kernarg = bytearray(-(-size // 64) * 64 + 64)  # scalar loads may fetch more than they use
         for number, (argument, value) in enumerate(zip(explicit, args, strict=True)):
             if isinstance(value, np.ndarray | Uninitialised) or value is None:
@@ -244,9 +244,11 @@ class _Launch:
         executed = np.zeros(len(program.lines), np.uint64)
         waves = -(-self.threads // kernel.wave_size)
         scratch_bytes = kernel.descriptor.scratch_bytes
-        granule = _lds_granule(program)
+        granule_shift = _lds_granule_shift(program)
+        granules = (self.lds_bytes >> granule_shift) + 16
+        written, read = np.zeros(granules, np.uint64), np.zeros(granules, np.uint64)
+        reader = np.zeros(granules, np.uint32)
         lds = np.zeros(self.lds_bytes + 16, np.uint8)
-        granules = np.zeros((self.lds_bytes // granule + 2) * interpreter.granule_size(), np.uint8)
         scratch = np.zeros(waves * kernel.wave_size * scratch_bytes + 16, np.uint8)
         wave_memory = np.empty(waves * interpreter.wave_bytes(), np.uint8)
         user = self._user_sgprs()
@@ -262,11 +264,14 @@ class _Launch:
             buffer_count=len(buffers),
             lds_bytes=self.lds_bytes,
             scratch_bytes=scratch_bytes,
-            lds_granule=granule,
+            lds_granule_shift=granule_shift,
+            last_granule=max(self.lds_bytes - 1, 0) >> granule_shift,
             lds_banks=LDS_BANKS[kernel.arch],
             vgprs=_vgprs_used(program),
             lds=lds.ctypes.data,
-            granules=granules.ctypes.data,
+            written=written.ctypes.data,
+            read=read.ctypes.data,
+            reader=reader.ctypes.data,
             scratch=scratch.ctypes.data,
             waves=wave_memory.ctypes.data,
             grid=(ctypes.c_uint32 * 3)(*self.grid),
@@ -293,13 +298,13 @@ class _Launch:
         return collect(machine, buffers, executed, program, self.memory, self.regions)
 
 
-def _lds_granule(program: Program) -> int:
-    """LDS is watched by the dword, unless the kernel stores less than that at once."""
+def _lds_granule_shift(program: Program) -> int:
+    """Log2 of the bytes LDS is watched by: 4 at once, unless the kernel accesses less than that."""
     narrow = any(
         row.category in ("lds", "load_to_lds") and 0 < record["bytes"] < 4
         for row, record in zip(program.rows, program.records, strict=True)
     )
-    return 1 if narrow else 4
+    return 0 if narrow else 2
 
 
 def _vgprs_used(program: Program) -> int:

@@ -34,7 +34,7 @@ MAX_FINDINGS = 64
 class Buffer(ctypes.Structure):
     """`Buffer` of machine.h."""
 
-    _fields_ = [  # noqa: RUF012 (ctypes wants a plain list)
+    _fields_ = [
         ("host", _ADDRESS),
         ("base", _U64),
         ("size", _U64),
@@ -49,7 +49,7 @@ class Buffer(ctypes.Structure):
 class Finding(ctypes.Structure):
     """`Finding` of machine.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("kind", _U32),
         ("instruction", _U32),
         ("lane", _U32),
@@ -66,7 +66,7 @@ class Finding(ctypes.Structure):
 class Machine(ctypes.Structure):
     """`Machine` of machine.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("program", _ADDRESS),
         ("executed", _ADDRESS),
         ("instructions", _U32),
@@ -78,11 +78,14 @@ class Machine(ctypes.Structure):
         ("buffer_count", _U32),
         ("lds_bytes", _U32),
         ("scratch_bytes", _U32),
-        ("lds_granule", _U32),
+        ("lds_granule_shift", _U32),
+        ("last_granule", _U32),
         ("lds_banks", _U32),
         ("vgprs", _U32),
         ("lds", _ADDRESS),
-        ("granules", _ADDRESS),
+        ("written", _ADDRESS),
+        ("read", _ADDRESS),
+        ("reader", _ADDRESS),
         ("scratch", _ADDRESS),
         ("waves", _ADDRESS),
         ("grid", _U32 * 3),
@@ -153,7 +156,7 @@ def library() -> ctypes.CDLL:
     if not target.exists():
         _compile(generated, header, target, compiler)
     native = ctypes.CDLL(str(target))
-    for name in ("machine_size", "instruction_size", "wave_bytes", "granule_size", "count_bits"):
+    for name in ("machine_size", "instruction_size", "wave_bytes", "count_bits"):
         getattr(native, name).restype = _U64
     native.count_bits.argtypes = [_ADDRESS, _U64]
     native.run_grid.argtypes = [ctypes.POINTER(Machine)]

@@ -41,18 +41,6 @@ typedef struct {
 } Finding;
 #define MAX_FINDINGS 64
 
-/* What is known of a granule (4 bytes, or 1 where the kernel stores less at once) of LDS. An epoch ends at a barrier
- * and at the end of a block; epochs only grow during a launch, so nothing is ever cleared. */
-typedef struct {
-  u32 write_epoch, write_instruction;
-  u32 read_epoch, read_instruction;
-  u32 readers;  /* waves that read in read_epoch, one bit each */
-  u8 writer;    /* wave that wrote last */
-  u8 in_flight; /* written by a load to LDS that its wave has not waited for */
-  u8 atomic;    /* written by an atomic */
-  u8 unused;
-} Granule;
-
 /* A memory operation whose wave has not yet waited for it. */
 typedef enum { IN_ORDER, ANY_ORDER } Ordering;
 typedef enum { LDS_NONE, LDS_READ, LDS_WRITE, LDS_ATOMIC, LDS_DMA } LdsUse;
@@ -93,9 +81,10 @@ struct Machine {
   u64 code_base;
   /* memory */
   Buffer *buffers;
-  u32 buffer_count, lds_bytes, scratch_bytes, lds_granule, lds_banks, vgprs;
+  u32 buffer_count, lds_bytes, scratch_bytes, lds_granule_shift, last_granule, lds_banks, vgprs;
   u8 *lds;
-  Granule *granules;
+  u64 *written, *read; /* per granule of LDS (4 bytes, or 1 where the kernel stores less at once): races.c */
+  u32 *reader;
   u8 *scratch;
   Wave *waves;
   /* the launch */
@@ -133,7 +122,10 @@ void check_registers(Wave *w, const Instr *i);
 void track(Wave *w, const Instr *i, int counter, Ordering ordering, LdsUse use, u64 lanes, const u32 *address,
            const u32 *address2);
 void wait_until(Wave *w, int counter, u32 allowed);
+
+/* races.c */
 void check_lds(Wave *w, const Instr *i, u64 lanes, const u32 *address, u32 bytes, LdsUse use, u64 changed);
+void arrive(Wave *w, const Transfer *t);
 void carry_over_barrier(Wave *w);
 void count_bank_conflicts(Machine *m, u64 lanes, const u32 *address, u32 bytes);
 

@@ -32,57 +32,62 @@ static const u8 BITS[] = {[ELEMENT_F64] = 64, [ELEMENT_F32] = 32, [ELEMENT_F16] 
                           [ELEMENT_FP4] = 4,  [ELEMENT_I8] = 8,   [ELEMENT_U8] = 8,   [ELEMENT_I4] = 4,
                           [ELEMENT_U4] = 4};
 
-/* Values of every code of the small formats, filled by prepare_tables(). */
-static f32 FP8[256], BF8[256], FP8_FNUZ[256], BF8_FNUZ[256], FP6[64], BF6[64], FP4[16], SCALE[256];
+/* The value of every code of the types of at most 8 bits, [FNUZ][type][code]; filled once by prepare_tables(). */
+static f32 VALUE[2][ELEMENT_I32][256], SCALE[256];
 
 void prepare_tables(void) {
-  for (u32 code = 0; code < 256; code++) {
-    FP8[code] = small_to_f32(&E4M3, code);
-    BF8[code] = small_to_f32(&E5M2, code);
-    FP8_FNUZ[code] = small_to_f32(&E4M3_FNUZ, code);
-    BF8_FNUZ[code] = small_to_f32(&E5M2_FNUZ, code);
-    SCALE[code] = e8m0_to_f32(code);
-    if (code < 64) FP6[code] = small_to_f32(&E2M3, code);
-    if (code < 64) BF6[code] = small_to_f32(&E3M2, code);
-    if (code < 16) FP4[code] = small_to_f32(&E2M1, code);
+  for (u32 fnuz = 0; fnuz < 2; fnuz++)
+    for (u32 code = 0; code < 256; code++) {
+      f32(*value)[256] = VALUE[fnuz];
+      value[ELEMENT_FP8][code] = small_to_f32(fnuz ? &E4M3_FNUZ : &E4M3, code);
+      value[ELEMENT_BF8][code] = small_to_f32(fnuz ? &E5M2_FNUZ : &E5M2, code);
+      value[ELEMENT_FP6][code] = small_to_f32(&E2M3, code & 63);
+      value[ELEMENT_BF6][code] = small_to_f32(&E3M2, code & 63);
+      value[ELEMENT_FP4][code] = small_to_f32(&E2M1, code & 15);
+      value[ELEMENT_I8][code] = (i8)code;
+      value[ELEMENT_U8][code] = (f32)code;
+      value[ELEMENT_I4][code] = (f32)((i8)(code << 4) >> 4);
+      value[ELEMENT_U4][code] = (f32)(code & 15);
+      SCALE[code] = e8m0_to_f32(code);
+    }
+}
+
+/* The first `count` elements that lane l holds from the operand's first register on. */
+static void unpack(const Wave *w, const Operand *op, u32 type, u32 l, u32 count, f64 *x) {
+  u32 bits = BITS[type], words = (count * bits + 31) / 32, word[2 * MAX_K + 1];
+  for (u32 k = 0; k < words; k++) word[k] = op->kind == KIND_VGPR ? w->v[op->index + k][l] : (u32)op->value;
+  word[words] = 0;
+  const f32 *value = VALUE[w->machine->gfx == 942][type];
+  switch (bits) {
+    case 64: for (u32 e = 0; e < count; e++) x[e] = as_f64(join(word[2 * e], word[2 * e + 1])); break;
+    case 32: for (u32 e = 0; e < count; e++) x[e] = as_f32(word[e]); break;
+    case 16:
+      for (u32 e = 0; e < count; e++) {
+        u32 code = word[e / 2] >> e % 2 * 16 & 0xFFFF;
+        x[e] = type == ELEMENT_F16 ? f16_to_f32(code) : bf16_to_f32(code);
+      }
+      break;
+    case 8: for (u32 e = 0; e < count; e++) x[e] = value[word[e / 4] >> e % 4 * 8 & 255]; break;
+    case 4: for (u32 e = 0; e < count; e++) x[e] = value[word[e / 8] >> e % 8 * 4 & 15]; break;
+    default: /* 6 bits: elements straddle registers */
+      for (u32 e = 0; e < count; e++) x[e] = value[join(word[e * 6 / 32], word[e * 6 / 32 + 1]) >> e * 6 % 32 & 63];
   }
 }
 
-static f64 value_of(const Machine *m, u32 type, u64 code) {
-  int fnuz = m->gfx == 942;
-  switch (type) {
-    case ELEMENT_F64: return as_f64(code);
-    case ELEMENT_F32: return as_f32((u32)code);
-    case ELEMENT_F16: return f16_to_f32((u32)code);
-    case ELEMENT_BF16: return bf16_to_f32((u32)code);
-    case ELEMENT_FP8: return fnuz ? FP8_FNUZ[code] : FP8[code];
-    case ELEMENT_BF8: return fnuz ? BF8_FNUZ[code] : BF8[code];
-    case ELEMENT_FP6: return FP6[code];
-    case ELEMENT_BF6: return BF6[code];
-    case ELEMENT_FP4: return FP4[code];
-    case ELEMENT_I8: return (i8)code;
-    case ELEMENT_I4: return (i8)(code << 4) >> 4;
-    default: return (f64)code;
-  }
-}
-
-/* Element e of what lane l holds from register `first` on, or of a constant. */
-static f64 element(const Wave *w, const Operand *op, u32 type, u32 l, u32 e) {
-  u32 bits = BITS[type], at = e * bits, word = at / 32, shift = at % 32;
-  if (op->kind != KIND_VGPR) return value_of(w->machine, type, op->value & (~0ull >> (64 - bits)));
-  u64 code = w->v[op->index + word][l];
-  if (shift + bits > 32) code |= (u64)w->v[op->index + word + 1][l] << 32;
-  return value_of(w->machine, type, code >> shift & (~0ull >> (64 - bits)));
-}
-
-/* sum_k a[i][k] b[k][j] for all i, j. Rows of b are contiguous in j, so that the compiler vectorises over columns. */
-static void multiply(u32 m, u32 depth, const f64 a[][MAX_K], const f64 b[][MAX_M], f64 d[][MAX_M]) {
+/* d[i][j] = sum_k a[i][k] b[k][j], eight columns at a time (gcc's vectors work on any processor). For m = 4 the other
+ * columns are computed and not looked at. */
+#define COLUMNS 8
+typedef f64 Columns __attribute__((vector_size(COLUMNS * sizeof(f64)), aligned(sizeof(f64))));
+static void multiply(u32 m, u32 depth, f64 (*a)[MAX_K], f64 (*b)[MAX_M], f64 (*d)[MAX_M]) {
   for (u32 i = 0; i < m; i++)
-    for (u32 j0 = 0; j0 < m; j0 += 4) {
-      f64 sum[4] = {0};
-      for (u32 k = 0; k < depth; k++)
-        for (u32 j = 0; j < 4; j++) sum[j] += a[i][k] * b[k][j0 + j];
-      memcpy(&d[i][j0], sum, sizeof sum);
+    for (u32 j = 0; j < m; j += 2 * COLUMNS) {
+      Columns left = {0}, right = {0};
+      for (u32 k = 0; k < depth; k++) {
+        left += a[i][k] * *(const Columns *)&b[k][j];
+        right += a[i][k] * *(const Columns *)&b[k][j + COLUMNS];
+      }
+      *(Columns *)&d[i][j] = left;
+      *(Columns *)&d[i][j + COLUMNS] = right;
     }
 }
 
@@ -91,6 +96,22 @@ static f64 scale_of(const Wave *w, const Instr *i, u32 which, u32 lane) {
   u32 word = op->kind == KIND_VGPR ? w->v[op->index][lane] : op->kind == KIND_SGPR ? w->s[op->index] : (u32)op->value;
   u32 byte = (i->op_sel >> which & 1) | (i->op_sel_hi >> which & 1) << 1;
   return SCALE[word >> 8 * byte & 255];
+}
+
+/* One block of operand A (which = 0) as to[row][k], or of B (which = 1) as to[k][row]. */
+static void load_operand(const Wave *w, const Instr *i, u32 which, u32 block, f64 *to, u32 row_step, u32 k_step) {
+  u32 type = which ? i->b_type : i->a_type, groups = LANES / (i->m * i->blocks), held = i->k / groups;
+  u32 run = held == 32 && BITS[type] == 8 ? 16 : held;
+  for (u32 g = 0; g < groups; g++)
+    for (u32 row = 0; row < i->m; row++) {
+      f64 x[MAX_K];
+      unpack(w, &i->src[which], type, row + i->m * (block + i->blocks * g), held, x);
+      for (u32 e0 = 0; e0 < held; e0 += run) {
+        u32 k0 = run < held ? 16 * g + groups * e0 : g * held;
+        f64 scale = i->scaled ? scale_of(w, i, which, row + i->m * (k0 / 32)) : 1;
+        for (u32 e = 0; e < run; e++) to[row * row_step + (k0 + e) * k_step] = x[e0 + e] * scale;
+      }
+    }
 }
 
 static u64 accumulator(const Wave *w, const Operand *c, u32 r, u32 words, u32 l) {
@@ -107,22 +128,10 @@ static u64 rounded(u32 type, f64 product, u64 c) {
 void mfma(Wave *w, const Instr *i) {
   static __thread f64 a[MAX_M][MAX_K], b[MAX_K][MAX_M], d[16][MAX_M][MAX_M];
   static __thread u32 result[2 * MAX_M][LANES];
-  const u32 m = i->m, groups = LANES / (m * i->blocks), held = i->k / groups;
+  const u32 m = i->m;
   for (u32 block = 0; block < i->blocks; block++) {
-    for (u32 which = 0; which < 2; which++) {
-      u32 type = which ? i->b_type : i->a_type;
-      int two_runs = held == 32 && BITS[type] == 8;
-      for (u32 g = 0; g < groups; g++)
-        for (u32 row = 0; row < m; row++) {
-          u32 lane = row + m * (block + i->blocks * g);
-          for (u32 e = 0; e < held; e++) {
-            u32 k = two_runs ? 16 * g + e % 16 + 16 * groups * (e / 16) : g * held + e;
-            f64 x = element(w, &i->src[which], type, lane, e);
-            if (i->scaled) x *= scale_of(w, i, which, row + m * (k / 32));
-            *(which ? &b[k][row] : &a[row][k]) = x;
-          }
-        }
-    }
+    load_operand(w, i, 0, block, a[0], MAX_K, 1);
+    load_operand(w, i, 1, block, b[0], 1, MAX_M);
     multiply(m, i->k, a, b, d[block]);
   }
   u32 words = i->d_type == ELEMENT_F64 ? 2 : 1, registers = m * m * i->blocks / LANES;
@@ -162,9 +171,11 @@ void wmma(Wave *w, const Instr *i) {
       if (type[which] == ELEMENT_U4) type[which] = ELEMENT_I4;
     }
     if (w->machine->checks & CHECK_OPERANDS) check_replicated(w, i, which, type[which]);
-    for (u32 row = 0; row < 16; row++)
-      for (u32 k = 0; k < 16; k++)
-        *(which ? &b[k][row] : &a[row][k]) = element(w, &i->src[which], type[which], row, k);
+    for (u32 row = 0; row < 16; row++) {
+      f64 x[16];
+      unpack(w, &i->src[which], type[which], row, 16, x);
+      for (u32 k = 0; k < 16; k++) *(which ? &b[k][row] : &a[row][k]) = x[k];
+    }
   }
   multiply(16, 16, a, b, d);
   for (u32 r = 0; r < 8; r++)

@@ -134,7 +134,6 @@ int run_grid(Machine *m) {
 u64 machine_size(void) { return sizeof(Machine); }
 u64 instruction_size(void) { return sizeof(Instr); }
 u64 wave_bytes(void) { return sizeof(Wave); }
-u64 granule_size(void) { return sizeof(Granule); }
 
 /* Number of set bits: how many different bytes a bit map recorded. */
 u64 count_bits(const u8 *map, u64 bytes) {
