@@ -86,15 +86,29 @@ DEVICE void gemv_mxfp4(const uint16_t* __restrict__ x, const uint8_t* __restrict
     const int tile_rows = waves_n * Dot::ROWS;
 
     const auto stage = [&](int first) {
+        constexpr int BATCH = 4;  // loads of a thread that are under way together
+        const int groups = slab * 4;
 #pragma unroll
         for (int i = 0; i < M; i++)
 #pragma unroll 1
-            for (int j = thread_index(); j < slab * 4; j += threads) {
-                Words eight = {};
-                if (i < m && first + j / 4 < blocks) eight = load_words(x + i * x_stride + first * MX_BLOCK + 8 * j);
-                int exponent;
-                lds.values[(i * 4 + j % 4) * slab + j / 4] = Dot::normalize(eight, exponent);
-                lds.exponents[i * slab + j / 4] = exponent;
+            for (int start = 0; start < groups; start += BATCH * threads) {
+                Words eight[BATCH] = {};
+#pragma unroll
+                for (int u = 0; u < BATCH; u++) {
+                    const int j = start + u * threads + thread_index();
+                    if (i < m && j < groups && first + (j >> 2) < blocks)
+                        eight[u] = load_words(x + i * x_stride + (first * MX_BLOCK + 8 * j));
+                }
+#pragma unroll
+                for (int u = 0; u < BATCH; u++) {
+                    if (start + u * threads >= groups) break;
+                    const int j = start + u * threads + thread_index();
+                    int exponent;
+                    const Words values = Dot::normalize(eight[u], exponent);
+                    if (j >= groups) continue;
+                    lds.values[(i * 4 + (j & 3)) * slab + (j >> 2)] = values;
+                    lds.exponents[i * slab + (j >> 2)] = exponent;
+                }
             }
     };
 

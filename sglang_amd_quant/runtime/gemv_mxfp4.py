@@ -6,7 +6,9 @@ together by running every arch's plan.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from sglang_amd_quant.errors import ShapeError
@@ -47,60 +49,98 @@ def tile(arch: Arch, kernel_m: int) -> tuple[int, int]:
     return (8, arch.wave // 4) if kernel_m == 4 else (4, arch.wave // 2)
 
 
-def plan(
-    m: int,
-    n: int,
-    k: int,
-    arch: str,
-    cu_count: int,
-    *,
-    waves: tuple[int, int] | None = None,
-    blocks_per_cu: int | None = None,
-) -> GemvPlan:
-    """Choose the split for [m, k] x [n, k].
+@dataclass(frozen=True)
+class _Cost:
+    """What a launch is modelled with. Instructions are counted in machine code; the rest is from data sheets,
+    unmeasured but for sm_90.
 
-    Waves go to K first, as far as K divides into whole steps: that shortens what a single tile takes, which is what
-    counts when there are fewer tiles than places to run them. The activations of a whole K stay in LDS if so many
-    blocks of threads still find room on a CU that they hide each other's latency; else K goes through LDS in slabs.
+    Attributes:
+        step: instructions a wave spends on one wave-step, by `kernel_m`.
+        stage: on normalizing 8 activations.
+        tile: on summing up and storing one tile.
+        issue: cycles that a wave's instruction occupies its SIMD.
+        alone: cycles an instruction takes when its wave is alone on the SIMD.
+        bandwidth: bytes a cycle that memory delivers to each CU when all of them ask.
+        latency: cycles from a load to its data when memory is busy.
+        waves: waves a block may have.
+        resident: blocks a CU that registers allow.
+    """
 
-    Args:
-        waves: (waves_k, waves_n) instead of the rule's choice.
-        blocks_per_cu: blocks of threads a CU instead of the rule's choice.
+    step: dict[int, int]
+    stage: int
+    tile: int
+    issue: float
+    alone: float
+    bandwidth: float
+    latency: int
+    waves: tuple[int, ...]
+    resident: int
+
+
+_CDNA = {"stage": 80, "tile": 120, "issue": 4, "alone": 4, "latency": 2000, "waves": (4, 8), "resident": 4}
+_RDNA = {"stage": 80, "tile": 120, "issue": 1, "alone": 2, "latency": 1500, "waves": (8, 16), "resident": 4}
+_COSTS = {
+    "gfx950": _Cost(step={1: 120, 2: 180, 4: 300}, bandwidth=13.0, **_CDNA),  # type: ignore[arg-type]
+    "gfx942": _Cost(step={1: 190, 2: 250, 4: 370}, bandwidth=8.3, **_CDNA),  # type: ignore[arg-type]
+    "gfx1100": _Cost(step={1: 190, 2: 250, 4: 370}, bandwidth=4.2, **_RDNA),  # type: ignore[arg-type]
+    "gfx1151": _Cost(step={1: 190, 2: 250, 4: 370}, bandwidth=2.2, **_RDNA),  # type: ignore[arg-type]
+    "sm_90": _Cost({1: 376, 2: 232, 4: 290}, 80, 150, 1, 2, 17.5, 1800, waves=(8, 12), resident=3),
+}
+
+
+def lds_bytes(arch: Arch, kernel_m: int, slab: int, waves: int) -> int:
+    """LDS of a block (GemvLds): zeros, activations and their exponents, two sets of partial sums."""
+    return 64 + kernel_m * slab * (64 + 4) + 2 * waves * tile(arch, kernel_m)[0] * kernel_m * 4
+
+
+@cache
+def plans(m: int, n: int, k: int, arch: str, cu_count: int) -> tuple[GemvPlan, ...]:
+    """Every legal split of [m, k] x [n, k] over waves, blocks and slabs, best first by the model's cost.
+
+    The model takes the longer of two times on the busiest CU. Issue: each block stages the activations once, or once a
+    tile where they do not fit in LDS as a whole, and takes its share of the tiles. Memory: the weights of those
+    tiles, at full bandwidth if as many bytes are under way as the latency asks for.
 
     Raises:
         ShapeError: m outside 1..4, or k no positive multiple of 32, or n < 1.
     """
     if not 1 <= m <= MAX_M or n < 1 or k < MX_BLOCK or k % MX_BLOCK:
-        raise ShapeError(
-            f"GEMV M={m} N={n} K={k}", "needs M of 1 to 4, N >= 1, K a multiple of 32", "use the GEMM instead"
-        )
-    facts = arch_facts(arch)
+        raise ShapeError(f"GEMV M={m} N={n} K={k}", "needs M of 1 to 4, N >= 1, K a multiple of 32", "use the GEMM")
+    facts, cost = arch_facts(arch), _COSTS[arch]
     kernel_m = m if m < 3 else 4
     rows, blocks_a_step = tile(facts, kernel_m)
     blocks = k // MX_BLOCK
     steps = -(-blocks // blocks_a_step)
-    tiles = -(-n // rows)
+    found: dict[GemvPlan, tuple[float, float]] = {}
+    for waves, resident in itertools.product(cost.waves, range(1, cost.resident + 1)):
+        for waves_k in range(1, min(waves, steps) + 1):
+            waves_n = waves // waves_k
+            step, count = waves_k * blocks_a_step, waves_k * waves_n
+            room = facts.lds_bytes // resident - lds_bytes(facts, kernel_m, 0, count)
+            slab = min(-(-blocks // step), room // (kernel_m * 68) // step) * step
+            if slab < step:
+                continue
+            tiles = -(-n // (rows * waves_n))
+            grid = min(tiles, cu_count * resident)
+            rounds = -(-tiles // grid)
+            stagings = 1 if slab >= blocks else rounds
+            staging = -(-kernel_m * blocks * 4 // (count * facts.wave)) * cost.stage
+            instructions = stagings * staging + rounds * (-(-steps // waves_k) * cost.step[kernel_m] + cost.tile)
+            busiest = -(-grid // cu_count)  # blocks
+            issue = instructions * max(busiest * count / facts.simds * cost.issue, cost.alone)
+            moved = busiest * rounds * waves_n * rows * blocks * 17
+            under_way = busiest * count * rows * blocks_a_step * 16
+            memory = moved / cost.bandwidth * max(1.0, cost.bandwidth * cost.latency / under_way)
+            p = GemvPlan(
+                kernel_m, slab, waves_k, waves_n, grid, count * facts.wave, lds_bytes(facts, kernel_m, slab, count)
+            )
+            found[p] = max(issue, memory), issue
+    return tuple(sorted(found, key=lambda p: found[p]))
 
-    most_waves = (12 if facts.vendor == "nvidia" else 512 // facts.wave) if tiles <= cu_count else 256 // facts.wave
-    rounds = -(-steps // most_waves)
-    waves_k = -(-steps // rounds)
-    waves_n = most_waves // waves_k if tiles > cu_count else 1
-    if waves is not None:
-        waves_k, waves_n = waves
-    step = waves_k * blocks_a_step
 
-    def lds(slab: int) -> int:  # GemvLds
-        return 64 + kernel_m * slab * (64 + 4) + 2 * waves_k * waves_n * rows * kernel_m * 4
-
-    whole = -(-blocks // step) * step
-    most = blocks_per_cu or (3 if facts.vendor == "nvidia" else 4)
-    resident = next((b for b in range(most, 0, -1) if lds(whole) <= facts.lds_bytes // b), 0)
-    slab = whole
-    if resident == 0:
-        slab = max(step, (facts.lds_bytes // 2 - lds(0)) // (kernel_m * 68) // step * step)
-        resident = 2
-    grid = min(-(-tiles // waves_n), cu_count * resident)
-    return GemvPlan(kernel_m, slab, waves_k, waves_n, grid, waves_k * waves_n * facts.wave, lds(slab))
+def plan(m: int, n: int, k: int, arch: str, cu_count: int) -> GemvPlan:
+    """The first of `plans`. Raises ShapeError as it does."""
+    return plans(m, n, k, arch, cu_count)[0]
 
 
 def gemv_mxfp4(

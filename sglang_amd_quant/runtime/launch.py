@@ -44,13 +44,15 @@ def address(value: Any) -> int:
     """
     if value is None:
         return 0
-    if isinstance(value, int):
-        return value
-    if hasattr(value, "data_ptr"):
-        return int(value.data_ptr())
-    if hasattr(value, "ctypes"):
-        return int(value.ctypes.data)
-    raise TypeError(f"a pointer argument must be a tensor, an array, an int or None, not {type(value).__name__}")
+    try:  # a tensor is the case that must be quick
+        return value.data_ptr()  # type: ignore[no-any-return]
+    except AttributeError:
+        if isinstance(value, int):
+            return value
+        if hasattr(value, "ctypes"):
+            return int(value.ctypes.data)
+        kind = type(value).__name__
+        raise TypeError(f"a pointer argument must be a tensor, an array, an int or None, not {kind}") from None
 
 
 class ArgumentPacker:
