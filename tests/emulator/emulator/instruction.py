@@ -82,7 +82,7 @@ class Element(IntEnum):
 # fmt: off
 OPERAND_FIELDS = [
     ("kind", "u1"), ("width", "u1"), ("select", "u1"), ("negate", "u1"),
-    ("absolute", "u1"), ("sign_extend", "u1"), ("preserve", "u1"),  # preserve: of a destination, the bits outside select
+    ("absolute", "u1"), ("sign_extend", "u1"), ("preserve", "u1"),  # preserve the bits outside select
     ("modified", "u1"),  # any of select, negate, absolute, sign_extend is set
     ("index", "u4"), ("count", "u4"),  # first register and number of registers
     ("value", "u8"),  # of a constant

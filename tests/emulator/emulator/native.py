@@ -146,7 +146,7 @@ def _compile(generated: str, header: str, target: Path, compiler: str) -> None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The interpreter, compiled at first use (some 5 s) and kept in the user's cache folder under a hash of its text."""
+    """The interpreter, compiled at first use (some 5 s) and kept in the user's cache folder by a hash of its text."""
     generated, header = codegen.generate(), instruction.c_header()
     compiler = os.environ.get("CC", "gcc")
     parts = [generated, header, compiler, *_FLAGS, _host_features()]

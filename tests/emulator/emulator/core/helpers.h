@@ -105,8 +105,9 @@ INLINE u32 in_class(u64 x, u32 exponent_bits, u32 mantissa_bits, u32 mask) {
   return mask >> (negative ? 5 - kind : 6 + kind) & 1;
 }
 
-/* Scales numerator or denominator (a is the one of c, b that this instruction is for) so that the Newton steps of a
- * division neither overflow nor lose bits; returns whether v_div_fmas must undo it. */
+/* Scales numerator or denominator (`a` is the one of the two that this instruction is for) so that the Newton steps of a
+ * division neither overflow nor lose bits; returns whether v_div_fmas must undo it. After the ISA documents' pseudocode,
+ * but for a huge denominator with a tiny quotient, where scaling up as they print would overflow. */
 #define DIV_SCALE(name, type, exponent_gap, tiny_exponent, shift, least_normal, ldexp_)                              \
   INLINE u32 name(type a, type denominator, type numerator, type *d) {                                               \
     int e_n = 0, e_d = 0;                                                                                            \
@@ -118,7 +119,7 @@ INLINE u32 in_class(u64 x, u32 exponent_bits, u32 mantissa_bits, u32 mask) {
     else if (isnan(numerator) || isnan(denominator) || isinf(numerator) || isinf(denominator)) return 0;             \
     else if (e_n - e_d >= exponent_gap) undo = 1, *d = a == denominator ? ldexp_(a, shift) : a;                      \
     else if (fabs(denominator) < least) *d = ldexp_(a, shift);                                                       \
-    else if (fabs(reciprocal) < least && fabs(quotient) < least) undo = 1, *d = a == denominator ? ldexp_(a, shift) : a; \
+    else if (fabs(reciprocal) < least && fabs(quotient) < least) undo = 1, *d = a == denominator ? ldexp_(a, -shift) : a; \
     else if (fabs(reciprocal) < least) *d = ldexp_(a, -shift);                                                       \
     else if (fabs(quotient) < least) undo = 1, *d = a == numerator ? ldexp_(a, shift) : a;                           \
     else if (e_n <= tiny_exponent) *d = ldexp_(a, shift);                                                            \
@@ -127,7 +128,23 @@ INLINE u32 in_class(u64 x, u32 exponent_bits, u32 mantissa_bits, u32 mask) {
 DIV_SCALE(div_scale_f32, f32, 96, 24 - 127, 64, 0x1p-126f, ldexpf)
 DIV_SCALE(div_scale_f64, f64, 768, 54 - 1023, 128, 0x1p-1022, ldexp)
 
-/* The special cases of numerator / denominator, and the sign; `quotient` otherwise. */
+/* x + y rounded to odd: rounding that once more, to fewer bits, gives what one rounding of the exact sum gives. */
+INLINE f64 sum_to_odd(f64 x, f64 y) {
+  f64 sum = x + y, part = sum - x, error = (x - (sum - part)) + (y - part);
+  if (error == 0 || !isfinite(sum) || as_u64(sum) & 1) return sum;
+  return as_f64(as_u64(sum) + ((error > 0) == (sum > 0) ? 1 : -1ull));
+}
+/* v_div_fmas: the fma, scaled back if v_div_scale scaled, in one rounding. */
+INLINE f32 div_fmas_f32(f32 a, f32 b, f32 c, u32 undo) {
+  f64 sum = sum_to_odd((f64)a * b, c);
+  return (f32)(!undo ? sum : fabsf(c) >= 2 ? sum * 0x1p64 : sum * 0x1p-64);
+}
+INLINE f64 div_fmas_f64(f64 a, f64 b, f64 c, u32 undo) {
+  f64 sum = fma(a, b, c);
+  return !undo ? sum : fabs(c) >= 2 ? sum * 0x1p128 : sum * 0x1p-128;
+}
+
+/* The sign and the special cases of numerator / denominator; `quotient` otherwise, whose own overflow is infinity. */
 INLINE f64 div_fixup(f64 quotient, f64 denominator, f64 numerator) {
   f64 sign = signbit(denominator) != signbit(numerator) ? -1 : 1;
   if (isnan(numerator)) return numerator;
@@ -135,7 +152,7 @@ INLINE f64 div_fixup(f64 quotient, f64 denominator, f64 numerator) {
   if ((numerator == 0 && denominator == 0) || (isinf(numerator) && isinf(denominator))) return NAN;
   if (denominator == 0 || isinf(numerator)) return sign * INFINITY;
   if (isinf(denominator) || numerator == 0) return sign * 0.0;
-  return sign * fabs(quotient);
+  return sign * (isfinite(quotient) ? fabs(quotient) : INFINITY);
 }
 
 /* An operand of v_fma_mix: f32, or one f16 half of a register (op_sel_hi set; op_sel says which half). Its modifiers
