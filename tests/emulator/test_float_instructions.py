@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from wave_data import ARCHES, SAME, SPECIAL_F32, U32, cases, doubles, evaluate, floats, halves, same, text_of
+from wave_data import ARCHES, SAME, SPECIAL_F32, U32, cases, doubles, evaluate, floats, halves, is_gfx9, same, text_of
 
 
 def f16(x):
@@ -118,7 +118,7 @@ HALF = [
 @pytest.mark.parametrize("arch", ARCHES)
 @np.errstate(all="ignore")
 def test_float(arch):
-    rows = cases(FLOAT)[arch]
+    rows = cases(FLOAT, arch)
     inputs, results = evaluate(arch, floats, [text_of(r, arch) for r in rows])
     for row, wave in zip(rows, results, strict=True):
         assert same(wave.f32, row[2](*inputs)), text_of(row, arch)
@@ -161,8 +161,8 @@ def test_half():
 @np.errstate(all="ignore")
 def test_division(arch):
     """The sequence compilers emit for an IEEE fp32 division is correctly rounded, whatever the operands."""
-    vcc = "vcc" if arch == "gfx950" else "vcc_lo"
-    other = "s[36:37]" if arch == "gfx950" else "s36"
+    vcc = "vcc" if is_gfx9(arch) else "vcc_lo"
+    other = "s[36:37]" if is_gfx9(arch) else "s36"
     text = (
         f"v_div_scale_f32 v20, {other}, B, B, A; v_div_scale_f32 v21, {vcc}, A, B, A; v_rcp_f32 v22, v20;"
         "v_fma_f32 v23, -v20, v22, 1.0; v_fmac_f32 v22, v23, v22; v_mul_f32 v24, v21, v22;"

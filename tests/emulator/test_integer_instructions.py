@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from wave_data import ARCHES, SAME, SCALARS, U32, U64, cases, evaluate, expand, integers, kind, same, text_of
+from wave_data import ARCHES, SAME, SCALARS, U32, U64, cases, evaluate, expand, integers, is_gfx9, kind, same, text_of
 
 
 def low(w):
@@ -224,7 +224,7 @@ CARRY = [
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_integer(arch):
-    rows = cases(INTEGER)[arch]
+    rows = cases(INTEGER, arch)
     inputs, results = evaluate(arch, integers, [text_of(r, arch) for r in rows])
     for row, wave in zip(rows, results, strict=True):
         assert same(wave.view(kind(row[2])), row[3](*inputs)), text_of(row, arch)
@@ -232,15 +232,14 @@ def test_integer(arch):
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_carry(arch):
-    full = {"gfx950": 64, "gfx1100": 32}[arch]
-    column = ARCHES.index(arch)
-    vcc = "vcc" if arch == "gfx950" else "vcc_lo"
-    move = "s_mov_b64 SS, vcc" if arch == "gfx950" else "s_mov_b32 S, vcc_lo"
+    column = 0 if is_gfx9(arch) else 1
+    vcc = "vcc" if is_gfx9(arch) else "vcc_lo"
+    move = "s_mov_b64 SS, vcc" if is_gfx9(arch) else "s_mov_b32 S, vcc_lo"
     inputs, results = evaluate(arch, integers, [f"{r[column].replace(' D,', ' v20,')}; {move}" for r in CARRY])
     for (_, _, function), wave in zip(CARRY, results, strict=True):
         mask = int(wave.words[0, 0]) | int(wave.words[0, 1]) << 32
-        assert np.array_equal(expand(mask, full), function(inputs[0], inputs[1]).astype(bool))
-    add = "v_addc_co_u32" if arch == "gfx950" else "v_add_co_ci_u32"
+        assert np.array_equal(expand(mask, len(inputs[0].u32)), function(inputs[0], inputs[1]).astype(bool))
+    add = "v_addc_co_u32" if is_gfx9(arch) else "v_add_co_ci_u32"
     chain = f"v_add_co_u32 D, {vcc}, A, B; {add} D, {vcc}, v1, v5, {vcc}"
     (a, b, _, _), (wave,) = evaluate(arch, integers, [chain])
     assert np.array_equal(wave.u32, (a.u64 + b.u64 >> U64(32)).astype(U32))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from wave_data import ARCHES, SCALARS, U32, doubles, evaluate, expand, floats, integers, kind
+from wave_data import ARCHES, SCALARS, U32, doubles, evaluate, expand, floats, integers, is_gfx9, kind
 
 SALU = [
     ("s_mov_b32 S, P", lambda p, q, r: (p[0], None)),
@@ -77,7 +77,7 @@ COMPARE = {
 @pytest.mark.parametrize("arch", ARCHES)
 @np.errstate(all="ignore")
 def test_compare(arch):
-    result = "SS" if arch == "gfx950" else "S"
+    result = "SS" if is_gfx9(arch) else "S"
     for data, kinds in ((integers, ["u32", "i32", "u64", "i64"]), (floats, ["f32"]), (doubles, ["f64"])):
         floating = data is not integers
         names = [n for n in COMPARE if n not in (("ne",) if floating else ("neq", "lg", "nlt", "nge", "o", "u"))]
@@ -94,7 +94,7 @@ def test_compare(arch):
 @pytest.mark.parametrize("arch", ARCHES)
 def test_compare_sets_exec(arch):
     """v_cmpx masks what follows; gfx9's form writes VCC as well."""
-    wide = arch == "gfx950"
+    wide = is_gfx9(arch)
     start, vcc = ("s_mov_b64 s[36:37], exec", "vcc, ") if wide else ("s_mov_b32 s36, exec_lo", "")
     end = "s_mov_b64 exec, s[36:37]" if wide else "s_mov_b32 exec_lo, s36"
     text = f"{start}; v_cmpx_gt_u32 {vcc}A, B; v_mov_b32 D, C; {end}"
@@ -128,9 +128,9 @@ RENAMED_ON_GFX11 = {
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_scalar(arch):
-    rows = [r for r in SALU if arch == "gfx950" or "exec" not in r[0]]
+    rows = [r for r in SALU if is_gfx9(arch) or "exec" not in r[0]]
     texts = [r[0] for r in rows]
-    if arch == "gfx1100":
+    if not is_gfx9(arch):
         for old, new in RENAMED_ON_GFX11.items():
             texts = [t.replace(old, new) for t in texts]
     _, results = evaluate(arch, integers, texts)

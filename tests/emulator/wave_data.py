@@ -8,7 +8,8 @@ the architecture lacks the instruction.
 import numpy as np
 from assembling import Wave, run_instructions, wave_size
 
-ARCHES = ("gfx950", "gfx1100")
+ARCHES = ("gfx950", "gfx942", "gfx1100", "gfx1151")
+NEW_IN_GFX950 = ("v_bitop3", "v_permlane16_swap", "v_permlane32_swap")
 SCALARS = {}  # P, Q, R of the running test
 U32, U64 = np.uint32, np.uint64
 SPECIAL_F32 = [0, -0.0, 1, -1, 2, 0.5, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 3.4e38, -3.4e38, 1e-30, 65504, 1.5, 2.5]
@@ -50,12 +51,18 @@ def halves():
     return np.ascontiguousarray(values).view(U32), np.zeros(16, U32)
 
 
-def cases(table):
-    return {"gfx950": [r for r in table if r[0]], "gfx1100": [r for r in table if r[1]]}
+def is_gfx9(arch):
+    return arch.startswith("gfx9")
+
+
+def cases(table, arch):
+    """The rows that the architecture has."""
+    rows = [row for row in table if row[0 if is_gfx9(arch) else 1]]
+    return [row for row in rows if arch != "gfx942" or not row[0].startswith(NEW_IN_GFX950)]
 
 
 def text_of(row, arch):
-    return row[0] if arch == "gfx950" or row[1] is SAME else row[1]
+    return row[0] if is_gfx9(arch) or row[1] is SAME else row[1]
 
 
 def evaluate(arch, data, texts):
