@@ -1,4 +1,5 @@
-"""Compiles the HIP kernels into the wheel, so that a serving machine needs no compiler. All else is in pyproject.toml."""
+"""Compiles the HIP kernels into the wheel, so that a serving machine needs no compiler. All else is in
+pyproject.toml."""
 
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ class BuildWithKernels(build_py):
 
         sglang_amd_quant.__path__.append(str(ROOT))  # kernels/ is sglang_amd_quant.kernels, see package-dir
         from sglang_amd_quant.kernels.hip.manifest import AMD_ARCHS, ARCHS
+
         from sglang_amd_quant.toolchain.build import CODE_OBJECT_DIR, available_archs, build
 
         available = available_archs(ARCHS)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sglang_amd_quant.kernels.hip.manifest import ARCHS, CODE_OBJECTS
 from sglang_amd_quant.runtime.code_objects import CODE_OBJECT_DIR
-from sglang_amd_quant.toolchain.build import Built, available_archs, build
+from sglang_amd_quant.toolchain.build import HIP_DIR, Built, available_archs, build
 from sglang_amd_quant.toolchain.compilers import BuildError
 from sglang_amd_quant.toolchain.report import KernelReport, table
 
@@ -55,7 +55,14 @@ def run(args: argparse.Namespace) -> int:
     with tqdm(total=units, unit="code object", disable=args.json, leave=False) as bar:
         try:
             built = build(
-                archs, out=args.out, which=args.compiler, jobs=args.jobs, force=args.force, progress=bar.update
+                archs,
+                code_objects=CODE_OBJECTS,
+                hip_dir=HIP_DIR,
+                out=args.out,
+                which=args.compiler,
+                jobs=args.jobs,
+                force=args.force,
+                progress=bar.update,
             )
         except BuildError as error:
             print(error.log, end="", file=sys.stderr)
