@@ -176,10 +176,10 @@ class _Launch:
         where = self._where(argument)
         if isinstance(value, bytes):
             data = value
-        elif isinstance(value, float):
-            data = struct.pack({2: "<e", 4: "<f", 8: "<d"}[argument.size], value)
         elif isinstance(value, np.generic):
             data = value.tobytes()
+        elif isinstance(value, float):
+            data = struct.pack({2: "<e", 4: "<f"}.get(argument.size, "<d"), value)
         elif isinstance(value, int):
             low, high = -(1 << 8 * argument.size - 1), 1 << 8 * argument.size
             if not low <= value < high:
