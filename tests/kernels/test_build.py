@@ -127,20 +127,20 @@ def test_reports_of_a_known_kernel(tmp_path: Path, arch: str) -> None:
 
 SPILLS = """#include "wave.h"
 KERNEL(1024, 1) copy(const float* from, float* to, int count, float) {
-    float v[200];
+    float v[150];
 #pragma unroll
-    for (int i = 0; i < 200; i++) v[i] = from[i * count + thread_index()];
+    for (int i = 0; i < 150; i++) v[i] = from[i * count + thread_index()];
     block_barrier();
 #pragma unroll
-    for (int i = 0; i < 200; i++) to[i * count + thread_index()] = v[199 - i] * v[i];
+    for (int i = 0; i < 150; i++) to[i * count + thread_index()] = v[149 - i] * v[i];
 }
 """
 BIG_LDS = """#include "wave.h"
 __shared__ int buffer[20000];
 KERNEL(256, 1) copy(const int* from, int* to, int count, float) {
-    for (int i = thread_index(); i < 20000; i += 256) buffer[i] = from[i];
+    for (int i = thread_index(); i < 15000; i += 256) buffer[i] = from[i];
     block_barrier();
-    for (int i = thread_index(); i < 20000; i += 256) to[i] = buffer[20000 - 1 - i] + count;
+    for (int i = thread_index(); i < 15000; i += 256) to[i] = buffer[20000 - 1 - i] + count;
 }
 """
 SCALED = """#include "matrix.h"

@@ -387,9 +387,10 @@ class _Decoder:
         for position, (field, operand) in enumerate(zip(fields, operands, strict=True)):
             field["kind"], field["index"], field["count"] = operand.kind, operand.index, operand.count
             _require(not (operand.negate or operand.absolute), "negated matrix operand")
+            _require(operand.kind == Kind.VGPR or position > 2, "matrix operand that is no vector register")
             if operand.kind == Kind.CONST:
-                kind = record["d_type"] if position == 3 else record["a_type" if position == 1 else "b_type"]
-                width = {Element.F64: Width.B64, Element.F16: Width.B16}.get(Element(kind), Width.B32)
+                kind = Element(record["d_type"])
+                width = {Element.F64: Width.B64, Element.F16: Width.B16}.get(kind, Width.B32)
                 field["value"] = operand.value(width, is_float=kind == Element.F64)
 
 

@@ -88,6 +88,9 @@ INLINE u64 pair(f32 low, f32 high) { return join(as_u32(low), as_u32(high)); }
 /* ---- floating point ---- */
 
 INLINE f32 flush(f32 x) { return fabsf(x) < 0x1p-126f ? copysignf(0, x) : x; }
+/* IEEE maxNum and minNum: a NaN loses against a number, -0 against +0. */
+INLINE f32 max_num(f32 a, f32 b) { return a > b || b != b ? a : a == b ? as_f32(as_u32(a) & as_u32(b)) : b; }
+INLINE f32 min_num(f32 a, f32 b) { return a < b || b != b ? a : a == b ? as_f32(as_u32(a) | as_u32(b)) : b; }
 INLINE f32 clamp1(f32 x) { return fminf(fmaxf(x, -1), 1); }
 INLINE i32 f32_to_i32(f32 x) {
   return x != x ? 0 : x >= 0x1p31f ? INT32_MAX : x < -0x1p31f ? INT32_MIN : (i32)x;

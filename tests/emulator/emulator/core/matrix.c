@@ -25,7 +25,8 @@
 #include "machine.h"
 
 #define MAX_M 32
-#define MAX_K 128
+#define MAX_ELEMENTS 2048 /* M x K of the largest operand */
+#define COLUMNS 8
 
 static const u8 BITS[] = {[ELEMENT_F64] = 64, [ELEMENT_F32] = 32, [ELEMENT_F16] = 16, [ELEMENT_BF16] = 16,
                           [ELEMENT_FP8] = 8,  [ELEMENT_BF8] = 8,  [ELEMENT_FP6] = 6,  [ELEMENT_BF6] = 6,
@@ -33,58 +34,49 @@ static const u8 BITS[] = {[ELEMENT_F64] = 64, [ELEMENT_F32] = 32, [ELEMENT_F16] 
                           [ELEMENT_U4] = 4};
 
 /* The value of every code of the types of at most 8 bits, [FNUZ][type][code]; filled once by prepare_tables(). */
-static f32 VALUE[2][ELEMENT_I32][256], SCALE[256];
+static f64 VALUE[2][ELEMENT_I32][256], SCALE[256];
 
 void prepare_tables(void) {
   for (u32 fnuz = 0; fnuz < 2; fnuz++)
     for (u32 code = 0; code < 256; code++) {
-      f32(*value)[256] = VALUE[fnuz];
+      f64(*value)[256] = VALUE[fnuz];
       value[ELEMENT_FP8][code] = small_to_f32(fnuz ? &E4M3_FNUZ : &E4M3, code);
       value[ELEMENT_BF8][code] = small_to_f32(fnuz ? &E5M2_FNUZ : &E5M2, code);
       value[ELEMENT_FP6][code] = small_to_f32(&E2M3, code & 63);
       value[ELEMENT_BF6][code] = small_to_f32(&E3M2, code & 63);
       value[ELEMENT_FP4][code] = small_to_f32(&E2M1, code & 15);
       value[ELEMENT_I8][code] = (i8)code;
-      value[ELEMENT_U8][code] = (f32)code;
-      value[ELEMENT_I4][code] = (f32)((i8)(code << 4) >> 4);
-      value[ELEMENT_U4][code] = (f32)(code & 15);
+      value[ELEMENT_U8][code] = code;
+      value[ELEMENT_I4][code] = (i8)(code << 4) >> 4;
+      value[ELEMENT_U4][code] = code & 15;
       SCALE[code] = e8m0_to_f32(code);
     }
 }
 
-/* The first `count` elements that lane l holds from the operand's first register on. */
-static void unpack(const Wave *w, const Operand *op, u32 type, u32 l, u32 count, f64 *x) {
-  u32 bits = BITS[type], words = (count * bits + 31) / 32, word[2 * MAX_K + 1];
-  for (u32 k = 0; k < words; k++) word[k] = op->kind == KIND_VGPR ? w->v[op->index + k][l] : (u32)op->value;
-  word[words] = 0;
-  const f32 *value = VALUE[w->machine->gfx == 942][type];
-  switch (bits) {
-    case 64: for (u32 e = 0; e < count; e++) x[e] = as_f64(join(word[2 * e], word[2 * e + 1])); break;
-    case 32: for (u32 e = 0; e < count; e++) x[e] = as_f32(word[e]); break;
-    case 16:
-      for (u32 e = 0; e < count; e++) {
-        u32 code = word[e / 2] >> e % 2 * 16 & 0xFFFF;
-        x[e] = type == ELEMENT_F16 ? f16_to_f32(code) : bf16_to_f32(code);
-      }
-      break;
-    case 8: for (u32 e = 0; e < count; e++) x[e] = value[word[e / 4] >> e % 4 * 8 & 255]; break;
-    case 4: for (u32 e = 0; e < count; e++) x[e] = value[word[e / 8] >> e % 8 * 4 & 15]; break;
-    default: /* 6 bits: elements straddle registers */
-      for (u32 e = 0; e < count; e++) x[e] = value[join(word[e * 6 / 32], word[e * 6 / 32 + 1]) >> e * 6 % 32 & 63];
+/* Element e of each of `lanes` lanes from `lane` on. */
+static void unpack(const Wave *w, const Operand *op, u32 type, u32 lane, u32 lanes, u32 e, f64 *x) {
+  u32 bits = BITS[type], word = e * bits / 32, shift = e * bits % 32, straddles = shift + bits > 32;
+  const u32 *low = w->v[op->index + word] + lane, *high = w->v[op->index + word + straddles] + lane;
+  const f64 *value = VALUE[w->machine->gfx == 942][type];
+  switch (type) {
+    case ELEMENT_F64: for (u32 l = 0; l < lanes; l++) x[l] = as_f64(join(low[l], high[l])); break;
+    case ELEMENT_F32: for (u32 l = 0; l < lanes; l++) x[l] = as_f32(low[l]); break;
+    case ELEMENT_F16: for (u32 l = 0; l < lanes; l++) x[l] = f16_to_f32(low[l] >> shift & 0xFFFF); break;
+    case ELEMENT_BF16: for (u32 l = 0; l < lanes; l++) x[l] = bf16_to_f32(low[l] >> shift & 0xFFFF); break;
+    default: for (u32 l = 0; l < lanes; l++) x[l] = value[join(low[l], high[l]) >> shift & ((1u << bits) - 1)];
   }
 }
 
-/* d[i][j] = sum_k a[i][k] b[k][j], eight columns at a time (gcc's vectors work on any processor). For m = 4 the other
- * columns are computed and not looked at. */
-#define COLUMNS 8
+/* d[i][j] = sum_k a[k][i] b[k][j], sixteen columns at a time (gcc's vectors work on any processor). For m = 4 twelve of
+ * them are computed and not looked at. */
 typedef f64 Columns __attribute__((vector_size(COLUMNS * sizeof(f64)), aligned(sizeof(f64))));
-static void multiply(u32 m, u32 depth, f64 (*a)[MAX_K], f64 (*b)[MAX_M], f64 (*d)[MAX_M]) {
+static void multiply(u32 m, u32 depth, const f64 *a, const f64 *b, f64 (*d)[MAX_M]) {
   for (u32 i = 0; i < m; i++)
     for (u32 j = 0; j < m; j += 2 * COLUMNS) {
       Columns left = {0}, right = {0};
       for (u32 k = 0; k < depth; k++) {
-        left += a[i][k] * *(const Columns *)&b[k][j];
-        right += a[i][k] * *(const Columns *)&b[k][j + COLUMNS];
+        left += a[k * m + i] * *(const Columns *)&b[k * m + j];
+        right += a[k * m + i] * *(const Columns *)&b[k * m + j + COLUMNS];
       }
       *(Columns *)&d[i][j] = left;
       *(Columns *)&d[i][j + COLUMNS] = right;
@@ -98,18 +90,19 @@ static f64 scale_of(const Wave *w, const Instr *i, u32 which, u32 lane) {
   return SCALE[word >> 8 * byte & 255];
 }
 
-/* One block of operand A (which = 0) as to[row][k], or of B (which = 1) as to[k][row]. */
-static void load_operand(const Wave *w, const Instr *i, u32 which, u32 block, f64 *to, u32 row_step, u32 k_step) {
-  u32 type = which ? i->b_type : i->a_type, groups = LANES / (i->m * i->blocks), held = i->k / groups;
-  u32 run = held == 32 && BITS[type] == 8 ? 16 : held;
+/* One block of operand A (which = 0) or B (which = 1) as to[k][row], rows of m elements. */
+static void load_operand(const Wave *w, const Instr *i, u32 which, u32 block, f64 *to) {
+  const u32 type = which ? i->b_type : i->a_type, m = i->m, groups = LANES / (m * i->blocks), held = i->k / groups;
+  const u32 run = held == 32 && BITS[type] == 8 ? 16 : held;
   for (u32 g = 0; g < groups; g++)
-    for (u32 row = 0; row < i->m; row++) {
-      f64 x[MAX_K];
-      unpack(w, &i->src[which], type, row + i->m * (block + i->blocks * g), held, x);
-      for (u32 e0 = 0; e0 < held; e0 += run) {
-        u32 k0 = run < held ? 16 * g + groups * e0 : g * held;
-        f64 scale = i->scaled ? scale_of(w, i, which, row + i->m * (k0 / 32)) : 1;
-        for (u32 e = 0; e < run; e++) to[row * row_step + (k0 + e) * k_step] = x[e0 + e] * scale;
+    for (u32 e0 = 0; e0 < held; e0 += run) {
+      u32 k0 = run < held ? 16 * g + groups * e0 : g * held;
+      f64 scale[MAX_M];
+      for (u32 row = 0; i->scaled && row < m; row++) scale[row] = scale_of(w, i, which, row + m * (k0 / 32));
+      for (u32 e = 0; e < run; e++) {
+        f64 *x = to + (k0 + e) * m;
+        unpack(w, &i->src[which], type, m * (block + i->blocks * g), m, e0 + e, x);
+        for (u32 row = 0; i->scaled && row < m; row++) x[row] *= scale[row];
       }
     }
 }
@@ -126,12 +119,12 @@ static u64 rounded(u32 type, f64 product, u64 c) {
 }
 
 void mfma(Wave *w, const Instr *i) {
-  static __thread f64 a[MAX_M][MAX_K], b[MAX_K][MAX_M], d[16][MAX_M][MAX_M];
+  static __thread f64 a[MAX_ELEMENTS], b[MAX_ELEMENTS + 2 * COLUMNS], d[16][MAX_M][MAX_M];
   static __thread u32 result[2 * MAX_M][LANES];
   const u32 m = i->m;
   for (u32 block = 0; block < i->blocks; block++) {
-    load_operand(w, i, 0, block, a[0], MAX_K, 1);
-    load_operand(w, i, 1, block, b[0], 1, MAX_M);
+    load_operand(w, i, 0, block, a);
+    load_operand(w, i, 1, block, b);
     multiply(m, i->k, a, b, d[block]);
   }
   u32 words = i->d_type == ELEMENT_F64 ? 2 : 1, registers = m * m * i->blocks / LANES;
@@ -162,20 +155,17 @@ static void check_replicated(Wave *w, const Instr *i, u32 which, u32 type) {
 
 /* f16 and bf16 results fill one half of their registers, the upper if op_sel[2]; C is read from the same half. */
 void wmma(Wave *w, const Instr *i) {
-  static __thread f64 a[MAX_M][MAX_K], b[MAX_K][MAX_M], d[MAX_M][MAX_M];
-  u32 result[8][LANES], type[2] = {i->a_type, i->b_type};
+  static __thread f64 a[256], b[256], d[MAX_M][MAX_M];
+  u32 result[8][LANES];
   u32 shift = i->op_sel >> 2 & 1 ? 16 : 0, keep = shift ? 0xFFFFu : 0xFFFF0000u;
   for (u32 which = 0; which < 2; which++) {
+    u32 type = which ? i->b_type : i->a_type;
     if (i->neg_lo >> which & 1) { /* integers: neg_lo marks a signed operand */
-      if (type[which] == ELEMENT_U8) type[which] = ELEMENT_I8;
-      if (type[which] == ELEMENT_U4) type[which] = ELEMENT_I4;
+      if (type == ELEMENT_U8) type = ELEMENT_I8;
+      if (type == ELEMENT_U4) type = ELEMENT_I4;
     }
-    if (w->machine->checks & CHECK_OPERANDS) check_replicated(w, i, which, type[which]);
-    for (u32 row = 0; row < 16; row++) {
-      f64 x[16];
-      unpack(w, &i->src[which], type[which], row, 16, x);
-      for (u32 k = 0; k < 16; k++) *(which ? &b[k][row] : &a[row][k]) = x[k];
-    }
+    if (w->machine->checks & CHECK_OPERANDS) check_replicated(w, i, which, type);
+    for (u32 k = 0; k < 16; k++) unpack(w, &i->src[which], type, 0, 16, k, (which ? b : a) + 16 * k);
   }
   multiply(16, 16, a, b, d);
   for (u32 r = 0; r < 8; r++)

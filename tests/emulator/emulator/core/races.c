@@ -5,18 +5,19 @@
  * Epochs only grow during a launch, so nothing is cleared between blocks. */
 #include "machine.h"
 
-/* Machine.written[g]: the last write: epoch in the upper half, then whether it is a load to LDS still in flight, whether
- * it was an atomic, the wave and the instruction. Machine.read[g]: epoch of the last read, and a bit for each wave that
+/* Machine.written[g]: the last write: epoch in the upper half, then the wave, whether it is a load to LDS still in flight,
+ * whether it was an atomic, and the instruction. Machine.read[g]: epoch of the last read, and a bit for each wave that
  * read in it. Machine.reader[g]: instruction of the last read. */
-#define IN_FLIGHT (1ull << 31)
-#define ATOMIC (1ull << 30)
-#define WAVE_SHIFT 25
+#define WAVE_SHIFT 27
+#define IN_FLIGHT (1ull << 26)
+#define ATOMIC (1ull << 25)
+#define INSTRUCTION_MASK ((1u << 25) - 1)
 INLINE u64 write_stamp(u32 epoch, u32 wave, u32 instruction, u64 flags) {
-  return (u64)epoch << 32 | flags | (u64)wave << WAVE_SHIFT | (instruction & ((1u << WAVE_SHIFT) - 1));
+  return (u64)epoch << 32 | (u64)wave << WAVE_SHIFT | flags | (instruction & INSTRUCTION_MASK);
 }
 INLINE u32 stamp_epoch(u64 stamp) { return (u32)(stamp >> 32); }
-INLINE u32 stamp_wave(u64 stamp) { return (u32)stamp >> WAVE_SHIFT & 31; }
-INLINE u32 stamp_instruction(u64 stamp) { return (u32)stamp & ((1u << WAVE_SHIFT) - 1); }
+INLINE u32 stamp_wave(u64 stamp) { return (u32)stamp >> WAVE_SHIFT; }
+INLINE u32 stamp_instruction(u64 stamp) { return (u32)stamp & INSTRUCTION_MASK; }
 INLINE u64 read_stamp(u64 old, u32 epoch, u32 wave) {
   return (stamp_epoch(old) == epoch ? old : (u64)epoch << 32) | 1ull << wave;
 }
@@ -35,27 +36,36 @@ typedef struct {
   LdsUse use;
 } Access;
 
-/* The usual case, without a branch per granule: nothing to report. Records the access and returns 1, or does neither. */
+/* The usual case: nothing to report. Records the access and returns 1, or does neither. The stamps are compared as whole
+ * numbers, whose upper half is the epoch, so that the compiler can do several granules at once. */
 INLINE int quiet_read(const Access *a, u32 g, u32 n) {
-  u64 *written = a->m->written + g, *read = a->m->read + g, trouble = 0;
+  const u64 *written = a->m->written + g;
+  u64 *read = a->m->read + g, trouble = 0;
+  u32 *reader = a->m->reader + g;
+  const u64 block = (u64)a->m->first_epoch << 32, now = (u64)a->epoch << 32, bit = 1ull << a->wave;
+  const u64 own = (now >> WAVE_SHIFT) + a->wave;
+  const u32 instruction = a->instruction;
   for (u32 k = 0; k < n; k++) {
-    u32 epoch = stamp_epoch(written[k]);
-    trouble |= (epoch < a->m->first_epoch) | (written[k] & IN_FLIGHT) |
-               ((epoch == a->epoch) & (stamp_wave(written[k]) != a->wave));
+    u64 earlier = written[k] - block < now - block, mine = written[k] >> WAVE_SHIFT == own;
+    trouble |= (earlier | mine) ^ 1 | (written[k] & IN_FLIGHT);
   }
   if (trouble) return 0;
-  for (u32 k = 0; k < n; k++) read[k] = read_stamp(read[k], a->epoch, a->wave);
-  for (u32 k = 0; k < n; k++) a->m->reader[g + k] = a->instruction;
+  for (u32 k = 0; k < n; k++) read[k] = (read[k] > now ? read[k] : now) | bit;
+  for (u32 k = 0; k < n; k++) reader[k] = instruction;
   return 1;
 }
 
 INLINE int quiet_write(const Access *a, u32 g, u32 n) {
-  u64 *written = a->m->written + g, *read = a->m->read + g, trouble = 0;
-  for (u32 k = 0; k < n; k++)
-    trouble |= ((stamp_epoch(written[k]) == a->epoch) & (stamp_wave(written[k]) != a->wave)) |
-               ((stamp_epoch(read[k]) == a->epoch) & ((u32)read[k] != 1u << a->wave));
+  u64 *written = a->m->written + g, trouble = 0;
+  const u64 *read = a->m->read + g;
+  const u64 now = (u64)a->epoch << 32, bit = 1ull << a->wave, own = (now >> WAVE_SHIFT) + a->wave;
+  const u64 stamp = write_stamp(a->epoch, a->wave, a->instruction, 0);
+  for (u32 k = 0; k < n; k++) {
+    u64 by_other = (written[k] >= now) & (written[k] >> WAVE_SHIFT != own);
+    trouble |= by_other | ((read[k] >= now) & (read[k] != (now | bit)));
+  }
   if (trouble) return 0;
-  for (u32 k = 0; k < n; k++) written[k] = write_stamp(a->epoch, a->wave, a->instruction, 0);
+  for (u32 k = 0; k < n; k++) written[k] = stamp;
   return 1;
 }
 
