@@ -89,35 +89,15 @@ def test_recipe(serve, tiny, prompts, generate, tmp_path):
     judge(model, Recipe.from_dict(MIXED), ids, outputs, "qwen3 recipe")
 
 
-def test_moe_on_one_rank_two_ranks_and_from_a_written_checkpoint(serve, tiny, prompts, generate, tmp_path):
-    """The same ids online, at TP2, at TP2 EP2, and from what `amd-mx quantize` writes, which needs no flag."""
+def test_moe_from_a_written_checkpoint(serve, tiny, prompts, generate, tmp_path):
+    """What `amd-mx quantize` writes needs no flag."""
     model, written = tiny("qwen3-moe"), tmp_path / "written"
     ids = prompts(model)
-    command = [
-        sys.executable,
-        "-m",
-        "sglang_amd_quant.cli.main",
-        "quantize",
-        str(model),
-        str(written),
-        "--scheme",
-        "w4a8",
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    runs = {
-        "online": (model, "--quantization", "amd_w4a16"),
-        "written": (written,),
-        "tp2": (model, "--quantization", "amd_w4a16", "--tp", "2"),
-        "tp2 ep2": (written, "--tp", "2", "--ep-size", "2"),
-    }
-    outputs = {}
-    for name, (folder, *flags) in runs.items():
-        with serve(folder, *flags) as server:
-            outputs[name] = generate(server, ids)
-    judge(model, Recipe.uniform("w4a16"), ids, outputs["online"], "qwen3-moe w4a16")
-    assert outputs["written"] == outputs["online"]
-    for name in ("tp2", "tp2 ep2"):  # ranks add partial sums in bf16, so these too may part at near ties
-        judge(model, Recipe.uniform("w4a16"), ids, outputs[name], f"qwen3-moe w4a16 {name}")
+    command = [sys.executable, "-m", "sglang_amd_quant.cli.main", "quantize", str(model), str(written)]
+    subprocess.run([*command, "--scheme", "w4a16"], check=True, capture_output=True)
+    with serve(written) as server:
+        outputs = generate(server, ids)
+    judge(model, Recipe.uniform("w4a16"), ids, outputs, "qwen3-moe w4a16, written")
 
 
 @pytest.mark.parametrize(
