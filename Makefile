@@ -50,8 +50,9 @@ $(VENV)/.serve: pyproject.toml cpu_platform/pyproject.toml requirements/torch.tx
 	$(PIP) install --no-deps ./cpu_platform
 	touch $@
 
-$(VENV)/.test: $(VENV)/.serve
-	$(PIP) install -e ".[test,bench]"
+$(VENV)/.test: $(VENV)/.serve requirements/emulator-nodeps.txt
+	$(PIP) install -e ".[build,test,bench]"
+	$(PIP) install --no-deps -r requirements/emulator-nodeps.txt
 	touch $@
 
 clean:

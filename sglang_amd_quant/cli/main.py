@@ -12,6 +12,7 @@ from sglang_amd_quant.errors import AmdMxError
 COMMANDS: dict[str, str] = {
     "quantize": "convert a bf16 checkpoint to an MX one",
     "inspect": "say what a checkpoint holds, and what is wrong with it",
+    "build": "compile the HIP kernels, and say what they cost",
     "doctor": "say what is installed, and what would serve here",
     "shapes": "list every GEMM of a model for TP x EP, with bytes, floors and pads",
     "explain": "say which kernel a GEMM gets, and why",

@@ -1,0 +1,1 @@
+"""HIP sources, their headers and their manifest."""

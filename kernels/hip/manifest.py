@@ -1,0 +1,82 @@
+"""Every entry point of `kernels/hip/`, as data: what is compiled for what, how it is called, what it promises.
+
+The build compiles each `CodeObject` once an arch, the report checks each `EntryPoint`'s claims against the machine
+code, the runtime finds by name the file that holds an entry point and how its arguments are packed. Plain data: no
+imports but the standard library's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+AMD_ARCHS = ("gfx950", "gfx942", "gfx1100", "gfx1151")
+ARCHS = (*AMD_ARCHS, "sm_90")
+
+
+@dataclass(frozen=True)
+class EntryPoint:
+    """A kernel function.
+
+    Attributes:
+        name: its symbol.
+        params: `name:type` of each parameter in order; types are `ptr`, `i32`, `i64` and `f32`.
+        claims: what its machine code must show, by the names in `sglang_amd_quant.toolchain.report.CLAIMS`. A claim
+            says nothing about archs that have no such instruction.
+    """
+
+    name: str
+    params: tuple[str, ...]
+    claims: tuple[str, ...] = ()
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Type of each parameter."""
+        return tuple(p.partition(":")[2] for p in self.params)
+
+
+@dataclass(frozen=True)
+class CodeObject:
+    """One source file, compiled to one code object an arch.
+
+    Attributes:
+        name: stem of the files, `<name>.hsaco` or `<name>.cubin`.
+        source: file under `kernels/hip/`.
+        entry_points: the kernels it holds; the build fails if the code object holds others, or fewer.
+        archs: what it is compiled for.
+        defines: `NAME=VALUE` macros.
+    """
+
+    name: str
+    source: str
+    entry_points: tuple[EntryPoint, ...]
+    archs: tuple[str, ...] = ARCHS
+    defines: tuple[str, ...] = ()
+
+
+_GEMV = ("x:ptr", "w:ptr", "scales:ptr", "bias:ptr", "y:ptr", "x_stride:i64", "y_stride:i64", "m:i32", "n:i32", "k:i32")
+_GEMV += ("slab:i32", "waves_k:i32", "waves_n:i32", "grid:i32")
+
+CODE_OBJECTS = (
+    CodeObject(
+        name="gemv_mxfp4",
+        source="gemv_mxfp4.hip",
+        entry_points=tuple(
+            EntryPoint(f"gemv_mxfp4_{out}_m{m}", _GEMV, claims=("wide_loads", "dot_units"))
+            for out in ("bf16", "f32")
+            for m in (1, 2, 4)
+        ),
+    ),
+)
+
+
+def find(entry_point: str) -> tuple[CodeObject, EntryPoint]:
+    """The code object that holds an entry point, and the entry point.
+
+    Raises:
+        KeyError: there is none of that name.
+    """
+    for code_object in CODE_OBJECTS:
+        for candidate in code_object.entry_points:
+            if candidate.name == entry_point:
+                return code_object, candidate
+    raise KeyError(entry_point)

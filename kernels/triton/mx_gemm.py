@@ -1,0 +1,266 @@
+"""Dense and grouped MX GEMM: y = x w^T for prefill, in the formats of the schemes mxfp8, w4a8, mxfp4 and w4a16.
+
+x is `e4m3` or `e2m1` with one e8m0 scale per 32 elements of K, or `bf16` without; w is `e4m3` or `e2m1` with scales.
+Where the hardware multiplies MX blocks (gfx950) they go to `tl.dot_scaled` as they are. Elsewhere both sides are
+dequantized to bf16, which is exact: a code has at most 4 significant bits and a scale is a power of two, so only
+scales whose products leave fp32's range as well are lost.
+
+Grouped (mixture of experts): rows come sorted by expert, in blocks of BLOCK_M that belong to one expert each, as
+SGLang's moe_align_block_size lays them out: `row_ids[i]` is the routed row (token * top_k + choice) of sorted place
+i, or anything from M on for padding, and `block_experts[b]` the expert of block b, negative for a block to be
+skipped, whose rows become zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def e2m1_to_bf16(packed):
+    """[R, C] bytes of two e2m1 codes, low nibble first -> [R, 2 C] bf16."""
+    codes = tl.interleave(packed & 15, packed >> 4).to(tl.uint16)
+    magnitude = codes & 7
+    # From 1 upwards: exponent bias 1 -> 127, one mantissa bit. Below: 0 and 1/2 (0x3f00).
+    bits = tl.where(magnitude < 2, magnitude * 0x3F00, ((magnitude >> 1) + 126) << 7 | (magnitude & 1) << 6)
+    return (bits | (codes >> 3) << 15).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def e8m0_to_bf16(scales):
+    """Bytes -> bf16 of the same shape: 2^(byte - 127); 0 is a subnormal and 255 NaN, which both have bit 6 set."""
+    wide = scales.to(tl.uint16)
+    ends = tl.where((wide == 0) | (wide == 255), 0x40, 0).to(tl.uint16)
+    return (wide << 7 | ends).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def dequantize(data, scales, FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Codes [ROWS, BLOCK_K (/ 2)] and scales [ROWS, BLOCK_K / 32] -> bf16 [ROWS, BLOCK_K]."""
+    values = e2m1_to_bf16(data) if FORMAT == "e2m1" else data.to(tl.bfloat16)
+    blocks = values.reshape(ROWS, BLOCK_K // 32, 32) * e8m0_to_bf16(scales)[:, :, None]
+    return blocks.reshape(ROWS, BLOCK_K)
+
+
+@triton.jit
+def tile_of_program(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr, XCDS: tl.constexpr):
+    """(tile along M, tile along N): neighbours on a die share weights, GROUP_M tiles along M at a time.
+
+    Programs are dealt to the XCDs (dies, each with an L2 of its own) round robin; undo that, so that each XCD gets a
+    run of consecutive tiles.
+    """
+    if XCDS > 1:
+        tiles = tiles_m * tiles_n
+        xcd = pid % XCDS
+        pid = xcd * (tiles // XCDS) + tl.minimum(xcd, tiles % XCDS) + pid // XCDS
+    group = GROUP_M * tiles_n
+    first = pid // group * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    return first + pid % group % height, pid % group // height
+
+
+@triton.jit
+def mx_gemm_kernel(
+    x, x_scales, w, w_scales, bias, y, row_ids, block_experts, row_weights,
+    M, N, K, tiles_m,
+    X_FORMAT: tl.constexpr, W_FORMAT: tl.constexpr, TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, XCDS: tl.constexpr, SCALED: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """One BLOCK_M x BLOCK_N tile of y; see `mx_gemm` for the arguments.
+
+    M: rows of y (routed rows when grouped). tiles_m: blocks along M. TOP_K: rows of y that share a row of x. SCALED:
+        use tl.dot_scaled. EVEN_K: BLOCK_K divides K. `bias`, `row_ids` with `block_experts`, and `row_weights` may be
+        None.
+    """
+    X_PACK: tl.constexpr = 2 if X_FORMAT == "e2m1" else 1
+    W_PACK: tl.constexpr = 2 if W_FORMAT == "e2m1" else 1
+    tile_m, tile_n = tile_of_program(tl.program_id(0), tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    if row_ids is not None:
+        rows = tl.load(row_ids + rows)
+        expert = tl.load(block_experts + tile_m).to(tl.int64)
+        if expert < 0:
+            nothing = tl.zeros((BLOCK_M, BLOCK_N), y.dtype.element_ty)
+            inside = (rows < M)[:, None] & (columns < N)[None, :]
+            tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], nothing, mask=inside)
+            return
+        w += expert * N * (K // W_PACK)
+        w_scales += expert * N * (K // 32)
+        if bias is not None:
+            bias += expert * N
+    row_mask = (rows < M)[:, None]
+    column_mask = (columns < N)[:, None]
+    x_rows = (rows // TOP_K).to(tl.int64)[:, None]
+    w_rows = columns.to(tl.int64)[:, None]
+    x_k = tl.arange(0, BLOCK_K // X_PACK)[None, :]
+    w_k = tl.arange(0, BLOCK_K // W_PACK)[None, :]
+    s_k = tl.arange(0, BLOCK_K // 32)[None, :]
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x_mask, w_mask, xs_mask, ws_mask = row_mask, column_mask, row_mask, column_mask
+        if not EVEN_K:
+            x_mask = row_mask & (k // X_PACK + x_k < K // X_PACK)
+            w_mask = column_mask & (k // W_PACK + w_k < K // W_PACK)
+            xs_mask = row_mask & (k // 32 + s_k < K // 32)
+            ws_mask = column_mask & (k // 32 + s_k < K // 32)
+        x_tile = tl.load(x + x_rows * (K // X_PACK) + (k // X_PACK + x_k), mask=x_mask, other=0.0)
+        w_tile = tl.load(w + w_rows * (K // W_PACK) + (k // W_PACK + w_k), mask=w_mask, other=0.0)
+        w_scale = tl.load(w_scales + w_rows * (K // 32) + (k // 32 + s_k), mask=ws_mask, other=127)
+        if X_FORMAT == "bf16":
+            if SCALED:
+                total = tl.dot_scaled(x_tile, None, "bf16", w_tile.T, w_scale, W_FORMAT, total)
+            else:
+                total = tl.dot(x_tile, dequantize(w_tile, w_scale, W_FORMAT, BLOCK_N, BLOCK_K).T, total)
+        else:
+            x_scale = tl.load(x_scales + x_rows * (K // 32) + (k // 32 + s_k), mask=xs_mask, other=127)
+            if SCALED:
+                total = tl.dot_scaled(x_tile, x_scale, X_FORMAT, w_tile.T, w_scale, W_FORMAT, total)
+            else:
+                left = dequantize(x_tile, x_scale, X_FORMAT, BLOCK_M, BLOCK_K)
+                total = tl.dot(left, dequantize(w_tile, w_scale, W_FORMAT, BLOCK_N, BLOCK_K).T, total)
+
+    if bias is not None:
+        total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if row_weights is not None:
+        total *= tl.load(row_weights + rows, mask=rows < M, other=0.0)[:, None]
+    inside = row_mask & (columns < N)[None, :]
+    tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class MxGemmConfig:
+    """Tile and launch options; what is legal is `selection`'s to say.
+
+    Attributes:
+        block_m, block_n, block_k: the tile. Scaled MFMA needs num_warps >= 2, and block_k >= 128 (nonkdim 16) or 64
+        (32).
+        num_warps, num_stages: of the launch.
+        nonkdim: side of the matrix instruction on AMD, 16 or 32, or 0 for Triton's choice.
+        group_m: tiles along M that are taken together, for the sake of L2.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 2
+    nonkdim: int = 0
+    group_m: int = 4
+
+    def constants(self, x_format: str, w_format: str, top_k: int, k: int, arch: str) -> dict[str, object]:
+        """The kernel's constexpr arguments on an arch."""
+        return {
+            "X_FORMAT": x_format,
+            "W_FORMAT": w_format,
+            "TOP_K": top_k,
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+            "XCDS": 8 if arch in ("gfx942", "gfx950") else 1,
+            "SCALED": arch == "gfx950",
+            "EVEN_K": k % self.block_k == 0,
+        }
+
+    def options(self, arch: str) -> dict[str, int]:
+        """Triton's compile options on an arch."""
+        amd = {"matrix_instr_nonkdim": self.nonkdim} if self.nonkdim and arch.startswith("gfx9") else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **amd}
+
+
+def mx_gemm(
+    x: torch.Tensor,
+    x_scales: torch.Tensor | None,
+    w: torch.Tensor,
+    w_scales: torch.Tensor,
+    y: torch.Tensor,
+    config: MxGemmConfig,
+    arch: str,
+    *,
+    bias: torch.Tensor | None = None,
+    row_ids: torch.Tensor | None = None,
+    block_experts: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
+    top_k: int = 1,
+) -> torch.Tensor:
+    """y = x w^T (+ bias) (* row_weights), into y. No host read of device data: may be captured in a graph.
+
+    Args:
+        x: [M / top_k, K] float8_e4m3fn or bf16, or [M / top_k, K/2] uint8 (e2m1); contiguous, like all that follow.
+        x_scales: [M / top_k, K/32] uint8 e8m0; None for bf16.
+        w: [N, K] float8_e4m3fn or [N, K/2] uint8 (e2m1); with a leading E when grouped.
+        w_scales: [N, K/32] uint8 e8m0; with a leading E when grouped.
+        y: [M, N] bf16 or fp32.
+        config: tile and launch options.
+        arch: what it is compiled for.
+        bias: [N], [E, N] when grouped.
+        row_ids: [blocks * block_m] int32; makes the GEMM grouped.
+        block_experts: [blocks] int32.
+        row_weights: [M] fp32, the routing weights.
+        top_k: rows of y a row of x.
+    """
+    m, n = y.shape
+    k = w_scales.shape[-1] * 32
+    tiles_m = triton.cdiv(m, config.block_m) if row_ids is None else row_ids.numel() // config.block_m
+    constants = config.constants(element_of(x), element_of(w), top_k, k, arch)
+    grid = (tiles_m * triton.cdiv(n, config.block_n),)
+    mx_gemm_kernel[grid](
+        x, x_scales, w, w_scales, bias, y, row_ids, block_experts, row_weights, m, n, k, tiles_m,
+        **constants, **config.options(arch),
+    )  # fmt: skip
+    return y
+
+
+def element_of(data: torch.Tensor) -> str:
+    """Format name of a tensor's elements: `e2m1` (uint8, packed), `e4m3` or `bf16`."""
+    return {torch.uint8: "e2m1", torch.float8_e4m3fn: "e4m3", torch.bfloat16: "bf16"}[data.dtype]
+
+
+def mx_gemm_torch(
+    x: torch.Tensor,
+    x_scales: torch.Tensor | None,
+    w: torch.Tensor,
+    w_scales: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    row_ids: torch.Tensor | None = None,
+    block_experts: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
+    top_k: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The twin of `mx_gemm` in plain torch: the same arguments, the result [M, N] in `dtype` (fp64 as an oracle)."""
+    left = _values(x, x_scales, dtype).repeat_interleave(top_k, 0)
+    right = _values(w, w_scales, dtype)
+    offset = torch.zeros(right.shape[:-1], dtype=dtype, device=x.device) if bias is None else bias.to(dtype)
+    if row_ids is None or block_experts is None:
+        y = left @ right.T + offset
+    else:
+        y = torch.zeros(left.shape[0], right.shape[-2], dtype=dtype, device=x.device)
+        block = row_ids.numel() // block_experts.numel()
+        for b, expert in enumerate(block_experts.tolist()):
+            rows = row_ids[b * block : (b + 1) * block].long()
+            rows = rows[rows < left.shape[0]]
+            if expert >= 0:
+                y[rows] = left[rows] @ right[expert].T + offset[expert]
+    return y if row_weights is None else y * row_weights.to(dtype)[:, None]
+
+
+def _values(data: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Codes and scales -> values [..., K]."""
+    if data.dtype == torch.uint8:
+        table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=dtype, device=data.device)
+        table = torch.cat([table, -table])
+        data = torch.stack([table[(data & 15).long()], table[(data >> 4).long()]], -1).flatten(-2)
+    values = data.to(dtype)
+    if scales is None:
+        return values
+    factor = torch.exp2(scales.to(dtype) - 127).masked_fill(scales == 255, torch.nan)
+    return values * factor.repeat_interleave(32, -1)

@@ -1,0 +1,116 @@
+"""Compiles the project's Triton kernels for GPUs that are not here, and reports on them as on HIP kernels.
+
+Triton's compiler needs no GPU and no driver for that: the target is named, types and constants are given. What it gives
+for AMD is assembly text with the same metadata as clang's.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_amd_quant.errors import UnsupportedError
+from sglang_amd_quant.kernels.triton.manifest import Variant, variants
+from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm_kernel
+from sglang_amd_quant.runtime.arch import Arch, arch_facts
+from sglang_amd_quant.toolchain.compilers import BuildError, NvidiaCompiler, find_compiler
+from sglang_amd_quant.toolchain.report import KernelReport, amd_reports, check, instructions, nvidia_reports
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A Triton kernel's machine code.
+
+    Attributes:
+        variant: what was compiled.
+        code: the code object or cubin.
+        kernel: name of its entry point.
+        lds: bytes of dynamic LDS its launch needs.
+        threads: threads a block.
+        report: static facts and problems.
+    """
+
+    variant: Variant
+    code: bytes
+    kernel: str
+    lds: int
+    threads: int
+    report: KernelReport
+
+
+def compile_variant(variant: Variant) -> Compiled:
+    """Compile one variant.
+
+    Raises:
+        BuildError: Triton cannot compile it.
+        UnsupportedError: Triton is not installed.
+    """
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+    except ImportError as error:
+        raise UnsupportedError("Triton", f"cannot be imported ({error})", "pip install triton==3.6.0") from None
+    arch = arch_facts(variant.arch)
+    target = GPUTarget("hip", arch.name, arch.wave) if arch.vendor == "amd" else GPUTarget("cuda", 90, arch.wave)
+    names = mx_gemm_kernel.arg_names
+    signature = {n: variant.signature.get(n, "constexpr") for n in names}
+    # N and K are multiples of 16 in every model; M is not, and promising it would let masked rows be read out of
+    # bounds.
+    aligned = [n for n, t in variant.signature.items() if t.startswith("*") or n in ("N", "K")]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(mx_gemm_kernel, signature, constexprs=variant.constants, attrs=attributes)
+    try:
+        made = triton.compile(source, target=target, options=variant.config.options(arch.name))
+    except Exception as error:  # Triton raises whatever its passes raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BuildError(f"{variant.name} for {arch.name}", reason, "see kernels/triton/manifest.py") from error
+    kernel, lds = made.metadata.name, made.metadata.shared
+    if arch.vendor == "amd":
+        code, assembly = made.asm["hsaco"], made.asm["amdgcn"]
+        report = amd_reports(assembly, arch)[kernel][0]
+    else:
+        code = made.asm["cubin"]
+        assembly, report = _nvidia(made, code, kernel, arch)
+    report.kernel, report.lds = variant.name, lds
+    waves = variant.config.num_warps
+    report.threads = waves * arch.wave
+    report.occupancy = arch.occupancy(report.vgpr, lds, waves)
+    check(report, arch, variant.claims, instructions(assembly, kernel, arch) if assembly else "")
+    return Compiled(variant, code, kernel, lds, report.threads, report)
+
+
+def _nvidia(made: object, code: bytes, kernel: str, arch: Arch) -> tuple[str, KernelReport]:
+    """Disassembly and report of a cubin: registers and spills are in Triton's metadata only after loading, so the
+    disassembler's resource listing is read instead."""
+    compiler = find_compiler(arch)
+    tool = compiler.cuobjdump if isinstance(compiler, NvidiaCompiler) else _bundled_cuobjdump()
+    if tool is None:
+        raise UnsupportedError("cuobjdump", "not found on this machine", "put CUDA's nvcc on PATH or set CUDA_HOME")
+    with tempfile.TemporaryDirectory() as work:
+        file = Path(work) / "kernel.cubin"
+        file.write_bytes(code)
+        listing = subprocess.run([tool, "-res-usage", "-sass", str(file)], capture_output=True, text=True, check=True)
+    usage = re.search(rf"Function {re.escape(kernel)}:\s*\n\s*(.*)", listing.stdout)
+    facts = dict(re.findall(r"([A-Z]+):(\d+)", usage[1] if usage else ""))
+    notes = (
+        f"Compiling entry function '{kernel}'\n {facts.get('STACK', 0)} bytes stack frame, "
+        f"Used {facts.get('REG', 0)} registers\n"
+    )
+    return listing.stdout, nvidia_reports(notes, listing.stdout, arch)[kernel]
+
+
+def _bundled_cuobjdump() -> str | None:
+    from sglang_amd_quant.toolchain.compilers import _cuobjdump
+
+    return _cuobjdump(Path("nvcc"))
+
+
+def compile_all(archs: Iterable[str]) -> list[Compiled]:
+    """Every variant for the archs given. Raises as `compile_variant`."""
+    wanted = set(archs)
+    return [compile_variant(v) for v in variants() if v.arch in wanted]

@@ -1,0 +1,171 @@
+"""Triton kernels that the emulator is confirmed against, and their ahead-of-time compilation (no GPU, no driver).
+
+A dot product that agrees with numpy for random operands *and* random scales pins the lane layouts of the matrix unit:
+a wrong row or column shows at once, and a wrong order along K shows where the two operands are stored differently
+(e2m1 against e4m3) or carry one scale per 32 elements of K.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+WAVE = {"gfx950": 64, "gfx942": 64, "gfx1100": 32, "gfx1151": 32}
+
+
+@triton.jit
+def gemm(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """c[M, N] = a[M, K] @ b[N, K]^T, accumulated in fp32 (int32 for int8); M % BM == N % BN == K % BK == 0."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), c.dtype.element_ty)
+    for k0 in range(0, K, BK):
+        x = tl.load(a + m[:, None] * K + (k0 + k)[None, :])
+        y = tl.load(b + n[None, :] * K + (k0 + k)[:, None])
+        acc = tl.dot(x, y, acc, out_dtype=c.dtype.element_ty)
+    tl.store(c + m[:, None] * N + n[None, :], acc)
+
+
+@triton.jit
+def gemm_kn(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """As `gemm`, with b stored [K, N]: the operand that needs a transposing read from LDS."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, K, BK):
+        x = tl.load(a + m[:, None] * K + (k0 + k)[None, :])
+        y = tl.load(b + (k0 + k)[:, None] * N + n[None, :])
+        acc = tl.dot(x, y, acc)
+    tl.store(c + m[:, None] * N + n[None, :], acc)
+
+
+@triton.jit
+def gemm_scaled(
+    a, b, c, sa, sb, M, N, K,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, AF: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """c[M, N] = dequant(a[M, K], sa[M, K/32]) @ dequant(b[N, K], sb[N, K/32])^T, MX formats AF and BF; M is masked."""
+    A_PACK: tl.constexpr = 2 if AF == "e2m1" else 1
+    B_PACK: tl.constexpr = 2 if BF == "e2m1" else 1
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    ka = tl.arange(0, BK // A_PACK)
+    kb = tl.arange(0, BK // B_PACK)
+    ks = tl.arange(0, BK // 32)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, K, BK):
+        x = tl.load(a + m[:, None] * (K // A_PACK) + (k0 // A_PACK + ka)[None, :], mask=m[:, None] < M, other=0.0)
+        y = tl.load(b + n[None, :] * (K // B_PACK) + (k0 // B_PACK + kb)[:, None])
+        s = tl.load(sa + m[:, None] * (K // 32) + (k0 // 32 + ks)[None, :], mask=m[:, None] < M, other=127)
+        t = tl.load(sb + n[:, None] * (K // 32) + (k0 // 32 + ks)[None, :])
+        acc = tl.dot_scaled(x, s, AF, y, t, BF, acc)
+    tl.store(c + m[:, None] * N + n[None, :], acc, mask=m[:, None] < M)
+
+
+@triton.jit
+def gemm_a16w4(a, b, c, sb, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """c[M, N] (bf16) = a[M, K] (bf16) @ dequant(b[N, K] e2m1, sb)^T; M is masked."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    kb = tl.arange(0, BK // 2)
+    ks = tl.arange(0, BK // 32)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, K, BK):
+        x = tl.load(a + m[:, None] * K + (k0 + k)[None, :], mask=m[:, None] < M, other=0.0)
+        y = tl.load(b + n[None, :] * (K // 2) + (k0 // 2 + kb)[:, None])
+        t = tl.load(sb + n[:, None] * (K // 32) + (k0 // 32 + ks)[None, :])
+        acc = tl.dot_scaled(x, None, "bf16", y, t, "e2m1", acc)
+    tl.store(c + m[:, None] * N + n[None, :], acc.to(tl.bfloat16), mask=m[:, None] < M)
+
+
+@triton.jit
+def softmax(x, y, n, B: tl.constexpr):
+    """y[row] = softmax(x[row]), rows of n <= B elements."""
+    row = tl.program_id(0)
+    o = tl.arange(0, B)
+    v = tl.load(x + row * n + o, mask=o < n, other=-float("inf")).to(tl.float32)
+    v = tl.exp(v - tl.max(v, 0))
+    tl.store(y + row * n + o, (v / tl.sum(v, 0)).to(y.dtype.element_ty), mask=o < n)
+
+
+@triton.jit
+def rmsnorm(x, w, y, n, eps, B: tl.constexpr):
+    """y[row] = x[row] / sqrt(mean(x[row]^2) + eps) * w, bf16 in and out."""
+    row = tl.program_id(0)
+    o = tl.arange(0, B)
+    v = tl.load(x + row * n + o, mask=o < n, other=0.0).to(tl.float32)
+    s = tl.rsqrt(tl.sum(v * v, 0) / n + eps)
+    tl.store(y + row * n + o, (v * s * tl.load(w + o, mask=o < n, other=0.0)).to(tl.bfloat16), mask=o < n)
+
+
+@triton.jit
+def column_sums(x, y, N, BM: tl.constexpr, BN: tl.constexpr):
+    """y[N] = sum over BM rows of x[BM, N]: a reduction across waves, hence through LDS."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.arange(0, BM)
+    tl.store(y + n, tl.sum(tl.load(x + m[:, None] * N + n[None, :]), 0))
+
+
+@triton.jit
+def argmax_cumsum(x, best, total, n, B: tl.constexpr):
+    """best[row] = argmax(x[row]); total[row] = cumulative sum of x[row]."""
+    row = tl.program_id(0)
+    o = tl.arange(0, B)
+    v = tl.load(x + row * n + o, mask=o < n, other=-1e30)
+    tl.store(best + row, tl.argmax(v, 0))
+    tl.store(total + row * n + o, tl.cumsum(tl.where(o < n, v, 0.0), 0), mask=o < n)
+
+
+@triton.jit
+def histogram(x, counts, n, B: tl.constexpr):
+    """counts[x[i]] += 1 by global atomics."""
+    o = tl.program_id(0) * B + tl.arange(0, B)
+    tl.atomic_add(counts + tl.load(x + o, mask=o < n, other=0), 1, mask=o < n)
+
+
+@triton.jit
+def cast(x, y, n, B: tl.constexpr):
+    """y = x, converted to y's element type."""
+    o = tl.program_id(0) * B + tl.arange(0, B)
+    tl.store(y + o, tl.load(x + o, mask=o < n).to(y.dtype.element_ty), mask=o < n)
+
+
+@triton.jit
+def transpose(x, y, N, BM: tl.constexpr, BN: tl.constexpr):
+    """y[BN, BM] = x[BM, BN]^T: a layout conversion through LDS."""
+    m = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    tile = tl.load(x + m[:, None] * N + n[None, :])
+    tl.store(y + n[:, None] * BM + m[None, :], tl.trans(tile))
+
+
+def compile_kernel(
+    kernel: Any,
+    arch: str,
+    signature: dict[str, str],
+    constants: dict[str, Any] | None = None,
+    num_warps: int = 4,
+    divisible: tuple[str, ...] | None = None,
+    **options: Any,
+) -> Any:
+    """Triton's compiled kernel: `.asm["hsaco"]`, `.metadata.shared` (LDS bytes), `.metadata.name`.
+
+    `divisible` names the arguments promised to be multiples of 16; by default every pointer.
+    """
+    constants = constants or {}
+    if divisible is None:
+        divisible = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    names = list(signature)
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(
+        kernel, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=attributes
+    )
+    target = GPUTarget("hip", arch, WAVE[arch])
+    return triton.compile(source, target=target, options={"num_warps": num_warps, **options})
