@@ -32,7 +32,16 @@ class Kernel:
         self._extra = gpu.driver.extra(self._buffer, self._size)
         self._lock = threading.Lock()  # the driver reads the buffer before the call returns, so one buffer is enough
 
-    def launch(self, grid: int, block: int, lds: int, stream: int, args: tuple[Any, ...]) -> None:
+    def launch(
+        self,
+        grid: int,
+        block: int,
+        lds: int,
+        stream: int,
+        args: tuple[Any, ...],
+        cluster: int = 1,
+        overlap: bool = False,
+    ) -> None:
         """Start the kernel on a stream; returns as soon as it is queued.
 
         Args:
@@ -40,7 +49,7 @@ class Kernel:
             block: threads a block.
             lds: bytes of dynamic LDS a block.
             stream: the stream's handle, such as `torch.cuda.current_stream().cuda_stream`; 0 is the default stream.
-            args: as `LaunchDescription.args`.
+            args, cluster, overlap: as in `LaunchDescription`.
 
         Raises:
             ShapeError: arguments that do not fit the signature.
@@ -51,7 +60,7 @@ class Kernel:
             self._arguments.pack_into(self._buffer, args)
             previous = driver.enter(self.gpu.ordinal)
             try:
-                driver.launch(self._function, grid, block, lds, stream, self._extra, self.name)
+                driver.launch(self._function, grid, block, lds, stream, self._extra, self.name, cluster, overlap)
             finally:
                 driver.leave(previous)
 
@@ -96,9 +105,8 @@ class Gpu:
 
     def launch(self, description: LaunchDescription, stream: int) -> None:
         """Start what a description describes. Raises as `kernel` and `Kernel.launch`."""
-        self.kernel(description.kernel).launch(
-            description.grid, description.block, description.lds, stream, description.args
-        )
+        d = description
+        self.kernel(d.kernel).launch(d.grid, d.block, d.lds, stream, d.args, d.cluster, d.overlap)
 
     def _load(self, name: str) -> Kernel:
         path = code_object(name, self.arch_name, self._code_objects)

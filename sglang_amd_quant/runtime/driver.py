@@ -72,8 +72,14 @@ class Driver(ABC):
         self.check(self._find(byref(function), module, name.encode()), f"kernel {name}")
         return int(function.value or 0)
 
-    def launch(self, function: int, grid: int, block: int, lds: int, stream: int, extra: Any, what: str) -> None:
-        """Start a kernel; `extra` is the packed arguments' description (see `extra`). Raises DriverError."""
+    def launch(
+        self, function: int, grid: int, block: int, lds: int, stream: int, extra: Any, what: str,
+        cluster: int = 1, overlap: bool = False,
+    ) -> None:  # fmt: skip
+        """Start a kernel; `extra` is the packed arguments' description (see `extra`). Raises DriverError.
+
+        `cluster` and `overlap` are as in `LaunchDescription`; AMD has neither, and runs without.
+        """
         status = self._launch(function, grid, 1, 1, block, 1, 1, lds, stream, None, extra)
         if status:
             self.check(status, f"launching {what}, grid {grid}, block {block}, LDS {lds}")
@@ -93,6 +99,21 @@ class Driver(ABC):
         return function
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute: an id, padding to 8 bytes, and a union of 64 bytes."""
+
+    _fields_ = (("id", c_int), ("pad", c_int), ("value", c_uint * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (("dims", c_uint * 7), ("stream", c_void_p), ("attributes", c_void_p), ("count", c_uint))
+
+
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
+
+
 class CudaDriver(Driver):
     """The CUDA driver API. Modules live in the devices' primary contexts, the ones that torch uses."""
 
@@ -109,7 +130,26 @@ class CudaDriver(Driver):
         self._get_function = self._function("cuFuncGetAttribute", [POINTER(c_int), c_int, c_void_p])
         self._name = self._function("cuGetErrorName", [c_int, POINTER(c_char_p)])
         self._text = self._function("cuGetErrorString", [c_int, POINTER(c_char_p)])
+        self._launch_ex = self._function("cuLaunchKernelEx", [POINTER(_LaunchConfig), c_void_p, c_void_p, c_void_p])
         self.check(self._function("cuInit", [c_uint])(0), "cuInit")
+
+    def launch(
+        self, function: int, grid: int, block: int, lds: int, stream: int, extra: Any, what: str,
+        cluster: int = 1, overlap: bool = False,
+    ) -> None:  # fmt: skip
+        """As `Driver.launch`, with clusters of blocks and programmatic dependent launch."""
+        if cluster == 1 and not overlap:
+            super().launch(function, grid, block, lds, stream, extra, what)
+            return
+        attributes = (_LaunchAttribute * 2)()
+        attributes[0].id, attributes[0].value[0:3] = _CLUSTER_DIMENSION, (cluster, 1, 1)
+        attributes[1].id, attributes[1].value[0] = _PROGRAMMATIC_STREAM_SERIALIZATION, 1
+        config = _LaunchConfig(
+            (grid, 1, 1, block, 1, 1, lds), stream, ctypes.addressof(attributes), 2 if overlap else 1
+        )
+        status = self._launch_ex(byref(config), function, None, extra)
+        if status:
+            self.check(status, f"launching {what}, grid {grid}, block {block}, LDS {lds}, cluster {cluster}")
 
     def arch_name(self, device: int) -> str:
         """`sm_` and the compute capability."""

@@ -27,6 +27,9 @@ class LaunchDescription:
         args: one value a parameter, in order: for a pointer a tensor, an array, an address or None (null), else a
             number.
         lds: bytes of dynamic LDS (shared memory) a block.
+        cluster: blocks that run together and read each other's shared memory (sm_90); divides `grid`.
+        overlap: may start before the launch in front of it has ended, because the kernel itself waits for that one
+            before it reads or writes anything that others write (sm_90: programmatic dependent launch).
     """
 
     kernel: str
@@ -34,6 +37,8 @@ class LaunchDescription:
     block: int
     args: tuple[Any, ...]
     lds: int = 0
+    cluster: int = 1
+    overlap: bool = False
 
 
 def address(value: Any) -> int:

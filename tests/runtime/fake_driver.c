@@ -11,6 +11,7 @@ struct launch {
     uint8_t arguments[256];
     uint64_t bytes, count, end;
     int device;
+    uint32_t cluster, overlap; /* 0: not asked for */
 };
 
 static struct launch last;
@@ -76,6 +77,18 @@ int cuFuncSetAttribute(handle f, int attribute, int value) { (void)f; attribute_
 int cuModuleLoadData(handle *module, const char *image) { return load("cuModuleLoadData", module, image); }
 int cuModuleGetFunction(handle *f, handle module, const char *name) { return find("cuModuleGetFunction", f, module, name); }
 START(cuLaunchKernel)
+struct attribute { int id, pad; uint32_t value[16]; };
+struct config { uint32_t size[7]; handle stream; struct attribute *attributes; uint32_t count; };
+int cuLaunchKernelEx(const struct config *config, handle f, void **params, void **extra) {
+    last.cluster = last.overlap = 0;
+    for (uint32_t i = 0; i < config->count; i++) {
+        const struct attribute *a = config->attributes + i;
+        if (a->id == 4 && a->value[1] == 1 && a->value[2] == 1) last.cluster = a->value[0];
+        else if (a->id == 6) last.overlap = a->value[0];
+        else return 1;
+    }
+    return params ? 1 : start("cuLaunchKernelEx", f, config->size, config->stream, extra);
+}
 int cuGetErrorName(int code, const char **name) {
     if (code == 12345) return 1;
     snprintf(text, sizeof text, "CUDA_ERROR_%d", code), *name = text;

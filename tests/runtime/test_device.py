@@ -39,6 +39,8 @@ class Launch(ctypes.Structure):
         ("count", ctypes.c_uint64),
         ("end", ctypes.c_uint64),
         ("device", ctypes.c_int),
+        ("cluster", ctypes.c_uint32),
+        ("overlap", ctypes.c_uint32),
     ]
 
 
@@ -102,6 +104,19 @@ def test_a_launch_reaches_the_driver_as_described(fake: SimpleNamespace) -> None
     assert last.stream == 0xABC
     assert bytes(last.arguments[: last.bytes]) == PACKED
     assert last.end == {"cuda": 0, "hip": 3}[fake.api]  # CU_LAUNCH_PARAM_END, HIP_LAUNCH_PARAM_END
+
+
+@pytest.mark.parametrize(("cluster", "overlap"), [(4, False), (1, True), (2, True)])
+def test_clusters_and_overlap_reach_cuda_and_mean_nothing_to_hip(
+    fake: SimpleNamespace, cluster: int, overlap: bool
+) -> None:
+    gpu(fake).launch(LaunchDescription(KERNEL, 8, 64, ARGS, lds=5, cluster=cluster, overlap=overlap), stream=0xABC)
+    last = fake.last()
+    assert list(last.size) == [8, 1, 1, 64, 1, 1, 5]
+    assert last.stream == 0xABC
+    assert last.count == 1
+    if fake.api == "cuda":
+        assert (last.cluster, last.overlap) == (cluster, overlap)
 
 
 def test_dynamic_lds_beyond_the_default_is_allowed_once_per_function(fake: SimpleNamespace) -> None:
