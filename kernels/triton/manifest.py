@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from .mx_gemm import MxGemmConfig
+from .mx_gemm import MxGemmConfig, mx_gemm_kernel
 
 TRITON_ARCHS = ("gfx950", "gfx942", "gfx1100", "sm_90")
 
@@ -39,6 +40,11 @@ class Variant:
     claims: tuple[str, ...]
 
     @property
+    def kernel(self) -> Any:
+        """The `triton.jit` function."""
+        return mx_gemm_kernel
+
+    @property
     def signature(self) -> dict[str, str]:
         """Triton type of each argument that is no constexpr; pointers that are None are left out."""
         scales = {} if self.x_format == "bf16" else {"x_scales": "*u8"}
@@ -54,6 +60,17 @@ class Variant:
         given = self.config.constants(self.x_format, self.w_format, 2 if self.grouped else 1, k, self.arch)
         optional = ("x_scales", "bias", "row_ids", "block_experts", "row_weights")
         return {name: None for name in optional if name not in self.signature} | given
+
+    @property
+    def divisible(self) -> tuple[str, ...]:
+        """Arguments promised to be multiples of 16. N and K are in every model; M is not, and promising it would let
+        masked rows be read out of bounds."""
+        return tuple(n for n, t in self.signature.items() if t.startswith("*") or n in ("N", "K"))
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Compile options."""
+        return self.config.options(self.arch)
 
 
 _TILES = {

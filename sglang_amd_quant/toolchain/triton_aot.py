@@ -1,24 +1,61 @@
 """Compiles the project's Triton kernels for GPUs that are not here, and reports on them as on HIP kernels.
 
 Triton's compiler needs no GPU and no driver for that: the target is named, types and constants are given. What it gives
-for AMD is assembly text with the same metadata as clang's.
+for AMD is assembly text with the same metadata as clang's. Every architecture has its own process, see `workers`.
 """
 
 from __future__ import annotations
 
+import atexit
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from sglang_amd_quant.errors import UnsupportedError
-from sglang_amd_quant.kernels.triton.manifest import Variant, variants
-from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm_kernel
 from sglang_amd_quant.runtime.arch import Arch, arch_facts
 from sglang_amd_quant.toolchain.compilers import BuildError, NvidiaCompiler, find_compiler
 from sglang_amd_quant.toolchain.report import KernelReport, amd_reports, check, instructions, nvidia_reports
+from sglang_amd_quant.toolchain.workers import ProcessAborted, Worker
+
+
+class Variant(Protocol):
+    """One specialization of a Triton kernel, as kernels/triton/manifest.py lists them: plain, picklable data."""
+
+    @property
+    def name(self) -> str:
+        """How the report calls it."""
+
+    @property
+    def arch(self) -> str:
+        """Target."""
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """What its machine code must show: names of `report.CLAIMS`."""
+
+    @property
+    def kernel(self) -> Any:
+        """The `triton.jit` function."""
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """Triton type of each argument that is no constexpr."""
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """The constexpr arguments."""
+
+    @property
+    def divisible(self) -> tuple[str, ...]:
+        """Arguments promised to be multiples of 16."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Compile options, `num_warps` among them."""
 
 
 @dataclass(frozen=True)
@@ -42,33 +79,59 @@ class Compiled:
     report: KernelReport
 
 
+_workers: dict[str, Worker] = {}
+
+
 def compile_variant(variant: Variant) -> Compiled:
     """Compile one variant.
 
     Raises:
         BuildError: Triton cannot compile it.
-        UnsupportedError: Triton is not installed.
     """
-    try:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-    except ImportError as error:
-        raise UnsupportedError("Triton", f"cannot be imported ({error})", "pip install triton==3.6.0") from None
+    return compile_variants([variant])[0]
+
+
+def compile_variants(wanted: Iterable[Variant]) -> list[Compiled]:
+    """Compile variants, those of different architectures at the same time. Raises as `compile_variant`."""
+    begun = []
+    for variant in wanted:
+        worker = _workers.setdefault(variant.arch, Worker())
+        begun.append((variant, worker, worker.submit(_compile, variant)))
+    made = []
+    for variant, worker, future in begun:
+        try:
+            made.append(worker.result(future))
+        except ProcessAborted as aborted:
+            raise BuildError(f"{variant.name} for {variant.arch}", str(aborted), _REMEDY) from None
+    return made
+
+
+@atexit.register
+def _end_workers() -> None:
+    for worker in _workers.values():
+        worker.close()
+
+
+_REMEDY = "see kernels/triton/manifest.py"
+
+
+def _compile(variant: Variant) -> Compiled:
+    """`compile_variant`, in the architecture's process."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     arch = arch_facts(variant.arch)
     target = GPUTarget("hip", arch.name, arch.wave) if arch.vendor == "amd" else GPUTarget("cuda", 90, arch.wave)
-    names = mx_gemm_kernel.arg_names
+    names = variant.kernel.arg_names
     signature = {n: variant.signature.get(n, "constexpr") for n in names}
-    # N and K are multiples of 16 in every model; M is not, and promising it would let masked rows be read out of
-    # bounds.
-    aligned = [n for n, t in variant.signature.items() if t.startswith("*") or n in ("N", "K")]
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    source = ASTSource(mx_gemm_kernel, signature, constexprs=variant.constants, attrs=attributes)
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in variant.divisible}
+    source = ASTSource(variant.kernel, signature, constexprs=variant.constants, attrs=attributes)
     try:
-        made = triton.compile(source, target=target, options=variant.config.options(arch.name))
+        made = triton.compile(source, target=target, options=variant.options)
     except Exception as error:  # Triton raises whatever its passes raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BuildError(f"{variant.name} for {arch.name}", reason, "see kernels/triton/manifest.py") from error
+        raise BuildError(f"{variant.name} for {arch.name}", reason, _REMEDY) from None
     kernel, lds = made.metadata.name, made.metadata.shared
     if arch.vendor == "amd":
         code, assembly = made.asm["hsaco"], made.asm["amdgcn"]
@@ -77,7 +140,7 @@ def compile_variant(variant: Variant) -> Compiled:
         code = made.asm["cubin"]
         assembly, report = _nvidia(made, code, kernel, arch)
     report.kernel, report.lds = variant.name, lds
-    waves = variant.config.num_warps
+    waves = variant.options["num_warps"]
     report.threads = waves * arch.wave
     report.occupancy = arch.occupancy(report.vgpr, lds, waves)
     check(report, arch, variant.claims, instructions(assembly, kernel, arch) if assembly else "")
@@ -111,6 +174,15 @@ def _bundled_cuobjdump() -> str | None:
 
 
 def compile_all(archs: Iterable[str]) -> list[Compiled]:
-    """Every variant for the archs given. Raises as `compile_variant`."""
+    """Every variant for the archs given.
+
+    Raises:
+        UnsupportedError: Triton is not installed.
+        BuildError: as `compile_variant`.
+    """
+    try:
+        from sglang_amd_quant.kernels.triton.manifest import variants
+    except ImportError as error:
+        raise UnsupportedError("Triton", f"cannot be imported ({error})", "pip install triton==3.6.0") from None
     wanted = set(archs)
-    return [compile_variant(v) for v in variants() if v.arch in wanted]
+    return compile_variants(v for v in variants() if v.arch in wanted)

@@ -62,7 +62,7 @@ def gemm_mxfp8():
     data = [rng.integers(0, 120, shape, dtype=np.uint8) for shape in ((m, k), (n, k))]
     scales = [np.full((rows, k // 32), 127, np.uint8) for rows in (m, n)]
     args = [*data, np.zeros((m, n), np.float32), *scales, m, n, k, None, None]
-    return CodeObject(compiled.asm["hsaco"]), compiled.metadata.name, (1, n // 64), 256, args, compiled.metadata.shared
+    return CodeObject(compiled.hsaco), compiled.name, (1, n // 64), 256, args, compiled.lds_bytes
 
 
 def softmax():
@@ -70,7 +70,7 @@ def softmax():
     compiled = corpus.compile_kernel(corpus.softmax, "gfx942", {"x": "*fp32", "y": "*fp32", "n": "i32"}, {"B": 1024})
     x = np.random.default_rng(0).standard_normal((64, 1024)).astype(np.float32)
     args = [x, np.zeros_like(x), 1024, None, None]
-    return CodeObject(compiled.asm["hsaco"]), compiled.metadata.name, (64,), 256, args, compiled.metadata.shared
+    return CodeObject(compiled.hsaco), compiled.name, (64,), 256, args, compiled.lds_bytes
 
 
 def gemv():

@@ -114,6 +114,15 @@ HALF = [
      lambda a, b, c, d: bits(((pair(a).astype(float) * pair(b)).sum(1) + c.f32).astype(np.float32))),
 ]  # fmt: skip
 
+MIX = [  # fp32 registers or, where op_sel_hi says so, halves of one; unlike other packed instructions, fp32 by default
+    ("v_fma_mix_f32 D, A, -B, C op_sel:[1,0,0] op_sel_hi:[1,1,0]",
+     lambda a, b, c, d: bits((-pair(a)[:, 1].astype(float) * pair(b)[:, 0] + c.f32).astype(np.float32))),
+    ("v_fma_mixlo_f16 D, A, B, 0 op_sel_hi:[1,0,0]",
+     lambda a, b, c, d: bits(f16(pair(a)[:, 0].astype(float) * b.f32 + 0.0)) | d.u32 & 0xFFFF0000),
+    ("v_fma_mixlo_f16 D, |C|, 1.0, 0", lambda a, b, c, d: bits(f16(np.abs(c.f32))) | d.u32 & 0xFFFF0000),
+    ("v_fma_mixhi_f16 D, C, 1.0, 0", lambda a, b, c, d: bits(f16(c.f32 + np.float32(0))) << 16 | d.u32 & 0xFFFF),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize("arch", ARCHES)
 @np.errstate(all="ignore")
@@ -153,6 +162,20 @@ def test_double():
 def test_half():
     inputs, results = evaluate("gfx950", halves, [r[0] for r in HALF])
     for (text, function), wave in zip(HALF, results, strict=True):
+        parts = np.float32 if "f32" in text.split()[0] else np.float16
+        assert same(np.ascontiguousarray(wave.u32).view(parts), function(*inputs).view(parts)), text
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@np.errstate(all="ignore")
+def test_mixed_precision(arch):
+    def data():
+        operands, scalars = halves()
+        operands[:, 2] = floats()[0][:, 2]
+        return operands, scalars
+
+    inputs, results = evaluate(arch, data, [r[0] for r in MIX])
+    for (text, function), wave in zip(MIX, results, strict=True):
         parts = np.float32 if "f32" in text.split()[0] else np.float16
         assert same(np.ascontiguousarray(wave.u32).view(parts), function(*inputs).view(parts)), text
 

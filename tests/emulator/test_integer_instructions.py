@@ -179,6 +179,9 @@ INTEGER = [
      lambda a, b, c, d: (a.words.view(np.uint16)[:, :2] + b.words.view(np.uint16)[:, :2]).view(U32)[:, 0]),
     ("v_pk_mul_lo_u16 D, A, B op_sel:[1,0] op_sel_hi:[0,1]", SAME, "u32",
      lambda a, b, c, d: (high(a) * low(b)).astype(U32) | ((low(a) * high(b)).astype(U32) << 16)),
+    # An inline fp constant is an fp32 number here: its upper half is what op_sel takes of it.
+    ("v_pk_mul_lo_u16 D, A, 0.5 op_sel:[0,1]", SAME, "u32",
+     lambda a, b, c, d: (low(a) * np.uint16(0x3F00)).astype(U32) | ((high(a) * np.uint16(0x3F00)).astype(U32) << 16)),
     ("v_pk_lshlrev_b16 D, 4, A op_sel_hi:[0,1]", SAME, "u32",
      lambda a, b, c, d: (low(a) << 4).astype(U32) | ((high(a) << 4).astype(U32) << 16)),
     # SDWA

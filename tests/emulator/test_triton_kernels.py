@@ -21,12 +21,12 @@ EPS = 2.0**-24  # unit roundoff of fp32
 
 def run(compiled, grid, args):
     """Launch a Triton kernel; the two trailing arguments are Triton's scratch pointers, which these kernels ignore."""
-    code = CodeObject(compiled.asm["hsaco"])
-    kernel = code.kernel(compiled.metadata.name)
-    block = (compiled.metadata.num_warps * kernel.wave_size,)
+    code = CodeObject(compiled.hsaco)
+    kernel = code.kernel(compiled.name)
+    block = (compiled.num_warps * kernel.wave_size,)
     explicit = sum(not a.kind.startswith("hidden") for a in kernel.arguments)
     args = [*args, *[None] * (explicit - len(args))]
-    return launch(code, kernel.name, grid, block, args, lds_bytes=compiled.metadata.shared)
+    return launch(code, kernel.name, grid, block, args, lds_bytes=compiled.lds_bytes)
 
 
 def bf16_bits(x):

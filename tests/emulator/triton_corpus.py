@@ -7,12 +7,16 @@ a wrong row or column shows at once, and a wrong order along K shows where the t
 
 from __future__ import annotations
 
+import atexit
+from dataclasses import dataclass
 from typing import Any
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from sglang_amd_quant.toolchain.workers import Worker
 
 WAVE = {"gfx950": 64, "gfx942": 64, "gfx1100": 32, "gfx1151": 32}
 
@@ -146,6 +150,20 @@ def transpose(x, y, N, BM: tl.constexpr, BN: tl.constexpr):
     tl.store(y + n[:, None] * BM + m[None, :], tl.trans(tile))
 
 
+@dataclass(frozen=True)
+class CompiledKernel:
+    """What Triton made of a kernel."""
+
+    name: str
+    hsaco: bytes
+    assembly: str
+    lds_bytes: int
+    num_warps: int
+
+
+_workers: dict[str, Worker] = {}
+
+
 def compile_kernel(
     kernel: Any,
     arch: str,
@@ -154,18 +172,38 @@ def compile_kernel(
     num_warps: int = 4,
     divisible: tuple[str, ...] | None = None,
     **options: Any,
-) -> Any:
-    """Triton's compiled kernel: `.asm["hsaco"]`, `.metadata.shared` (LDS bytes), `.metadata.name`.
+) -> CompiledKernel:
+    """Compile one of the kernels above, in a process of the architecture's own (why: toolchain/workers.py).
 
     `divisible` names the arguments promised to be multiples of 16; by default every pointer.
     """
-    constants = constants or {}
+    worker = _workers.setdefault(arch, Worker())
+    call = (kernel.fn.__name__, arch, signature, constants or {}, divisible, {"num_warps": num_warps, **options})
+    return worker.result(worker.submit(compile_here, *call))
+
+
+@atexit.register
+def _end_workers() -> None:
+    for worker in _workers.values():
+        worker.close()
+
+
+def compile_here(
+    kernel: str,
+    arch: str,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    divisible: tuple[str, ...] | None,
+    options: dict[str, Any],
+) -> CompiledKernel:
+    """`compile_kernel`, in this process."""
     if divisible is None:
         divisible = tuple(name for name, kind in signature.items() if kind.startswith("*"))
     names = list(signature)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(
-        kernel, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=attributes
+        globals()[kernel], signature | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=attributes
     )
-    target = GPUTarget("hip", arch, WAVE[arch])
-    return triton.compile(source, target=target, options={"num_warps": num_warps, **options})
+    made = triton.compile(source, target=GPUTarget("hip", arch, WAVE[arch]), options=options)
+    facts = made.metadata
+    return CompiledKernel(facts.name, made.asm["hsaco"], made.asm["amdgcn"], facts.shared, facts.num_warps)

@@ -147,7 +147,7 @@ def test_without_enough_warps_scaled_mfma_is_not_there_and_the_build_says_so() -
     """One warp silently gives plain bf16 MFMA: the claim is what notices."""
     variant = next(v for v in ALL if v.arch == "gfx950" and v.x_format == "e4m3" and v.grouped)
     alone = replace(variant, config=replace(variant.config, num_warps=1))
-    assert compiled(alone).report.problems == ["claims scaled_mfma, but no instruction is v_mfma_scale_f32_"]
+    assert "claims scaled_mfma, but no instruction is v_mfma_scale_f32_" in compiled(alone).report.problems
 
 
 def test_what_triton_cannot_compile_is_one_line() -> None:

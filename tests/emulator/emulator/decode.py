@@ -209,8 +209,9 @@ class _Decoder:
         if bits == 1 and operand.kind == Kind.SGPR:
             field["kind"] = Kind.MASK
         if operand.kind == Kind.CONST:
-            constant = Width.B16 if self.row.packed and bits == 16 and "." in operand.text else width
-            constant = Width.B32 if self.row.packed and bits == 32 else constant
+            constant = Width.B32 if self.row.packed and bits == 32 else width
+            if self.row.packed and kind == "f16" and "." in operand.text:
+                constant = Width.B16  # 1.0 as a half; a packed integer instruction gets the bits of the fp32 number
             field["value"] = operand.value(constant, is_float=kind == "f64")
         field["negate"], field["absolute"] = operand.negate, operand.absolute
         field["sign_extend"], field["select"] = operand.sign_extend, operand.select
@@ -241,12 +242,13 @@ class _Decoder:
         record, modifiers, row = self.record, self.modifiers, self.row
         select = bits_of(modifiers.pop("op_sel", "[0]"))
         vop3p = row.category in ("packed", "dot")
-        record["op_sel_hi"] = bits_of(modifiers.pop("op_sel_hi", "[1,1,1]" if vop3p else "[0]"))
+        mix = "mix(" in row.expression
+        record["op_sel_hi"] = bits_of(modifiers.pop("op_sel_hi", "[1,1,1]" if vop3p and not mix else "[0]"))
         record["neg_lo"], record["neg_hi"] = (bits_of(modifiers.pop(n, "[0]")) for n in ("neg_lo", "neg_hi"))
         if "byte_sel" in modifiers:
             byte = int(modifiers.pop("byte_sel"))
             select |= (byte >> 1 & 1) | (byte & 1) << 1
-        if "mix(" in row.expression:  # modifiers act after the choice of half: see helpers.h
+        if mix:  # modifiers act after the choice of half: see helpers.h
             for name, flag in (("neg_lo", "negate"), ("neg_hi", "absolute")):
                 record[name] = sum(int(record["src"][k][flag]) << k for k in range(3))
             for k in range(3):
