@@ -37,6 +37,29 @@ class PadPlan:
     k: int = 0
 
 
+@dataclass(frozen=True)
+class MxForm:
+    """All of an `MxTensor` but its tensors: what a custom op, which is passed bare tensors, must know besides.
+
+    Attributes:
+        scheme, shape, layout, pad: as there.
+    """
+
+    scheme: Scheme
+    shape: tuple[int, ...]
+    layout: TensorLayout
+    pad: PadPlan
+
+    def bind(self, data: torch.Tensor, scales: torch.Tensor) -> MxTensor:
+        """The tensor again, from the data and scales that this form was taken from.
+
+        Unchecked, because it is made at every call of an op: pass what an `MxTensor` of this form held.
+        """
+        tensor = object.__new__(MxTensor)
+        tensor.__dict__.update(vars(self), data=data, scales=scales, zeros=None)
+        return tensor
+
+
 @dataclass(frozen=True, eq=False)
 class MxTensor:
     """Quantized weights [..., N, K] with their scales, scheme, layout and padding. A kernel asks this, and no flag.
@@ -125,6 +148,11 @@ class MxTensor:
     def k(self) -> int:
         """Logical columns: input features, in elements."""
         return self.shape[-1]
+
+    @property
+    def form(self) -> MxForm:
+        """Everything but the tensors."""
+        return MxForm(self.scheme, self.shape, self.layout, self.pad)
 
     @property
     def device(self) -> torch.device:

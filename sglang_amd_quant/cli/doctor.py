@@ -138,11 +138,14 @@ def _check_device(found: Diagnosis) -> None:
 
 
 def _ask_selection(found: Diagnosis, arch: str) -> None:
+    from sglang_amd_quant.runtime.detect import launchable, missing
+
+    found.notes += [f"{name} cannot be launched: {why}" for name, why in missing(arch).items()]
     found.default = str(default_recipe(arch).to_dict())
     for scheme in (s.name for s in SCHEMES.values() if s.weight != "int4"):
         for label, sample in SAMPLES.items():
             for m in (1, 64, 2048):
-                choice = choose(GemmProblem(scheme=scheme, arch=arch, m=m, **sample))
+                choice = choose(GemmProblem(scheme=scheme, arch=arch, m=m, **sample), launchable(arch))
                 asked = {"scheme": scheme, "op": label, "M": m}
                 answer = {"kernel": choice.kernel, "source": choice.source, "reason": "; ".join(choice.reasons[:1])}
                 found.kernels.append(asked | answer)

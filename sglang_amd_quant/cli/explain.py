@@ -6,7 +6,9 @@ import argparse
 import json
 
 from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.runtime.detect import launchable, missing
 from sglang_amd_quant.schemes import SCHEMES
+from sglang_amd_quant.selection import Selector
 from sglang_amd_quant.selection.arch import ARCHES, canonical
 from sglang_amd_quant.selection.explain import explain
 from sglang_amd_quant.selection.problem import ACT_BITS, OPS, OUT_DTYPES, Epilogue, GemmProblem
@@ -14,12 +16,12 @@ from sglang_amd_quant.selection.problem import ACT_BITS, OPS, OUT_DTYPES, Epilog
 DESCRIPTION = """Say which kernel a GEMM gets, its config and source, and why each other candidate was refused.
 
 The plan looks at every kernel that selection knows, published mechanisms included; the line that begins with `here`
-says what this build would really run. No GPU is needed. N and K are those of one rank (see `amd-mx shapes`)."""
+says what this installation would really run there. No GPU is needed. N and K are one rank's (see `amd-mx shapes`)."""
 EXAMPLE = "amd-mx explain --arch gfx950 --op moe_gate_up --scheme w4a8 --m 64 --n 5760 --k 2880 --experts 128 --top-k 4"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", required=True, type=known_arch, help=f"one of {', '.join(ARCHES)}, or a member")
+    parser.add_argument("--arch", required=True, type=device_arch, help=f"one of {', '.join(ARCHES)}, or a member")
     parser.add_argument("--op", required=True, choices=OPS)
     parser.add_argument("--scheme", required=True, choices=list(SCHEMES))
     parser.add_argument("--m", required=True, type=int, help="tokens")
@@ -48,6 +50,12 @@ def known_arch(text: str) -> str:
     return canonical(text)
 
 
+def device_arch(text: str) -> str:
+    """An architecture as a driver reports it, of which code objects may be there, or a family's name."""
+    known_arch(text)
+    return text.partition(":")[0]
+
+
 def run(args: argparse.Namespace) -> int:
     if args.ep < 1 or args.experts % args.ep:
         raise ShapeError(f"{args.experts} experts with EP {args.ep}", "do not divide", "give an --ep that divides them")
@@ -56,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         args.top_k, args.tp, args.ep, Epilogue(args.bias, args.activation), args.out_dtype, args.layout, args.group,
         args.act, args.block_m, args.weighted,
     )  # fmt: skip
-    explanation = explain(problem)
+    here = Selector(available=launchable(args.arch))
+    explanation = explain(problem, here=here, lacking=missing(args.arch))
     print(json.dumps(explanation.to_json(), indent=1) if args.json else explanation.text())
     return 0

@@ -12,11 +12,14 @@ from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.integration import loading
+from sglang_amd_quant.layouts.names import STRIDED
+from sglang_amd_quant.ops.layout import lay_out
 from sglang_amd_quant.ops.linear import QuantizedLinear
 from sglang_amd_quant.ops.reference import ActQuant
-from sglang_amd_quant.runtime.detect import cu_count, current_arch
+from sglang_amd_quant.runtime.detect import CPU, cu_count, current_arch
 from sglang_amd_quant.schemes import MX_BLOCK, Scheme
 from sglang_amd_quant.selection import Epilogue, GemmProblem
+from sglang_amd_quant.tensor import MxTensor
 
 if TYPE_CHECKING:
     from sglang_amd_quant.integration.config import AmdMxConfig
@@ -99,28 +102,35 @@ class AmdMxLinearMethod(LinearMethodBase):
         param.data[slice(None) if index is None else index] = tensor.reshape(()).to(param.device)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Check that all of it came; forget copies of earlier weights."""
+        """Check that all of it came, lay it out as its kernels read it; forget copies of earlier weights."""
+        data, scales = layer.weight.data, layer.weight_scale.data
         if loading.is_dummy_load():
-            loading.fill_dummy(layer.weight.data, layer.weight_scale.data)
-        loading.check_loaded(self.prefix, layer.weight_scale.data)
+            loading.fill_dummy(data, scales)
+        loading.check_loaded(self.prefix, scales)
         static = loading.static_scale(self.prefix, getattr(layer, "input_scale", None))
-        n, packed = layer.weight.shape
-        layer.amd_mx = QuantizedLinear(
-            GemmProblem(
-                "linear",
-                self.scheme.name,
-                current_arch(),
-                m=0,
-                n=n,
-                k=packed * self.scheme.pack,
-                cu_count=cu_count(),
-                tp=getattr(layer, "tp_size", 1) or 1,
-                act="" if static is None else "fp8_static",
-                epilogue=Epilogue(bias=layer.bias is not None),
-            ),
-            loading.Dequantized(layer.weight.data, layer.weight_scale.data, self.scheme.weight),
-            ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static),
+        problem = GemmProblem(
+            "linear",
+            self.scheme.name,
+            current_arch(),
+            m=0,
+            n=data.shape[0],
+            k=data.shape[1] * self.scheme.pack,
+            cu_count=cu_count(),
+            tp=getattr(layer, "tp_size", 1) or 1,
+            act="" if static is None else "fp8_static",
+            epilogue=Epilogue(bias=layer.bias is not None),
         )
+        weight = lay_out(MxTensor.canonical(data, scales, self.scheme), problem)
+        values = loading.Dequantized(data, scales, self.scheme.weight) if current_arch() == CPU else None
+        layer.weight.data, layer.weight_scale.data = weight.data, weight.scales
+        act = ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static)
+        layer.amd_mx = QuantizedLinear(problem, weight, act, values)
+        layer.amd_mx.prepare()
+
+    def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
+        """Weights as a checkpoint has them again, for new ones to be loaded over."""
+        weight = layer.amd_mx.weight.to_layout(STRIDED)
+        layer.weight.data, layer.weight_scale.data = weight.data, weight.scales
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x[..., K] -> [..., N] in x's dtype."""

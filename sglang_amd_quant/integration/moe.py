@@ -14,12 +14,15 @@ from sglang.srt.utils import set_weight_attrs
 
 from sglang_amd_quant.errors import ShapeError, UnsupportedError
 from sglang_amd_quant.integration import loading
+from sglang_amd_quant.layouts.names import STRIDED
 from sglang_amd_quant.ops.activation import Activation
+from sglang_amd_quant.ops.layout import lay_out
 from sglang_amd_quant.ops.moe import QuantizedMoe
 from sglang_amd_quant.ops.reference import ActQuant, MoeProblem
-from sglang_amd_quant.runtime.detect import cu_count, current_arch
+from sglang_amd_quant.runtime.detect import CPU, cu_count, current_arch
 from sglang_amd_quant.schemes import MX_BLOCK, Scheme
 from sglang_amd_quant.selection import Epilogue, GemmProblem
+from sglang_amd_quant.tensor import MxTensor
 
 if TYPE_CHECKING:
     from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
@@ -155,12 +158,13 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
         return torch.cat([piece for pair in zip(*ranks, strict=True) for piece in pair], dim)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Check that all of it came; forget copies of earlier weights."""
+        """Check that all of it came, lay it out as its kernels read it; forget copies of earlier weights."""
         run = layer.moe_runner_config
         activation = activation_of(run)
-        kept, acts, gemms = [], [], []
+        laid_out, kept, acts, gemms = [], [], [], []
         for name, op in (("w13", "moe_gate_up"), ("w2", "moe_down")):
-            data, scales = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale").data
+            weight, scale = getattr(layer, f"{name}_weight"), getattr(layer, f"{name}_weight_scale")
+            data, scales = weight.data, scale.data
             if loading.is_dummy_load():
                 loading.fill_dummy(data, scales)
             loading.check_loaded(f"{self.prefix}.{name}", scales)
@@ -168,6 +172,8 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             kept.append(loading.Dequantized(data, scales, self.scheme.weight))
             acts.append(ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static))
             gemms.append(self._gemm(layer, op, data, activation, static is not None))
+            laid_out.append(lay_out(MxTensor.canonical(data, scales, self.scheme), gemms[-1]))
+            weight.data, scale.data = laid_out[-1].data, laid_out[-1].scales
         problem = MoeProblem(
             num_experts=layer.num_local_experts,
             activation=activation,
@@ -182,11 +188,20 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             gate_up=gemms[0],
             down=gemms[1],
             problem=problem,
-            w13=kept[0],
-            w2=kept[1],
+            w13=laid_out[0],
+            w2=laid_out[1],
             b13=getattr(layer, "w13_weight_bias", None),
             b2=getattr(layer, "w2_weight_bias", None),
+            values=(kept[0], kept[1]) if current_arch() == CPU else None,
         )
+        layer.amd_mx.prepare()
+
+    def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
+        """Weights as a checkpoint has them again, for new ones to be loaded over."""
+        for name in ("w13", "w2"):
+            weight = getattr(layer.amd_mx, name).to_layout(STRIDED)
+            getattr(layer, f"{name}_weight").data = weight.data
+            getattr(layer, f"{name}_weight_scale").data = weight.scales
 
     def _gemm(
         self, layer: torch.nn.Module, op: str, data: torch.Tensor, activation: Activation, static: bool

@@ -2,39 +2,175 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
-from sglang_amd_quant.ops import reference
+from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.ops import hip, reference, triton_mx
+from sglang_amd_quant.ops.operand import Operand, dtype_name
 from sglang_amd_quant.ops.reference import ActQuant
-from sglang_amd_quant.selection import BoundChoices, GemmProblem
+from sglang_amd_quant.runtime.detect import launchable
+from sglang_amd_quant.selection import BoundChoices, Config, GemmProblem, KernelChoice
+from sglang_amd_quant.selection.choose import REFERENCE
+from sglang_amd_quant.selection.specs import kernel
+from sglang_amd_quant.tensor import MxTensor
 
-LinearKernel = Callable[[torch.Tensor, torch.Tensor, ActQuant, torch.Tensor | None], torch.Tensor]
 
-KERNELS: dict[str, LinearKernel] = {"reference": reference.linear}
-"""Kernel name in selection -> what launches it. Selection chooses only among these."""
+@dataclass(frozen=True, eq=False)
+class LinearCall:
+    """What a launcher gets.
+
+    Attributes:
+        x: [M, K], M >= 1, in the model's dtype, any strides.
+        weight: [N, K] in a layout that its spec reads.
+        bias: [N] of one of the launcher's `bias_dtypes`, or None.
+        y: [M, N], contiguous, to be filled; of a dtype that its spec stores.
+        act: how x is quantized, by the kernel or by `quantize_activation`.
+        config: its parameters.
+        problem: the GEMM at this M.
+    """
+
+    x: torch.Tensor
+    weight: MxTensor
+    bias: torch.Tensor | None
+    y: torch.Tensor
+    act: ActQuant
+    config: Config
+    problem: GemmProblem
 
 
 @dataclass(frozen=True)
+class LinearKernel:
+    """How a kernel is launched.
+
+    Attributes:
+        run: fills `y`.
+        bias_dtypes: of biases that it adds itself. Others are added to its fp32 result.
+    """
+
+    run: Callable[[LinearCall], None]
+    bias_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+
+
+ANY_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
+
+KERNELS: dict[str, LinearKernel] = {
+    "gemv_mxfp4": LinearKernel(hip.run_gemv_mxfp4),
+    "triton_mx_gemm": LinearKernel(triton_mx.run_mx_gemm, ANY_FLOAT),
+}
+"""Kernel name in selection -> its launcher. Selection chooses only among these and the reference."""
+
+
+class BoundLinear:
+    """A layer's operand with its choices: what the custom op looks up by the layer's text."""
+
+    def __init__(self, operand: Operand) -> None:
+        self.operand = operand
+        self.available = launchable(operand.arch).intersection(KERNELS) | {REFERENCE}
+        self._choices: dict[str, BoundChoices] = {}
+
+    def choice(self, m: int, dtype: str) -> KernelChoice:
+        """What runs at this M for a model of this dtype."""
+        if dtype not in self._choices:
+            problem = self.operand.problem_of(dtype)
+            self._choices[dtype] = BoundChoices(problem, self.available)
+        return self._choices[dtype][m]
+
+    def run(self, x: torch.Tensor, weight: MxTensor, act: ActQuant, bias: torch.Tensor | None) -> torch.Tensor:
+        """x[M, K] -> [M, N] in x's dtype."""
+        choice = self.choice(x.shape[0], dtype_name(x))
+        if choice.kernel == REFERENCE:
+            return reference.linear(x, weight.dequantize(), act, bias)
+        launcher, spec = KERNELS[choice.kernel], kernel(choice.kernel)
+        fused = bias is None or ("bias" not in choice.unfused and bias.dtype in launcher.bias_dtypes)
+        wide = not fused and "fp32" in spec.out_dtypes
+        y = torch.empty(x.shape[0], weight.n, dtype=torch.float32 if wide else x.dtype, device=x.device)
+        problem = self.operand.problem_of(dtype_name(x), x.shape[0])
+        launcher.run(LinearCall(x, weight, bias if fused else None, y, act, choice.config, problem))
+        return y if fused or bias is None else (y + bias).to(x.dtype)
+
+
+@cache  # one entry a kind of layer; a process serves one model
+def bound(layer: str) -> BoundLinear:
+    """The operand that a text stands for (`Operand.text`)."""
+    return BoundLinear(Operand.from_json(json.loads(layer)))
+
+
+_LIBRARY = torch.library.Library("amd_mx", "FRAGMENT")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor data, Tensor scales, Tensor? bias, Tensor? act_scale, str layer) -> Tensor"
+)  # fmt: skip
+
+
+@torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
+def _linear(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    act_scale: torch.Tensor | None,
+    layer: str,
+) -> torch.Tensor:
+    run, operand = bound(layer).run, bound(layer).operand
+    _check(x, operand.problem)
+    y = run(x.reshape(-1, x.shape[-1]), operand.form.bind(data, scales), operand.act(act_scale), bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@torch.library.register_fake("amd_mx::linear", lib=_LIBRARY)
+def _linear_fake(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    act_scale: torch.Tensor | None,
+    layer: str,
+) -> torch.Tensor:
+    problem = bound(layer).operand.problem
+    _check(x, problem)
+    return x.new_empty((*x.shape[:-1], problem.n))
+
+
+def _check(x: torch.Tensor, problem: GemmProblem) -> None:
+    if x.dim() < 1 or x.shape[-1] != problem.k:
+        raise ShapeError(f"x {tuple(x.shape)}", f"the layer's K is {problem.k}", "pass x[..., K]")
+
+
+@dataclass(frozen=True, eq=False)
 class QuantizedLinear:
     """One layer on one rank.
 
     Attributes:
         problem: its GEMM, at any M.
-        weight: gives the fp32 values [N, K].
+        weight: [N, K]; its layout is the problem's.
         act: how its input is quantized.
+        values: gives kept fp32 values [N, K] where the reference serves every M (a CPU), so that they are not
+            dequantized at each call; None elsewhere.
     """
 
     problem: GemmProblem
-    weight: Callable[[], torch.Tensor]
+    weight: MxTensor
     act: ActQuant
+    values: Callable[[], torch.Tensor] | None = None
+    text: str = field(init=False, repr=False)
+    """The operand as the custom op is passed it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_choices", BoundChoices(self.problem, frozenset(KERNELS)))
+        object.__setattr__(self, "text", Operand.of(self.problem, self.weight, self.act).text)
+
+    def prepare(self) -> None:
+        """Load what its kernels launch, ahead of graph captures."""
+        hip.preload(bound(self.text).available, self.weight.data)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x[..., K] -> [..., N] in x's dtype."""
-        choice = self._choices[x.shape[:-1].numel()]  # type: ignore[attr-defined]
-        return KERNELS[choice.kernel](x, self.weight(), self.act, bias)
+        if self.values is not None:
+            _check(x, self.problem)
+            bound(self.text).choice(x.shape[:-1].numel(), dtype_name(x))  # for its trace: only the reference is here
+            return reference.linear(x, self.values(), self.act, bias)
+        w = self.weight
+        return torch.ops.amd_mx.linear(x, w.data, w.scales, bias, self.act.scale, self.text)  # type: ignore[no-any-return]

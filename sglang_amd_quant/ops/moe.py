@@ -2,44 +2,231 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
-from sglang_amd_quant.ops import reference
+from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.ops import hip, reference, triton_mx
+from sglang_amd_quant.ops.activation import Activation
+from sglang_amd_quant.ops.operand import Operand, dtype_name
 from sglang_amd_quant.ops.reference import MoeProblem
-from sglang_amd_quant.selection import BoundChoices, GemmProblem
+from sglang_amd_quant.runtime.detect import launchable
+from sglang_amd_quant.selection import Config, GemmProblem, KernelChoice, choose
+from sglang_amd_quant.selection.choose import REFERENCE
+from sglang_amd_quant.tensor import MxTensor
 
-KERNELS: dict[tuple[str, str], Callable[..., torch.Tensor]] = {("reference", "reference"): reference.fused_moe}
-"""Kernel names of gate_up and down -> what launches the pair. Selection chooses only among these."""
+
+@dataclass(frozen=True, eq=False)
+class MoeCall:
+    """What a launcher gets.
+
+    Attributes:
+        x: [M, H], M >= 1, in the model's dtype.
+        topk_ids, topk_weights: [M, top_k]; ids outside [0, E) are dropped and contribute nothing.
+        w13, w2: [E, N, H] and [E, H, I] in layouts that the kernels' specs read.
+        b13, b2: biases [E, N] and [E, H] of any float dtype, or None.
+        problem: what is computed besides.
+        config13, config2: parameters of the two kernels; the same block_m.
+        arch: family name.
+    """
+
+    x: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    w13: MxTensor
+    w2: MxTensor
+    b13: torch.Tensor | None
+    b2: torch.Tensor | None
+    problem: MoeProblem
+    config13: Config
+    config2: Config
+    arch: str
 
 
-@dataclass(frozen=True)
+MoeKernel = Callable[[MoeCall], torch.Tensor]
+"""Gives [M, H], or [M, top_k, H] where nothing is combined, in x's dtype."""
+
+KERNELS: dict[tuple[str, str], MoeKernel] = {("triton_mx_moe", "triton_mx_moe"): triton_mx.run_mx_moe}
+"""Kernel names of gate_up and down -> what launches the pair. Selection chooses only among these and the reference."""
+
+
+class Pair(NamedTuple):
+    """The choices for both GEMMs: a pair in `KERNELS`, or both the reference."""
+
+    gate_up: KernelChoice
+    down: KernelChoice
+
+    @property
+    def kernels(self) -> tuple[str, str]:
+        return self.gate_up.kernel, self.down.kernel
+
+
+class BoundMoe:
+    """A layer's two operands with their choices: what the custom op looks up by the layer's text."""
+
+    def __init__(self, gate_up: Operand, down: Operand, plain: MoeProblem) -> None:
+        self.gate_up, self.down, self._plain = gate_up, down, plain
+        here = launchable(gate_up.arch)
+        self._sides = tuple(frozenset(pair[side] for pair in KERNELS) & here | {REFERENCE} for side in (0, 1))
+        self._pairs: dict[tuple[int, str], Pair] = {}
+
+    @property
+    def available(self) -> frozenset[str]:
+        """Names of the kernels that may be chosen."""
+        return self._sides[0] | self._sides[1]
+
+    def pair(self, m: int, dtype: str) -> Pair:
+        """What runs at this M for a model of this dtype. The down GEMM takes the blocks that gate_up routed."""
+        found = self._pairs.get((m, dtype))
+        if found is None:
+            found = self._pairs[m, dtype] = self._decide(m, dtype)
+        return found
+
+    def _decide(self, m: int, dtype: str) -> Pair:
+        problems = self.gate_up.problem_of(dtype, m), self.down.problem_of(dtype, m)
+        gate_up = choose(problems[0], self._sides[0])
+        down = choose(replace(problems[1], block_m=gate_up.config.block_m or 0), self._sides[1])
+        if (gate_up.kernel, down.kernel) in KERNELS:
+            return Pair(gate_up, down)
+        # One launcher runs both: where either has none, the other is the reference's too, and the trace says so.
+        return Pair(*(choose(problem, frozenset({REFERENCE})) for problem in problems))
+
+    def problem(self, scale13: torch.Tensor | None, scale2: torch.Tensor | None) -> MoeProblem:
+        """What is computed, with the scales of static fp8 inputs."""
+        return replace(self._plain, act13=self.gate_up.act(scale13), act2=self.down.act(scale2))
+
+
+def describe(gate_up: Operand, down: Operand, problem: MoeProblem) -> str:
+    """Both operands and all of `problem` but its tensors, on one line."""
+    plain = {name: getattr(problem, name) for name in _PLAIN} | {"activation": asdict(problem.activation)}
+    parts = {"gate_up": gate_up.to_json(), "down": down.to_json(), "moe": plain}
+    return json.dumps(parts, separators=(",", ":"))
+
+
+_PLAIN = ("num_experts", "weight_on_input", "combine", "weight_output", "scale")
+
+
+@cache  # one entry a kind of layer; a process serves one model
+def bound(layer: str) -> BoundMoe:
+    """The operands that a text stands for (`describe`)."""
+    parts = json.loads(layer)
+    gate_up, down = (Operand.from_json(parts[side]) for side in ("gate_up", "down"))
+    plain: dict[str, Any] = parts["moe"] | {"activation": Activation(**parts["moe"]["activation"])}
+    return BoundMoe(gate_up, down, MoeProblem(act13=gate_up.act(None), act2=down.act(None), **plain))
+
+
+_LIBRARY = torch.library.Library("amd_mx", "FRAGMENT")
+_LIBRARY.define(
+    "fused_moe(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor w13_scales, Tensor w2, "
+    "Tensor w2_scales, Tensor? b13, Tensor? b2, Tensor? act13_scale, Tensor? act2_scale, str layer) -> Tensor"
+)
+
+
+@torch.library.impl(_LIBRARY, "fused_moe", "CompositeExplicitAutograd")
+def _fused_moe(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scales: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scales: torch.Tensor,
+    b13: torch.Tensor | None,
+    b2: torch.Tensor | None,
+    act13_scale: torch.Tensor | None,
+    act2_scale: torch.Tensor | None,
+    layer: str,
+) -> torch.Tensor:
+    this = bound(layer)
+    _check(x, topk_ids, topk_weights, this.gate_up.problem)
+    gate_up, down = this.gate_up.form.bind(w13, w13_scales), this.down.form.bind(w2, w2_scales)
+    problem, pair = this.problem(act13_scale, act2_scale), this.pair(x.shape[0], dtype_name(x))
+    if pair.kernels == (REFERENCE, REFERENCE):
+        values13, values2 = (lambda e, w=w: w.expert(e).dequantize() for w in (gate_up, down))
+        return reference.fused_moe(x, topk_ids, topk_weights, problem, values13, values2, b13, b2)
+    call = MoeCall(
+        x, topk_ids, topk_weights, gate_up, down, b13, b2, problem, pair.gate_up.config, pair.down.config,
+        this.gate_up.problem.arch,
+    )  # fmt: skip
+    return KERNELS[pair.kernels](call)
+
+
+@torch.library.register_fake("amd_mx::fused_moe", lib=_LIBRARY)
+def _fused_moe_fake(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scales: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scales: torch.Tensor,
+    b13: torch.Tensor | None,
+    b2: torch.Tensor | None,
+    act13_scale: torch.Tensor | None,
+    act2_scale: torch.Tensor | None,
+    layer: str,
+) -> torch.Tensor:
+    this = bound(layer)
+    _check(x, topk_ids, topk_weights, this.gate_up.problem)
+    combined = this.problem(None, None).combine
+    lead = topk_ids.shape[:1] if combined else topk_ids.shape
+    return x.new_empty((*lead, this.down.problem.n))
+
+
+def _check(x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, gate_up: GemmProblem) -> None:
+    if x.dim() != 2 or x.shape[1] != gate_up.k:
+        raise ShapeError(f"x {tuple(x.shape)}", f"the layer's hidden size is {gate_up.k}", "pass x[M, H]")
+    if topk_ids.dim() != 2 or topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != x.shape[0]:
+        what = f"topk_ids {tuple(topk_ids.shape)}, topk_weights {tuple(topk_weights.shape)}, x {tuple(x.shape)}"
+        raise ShapeError(what, "not [M, top_k] twice and [M, H]", "pass what SGLang dispatched")
+
+
+@dataclass(frozen=True, eq=False)
 class QuantizedMoe:
     """The experts of one layer on one rank.
 
     Attributes:
         gate_up, down: its GEMMs, at any M.
         problem: everything else that it computes.
-        w13, w2: expert -> fp32 values [N, K].
-        b13, b2: biases [E, N], or None.
+        w13, w2: [E, N, H] and [E, H, I]; their layouts are the problems'.
+        b13, b2: biases [E, N] and [E, H], or None.
+        values: where the reference serves every M (a CPU), what gives kept fp32 values [N, K] of an expert of w13 and
+            of w2; None elsewhere.
     """
 
     gate_up: GemmProblem
     down: GemmProblem
     problem: MoeProblem
-    w13: Callable[[int], torch.Tensor]
-    w2: Callable[[int], torch.Tensor]
+    w13: MxTensor
+    w2: MxTensor
     b13: torch.Tensor | None = None
     b2: torch.Tensor | None = None
+    values: tuple[Callable[[int], torch.Tensor], Callable[[int], torch.Tensor]] | None = None
+    text: str = field(init=False, repr=False)
+    """The operands as the custom op is passed them."""
 
     def __post_init__(self) -> None:
-        for name, gemm, side in (("_gate_up", self.gate_up, 0), ("_down", self.down, 1)):
-            object.__setattr__(self, name, BoundChoices(gemm, frozenset(pair[side] for pair in KERNELS)))
+        gate_up = Operand.of(self.gate_up, self.w13, self.problem.act13)
+        down = Operand.of(self.down, self.w2, self.problem.act2)
+        object.__setattr__(self, "text", describe(gate_up, down, self.problem))
+
+    def prepare(self) -> None:
+        """Load what its kernels launch, ahead of graph captures."""
+        hip.preload(bound(self.text).available, self.w13.data)
 
     def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """x[M, H], local ids and weights [M, top_k] -> [M, H], or [M, top_k, H] where nothing is combined."""
-        m = x.shape[0]
-        pair = self._gate_up[m].kernel, self._down[m].kernel  # type: ignore[attr-defined]
-        return KERNELS[pair](x, topk_ids, topk_weights, self.problem, self.w13, self.w2, self.b13, self.b2)
+        if self.values is not None:
+            _check(x, topk_ids, topk_weights, self.gate_up)
+            bound(self.text).pair(x.shape[0], dtype_name(x))  # for its trace: only the reference is here
+            return reference.fused_moe(x, topk_ids, topk_weights, self.problem, *self.values, self.b13, self.b2)
+        w13, w2 = self.w13, self.w2
+        return torch.ops.amd_mx.fused_moe(  # type: ignore[no-any-return]
+            x, topk_ids, topk_weights, w13.data, w13.scales, w2.data, w2.scales, self.b13, self.b2,
+            self.problem.act13.scale, self.problem.act2.scale, self.text,
+        )  # fmt: skip

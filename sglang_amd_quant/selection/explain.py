@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.choose import REFERENCE, Selector
 from sglang_amd_quant.selection.layout_choice import LayoutChoice, choose_layout
 from sglang_amd_quant.selection.legality import legal
+from sglang_amd_quant.selection.lookup import candidates
 from sglang_amd_quant.selection.problem import GemmProblem, KernelChoice, Refused
 from sglang_amd_quant.selection.specs import kernels, shipped
 
@@ -31,12 +32,14 @@ class Explanation:
         planned: with every kernel that selection knows, published mechanisms included.
         here: with the kernels of this build: what would run.
         others: kernels for this op and scheme that were never candidates of the plan, each with the reason.
+        lacking: kernels of this package that this installation cannot launch on the arch, each with the reason.
     """
 
     problem: GemmProblem
     planned: View
     here: View
     others: tuple[Refused, ...]
+    lacking: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         def view(v: View) -> dict[str, Any]:
@@ -49,6 +52,7 @@ class Explanation:
             "planned": view(self.planned),
             "here": view(self.here),
             "others": others,
+            "lacking": dict(self.lacking),
         }
 
     def text(self) -> str:
@@ -66,37 +70,56 @@ class Explanation:
         if self.planned.choice.in_build and self.here.choice == self.planned.choice:
             yield "here     the same: this build has the kernel"
         else:
-            planned = self.planned.choice
+            planned, here = self.planned.choice, self.here.choice
             because = "" if planned.in_build else f": no kernel binary of {planned.kernel} in this build"
-            yield f"here     {self.here.choice.kernel} would run ({self.here.choice.source}){because}"
+            yield f"here     {here.kernel} would run ({here.source}){because}"
+            if here.config.items():
+                yield f"         {here.config}"
+            yield from (f"         {why}" for why in here.why)
             if self.here.layout.layout != self.planned.layout.layout:
                 yield f"         on {self.here.layout.layout} weights: {self.here.layout.reasons[0]}"
+        yield from (f"         {name} cannot be launched here: {why}" for name, why in self.lacking.items())
         yield ""
         yield from _refused("refused on the way to the plan, in the order of the lookup", self.planned.choice.refused)
         yield from _refused("never candidates", self.others)
 
 
-def explain(problem: GemmProblem, plan: Selector | None = None, here: Selector | None = None) -> Explanation:
+def explain(
+    problem: GemmProblem,
+    plan: Selector | None = None,
+    here: Selector | None = None,
+    lacking: Mapping[str, str] | None = None,
+) -> Explanation:
     """Explain one problem. A problem without a layout gets the one that `choose_layout` gives.
 
     Args:
         problem: what to explain.
         plan: what to plan with; None = all kernels known, installed packs.
-        here: what would run; None = the kernels of this build, installed packs.
+        here: what would run; None = all kernels of this package, installed packs.
+        lacking: kernels of this package that cannot be launched, with reasons (`runtime.detect.missing`); those for
+            another op or scheme are left out of the explanation.
     """
     plan, here = plan or Selector(), here or Selector(available=shipped())
     planned = view(problem, plan)
     seen = {planned.choice.kernel, *(r.kernel for r in planned.choice.refused), REFERENCE}
+    spoken = {candidate.kernel for candidate in candidates(problem, plan.packs)}
     others = [
-        Refused("none", spec.name, config, tuple(r.text for r in legal(laid, spec, config)) or (_UNSPOKEN,))
+        Refused(
+            "none",
+            spec.name,
+            config,
+            tuple(r.text for r in legal(laid, spec, config)) or (_LATER if spec.name in spoken else _UNSPOKEN,),
+        )
         for spec in kernels().values()
         if spec.name not in seen and problem.op in spec.ops and problem.scheme in spec.schemes
         for laid in (replace(problem, layout=planned.layout.layout),)
         for config in (spec.configure(problem),)
     ]
-    return Explanation(problem, planned, view(problem, here), tuple(others))
+    mine = {name: why for name, why in (lacking or {}).items() if kernels()[name].covers(problem)}
+    return Explanation(problem, planned, view(problem, here), tuple(others), mine)
 
 
+_LATER = "legal here, but the lookup took an earlier candidate"
 _UNSPOKEN = "legal here, but no entry, rule or heuristic speaks for it"
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from sglang_amd_quant.selection.buckets import next_pow2, routed_block_m
 from sglang_amd_quant.selection.lds import fitting_stages
-from sglang_amd_quant.selection.legality import MX_OUT_COLUMNS
+from sglang_amd_quant.selection.legality import MX_OUT_COLUMNS, operand_bits
 from sglang_amd_quant.selection.problem import MX_OUT, Config, GemmProblem
 from sglang_amd_quant.selection.rule_types import TileRule
 from sglang_amd_quant.selection.rules import TILE_RULES
@@ -55,7 +55,7 @@ def restage(problem: GemmProblem, kernel: KernelSpec, config: Config) -> Config:
         config = config._replace(block_m=routed_block_m(problem))
     if not kernel.triton or not config.num_stages or not all(config.tile):
         return config  # nothing to stage, or a malformed entry: `legal` says so
-    return config._replace(num_stages=_stages(problem, config, config.num_stages) or 1)
+    return config._replace(num_stages=_stages(problem, kernel, config, config.num_stages) or 1)
 
 
 def fit(problem: GemmProblem, kernel: KernelSpec, config: Config, why: str) -> Iterator[Tile]:
@@ -64,7 +64,7 @@ def fit(problem: GemmProblem, kernel: KernelSpec, config: Config, why: str) -> I
         yield Tile(config, why)
         return
     asked = config
-    stages = _stages(problem, config, config.num_stages or 2)
+    stages = _stages(problem, kernel, config, config.num_stages or 2)
     while not stages:
         _, block_n, block_k = config.tile
         if block_n > block_n_floor(problem):
@@ -73,13 +73,13 @@ def fit(problem: GemmProblem, kernel: KernelSpec, config: Config, why: str) -> I
             config = config._replace(block_k=block_k // 2)
         else:
             return
-        stages = _stages(problem, config, config.num_stages or 2)
+        stages = _stages(problem, kernel, config, config.num_stages or 2)
     config = config._replace(num_stages=stages)
     yield Tile(config, why if config == asked else f"{why}, made to fit the LDS")
 
 
-def _stages(problem: GemmProblem, config: Config, at_most: int) -> int:
-    return fitting_stages(problem.arch, *config.tile, problem.act_bits, problem.weight_bits, at_most)
+def _stages(problem: GemmProblem, kernel: KernelSpec, config: Config, at_most: int) -> int:
+    return fitting_stages(problem.arch, *config.tile, *operand_bits(problem, kernel), at_most)
 
 
 def _config(problem: GemmProblem, kernel: KernelSpec, rule: TileRule) -> Config:

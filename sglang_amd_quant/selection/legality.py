@@ -9,7 +9,7 @@ from sglang_amd_quant.layouts.names import TensorLayout
 from sglang_amd_quant.schemes import scheme as scheme_named
 from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.lds import lds_bytes
-from sglang_amd_quant.selection.problem import ACT_BITS, MX_OUT, Config, GemmProblem, Refusal
+from sglang_amd_quant.selection.problem import ACT_BITS, FLOATS, MX_OUT, Config, GemmProblem, Refusal
 from sglang_amd_quant.selection.specs import KernelSpec
 
 MX_OUT_COLUMNS = 32
@@ -65,6 +65,14 @@ def unfused(problem: GemmProblem, kernel: KernelSpec) -> tuple[str, ...]:
     return tuple(parts[done:])
 
 
+def operand_bits(problem: GemmProblem, kernel: KernelSpec) -> tuple[int, int]:
+    """Bits of an activation and of a weight as the kernel holds them in LDS."""
+    arch = ARCHES.get(problem.arch)
+    if kernel.dequantizes and arch is not None and not arch.scaled_mma:
+        return 16, 16
+    return problem.act_bits, problem.weight_bits
+
+
 Found = Iterator[Refusal]
 
 
@@ -84,6 +92,9 @@ def _formats(p: GemmProblem, kernel: KernelSpec) -> Found:
         yield Refusal("group", f"takes scale groups of {'/'.join(map(str, kernel.groups))}, not {p.group}")
     if p.out_dtype not in kernel.out_dtypes and "quantize" not in unfused(p, kernel):
         yield Refusal("out_dtype", f"stores {'/'.join(kernel.out_dtypes)}, not {p.out_dtype}")
+    unquantized = p.act == "bf16" or "quantize_input" in kernel.fuses
+    if kernel.x_dtypes and unquantized and p.out_dtype in FLOATS and p.out_dtype not in kernel.x_dtypes:
+        yield Refusal("x_dtype", f"reads {'/'.join(kernel.x_dtypes)} activations, the model's are {p.out_dtype}")
 
 
 def _layout(p: GemmProblem, kernel: KernelSpec) -> Found:
@@ -197,7 +208,7 @@ def _lds(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:
     arch = ARCHES.get(p.arch)
     if not kernel.triton or arch is None or not arch.lds_bytes:
         return
-    need = lds_bytes(*c.tile, p.act_bits, p.weight_bits, c.num_stages or 1, arch.async_copy)
+    need = lds_bytes(*c.tile, *operand_bits(p, kernel), c.num_stages or 1, arch.async_copy)
     if need > arch.lds_bytes:
         text = f"LDS estimate {need:,} B at BLOCK_M={c.block_m}, {c.num_stages} stages is above {arch.lds_bytes:,} B"
         yield Refusal("lds", text, estimate=True)

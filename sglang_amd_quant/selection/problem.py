@@ -15,6 +15,7 @@ from sglang_amd_quant.selection.arch import ARCHES, canonical
 OPS = ("linear", "moe_gate_up", "moe_down")
 OUT_DTYPES = ("bf16", "fp16", "fp32", "mxfp8", "mxfp4", "fp8_static")
 MX_OUT = ("mxfp8", "mxfp4")
+FLOATS = ("bf16", "fp16", "fp32")
 
 ACT_BITS = {"e2m1": 4, "e4m3": 8, "fp8_static": 8, "bf16": 16}
 

@@ -14,6 +14,11 @@ def _m3_gate_up(n: int, rows: Range, e_min: int = 0) -> Rule:
     )  # fmt: skip
 
 
+def _gemv(arch: str) -> Rule:
+    """Static: it loads each weight byte once, and few rows would leave a matrix instruction's 16 mostly padding."""
+    return Rule("gemv_mxfp4", arch, "linear", "w4a16", "kernels/hip/gemv_mxfp4.hip, static", m=(1, 4))
+
+
 def _m3_down(rows: Range) -> Rule:
     return Rule(
         "hip_mxfp8_moe", "gfx950", "moe_down", "mxfp8", "aiter #3783", rows=rows, n=(6144, 6144), k=(768, 768), a_div=1
@@ -32,6 +37,8 @@ RULES: tuple[Rule, ...] = (
     _m3_down(rows=(1, 8)),
     # Prefill gate_up of top-8 models; M <= 5 is decode, which #1015 leaves to another kernel, as it does down.
     Rule("hip_moe_w4a16_wmma", "gfx11", "moe_gate_up", "int4_w4a16", "ROCm/vllm #1015", m=(6, None), a_div=8),
+    # Kernels of this package.
+    *(_gemv(arch) for arch in ("gfx950", "gfx942", "gfx11", "sm_90")),
 )
 
 HIP_MARGIN = 1.03
@@ -57,6 +64,29 @@ _SGL = "sglang 0.5.23 native gfx95 MXFP8 MoE"
 _SWEEP = "static: compile sweep on gfx11, larger tiles spill registers"
 _ONE_M = "ROCm/vllm #1015: one BLOCK_M 32 for both GEMMs"
 
+_AOT = "kernels/triton/manifest.py: compiles without spills, untuned"
+
+
+def _few(arch: str, block_n: int, block_k: int, num_stages: int | None = None) -> tuple[TileRule, ...]:
+    """Tiles for at most 16 rows, dense and grouped."""
+    return tuple(
+        TileRule(
+            kernel, arch, _AOT, 16, ((None, block_n),), block_k, num_stages=num_stages, rows=rows, routed=routed
+        )
+        for kernel, rows, routed in (("triton_mx_gemm", (0, 16), False), ("triton_mx_moe", None, True))
+    )  # fmt: skip
+
+
+def _many(
+    arch: str, block_m: int, block_n: int, block_k: int, num_warps: int = 4, num_stages: int | None = None
+) -> tuple[TileRule, ...]:
+    """Tiles for all more rows than rules before them took."""
+    return tuple(
+        TileRule(kernel, arch, _AOT, block_m, ((None, block_n),), block_k, num_warps, num_stages)
+        for kernel in ("triton_mx_gemm", "triton_mx_moe")
+    )
+
+
 # fmt: off
 TILE_RULES: tuple[TileRule, ...] = (
     TileRule("triton_moe_a8w4", "gfx950", _A8W4, 16, routed=True, shrink=(128, 0)),
@@ -78,6 +108,19 @@ TILE_RULES: tuple[TileRule, ...] = (
     TileRule("triton_moe_a8w4", "gfx11", _SWEEP, 16, n_ladder=((None, 32),), block_k=64, num_stages=1, rows=(0, 16)),
     TileRule("triton_moe_a8w4", "gfx11", _SWEEP, 64, n_ladder=((None, 64),), block_k=64, num_stages=1),
     TileRule("triton_moe_w4a16", "gfx11", _ONE_M, 32, n_ladder=((None, 64),), block_k=64),
+    *_few("gfx950", 64, 256),
+    TileRule("triton_mx_moe", "gfx950", _AOT, 32, routed=True),
+    TileRule("triton_mx_moe", "gfx950", _AOT, 128, routed=True),
+    *_many("gfx950", 64, 128, 256),
+    *_few("gfx942", 64, 128),
+    TileRule("triton_mx_moe", "gfx942", _AOT, 32, ((None, 64),), 64, routed=True),
+    *_many("gfx942", 64, 64, 64),
+    *_few("gfx11", 32, 64, num_stages=1),
+    *_many("gfx11", 32, 64, 64, num_stages=1),
+    *_few("sm_90", 64, 128, num_stages=3),
+    TileRule("triton_mx_moe", "sm_90", _AOT, 32, block_k=128, num_stages=3, routed=True),
+    TileRule("triton_mx_moe", "sm_90", _AOT, 128, block_k=128, num_warps=8, num_stages=3, routed=True),
+    *_many("sm_90", 64, 128, 128, num_warps=8, num_stages=3),
 )
 # fmt: on
 """Untuned tiles, tried in order for the kernels that cover a problem, until one is legal."""

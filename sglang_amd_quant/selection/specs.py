@@ -12,7 +12,7 @@ from sglang_amd_quant.selection.problem import Config, GemmProblem
 
 SHIPPED, PUBLISHED = "shipped", "published"
 
-SPEC_MODULES = ["sglang_amd_quant.selection.families"]
+SPEC_MODULES = ["sglang_amd_quant.selection.families", "sglang_amd_quant.selection.shipped_kernels"]
 """Modules that register specs when imported. A part of the package that ships kernels adds its own here."""
 
 
@@ -40,7 +40,12 @@ class KernelSpec:
         acts: activation formats, where fewer than the schemes'; empty = the schemes' own.
         groups: elements per scale; empty = any.
         out_dtypes: what it can store without another pass.
-        fuses: parts of the epilogue it does itself, of `bias`, `activation`, `quantize`.
+        fuses: what it does itself: of the epilogue `bias`, `activation` and `quantize` (of its output), and before it
+            `quantize_input`: activations come in the model's dtype. Otherwise the op quantizes them first.
+        x_dtypes: dtypes of activations that reach it unquantized (scheme with bf16 activations, or `quantize_input`);
+            empty = any. A model's dtype is what the op hands on, `GemmProblem.out_dtype`.
+        dequantizes: both operands are dequantized to bf16 where the matrix unit takes no scales: they fill LDS so.
+        code_objects: the code objects of `kernels/hip/manifest.py` that it launches; none for Triton and torch.
         m_max, m_values: largest M, and the only Ms, that it takes; 0 and empty = any.
         k_multiple, k_also: K must be a multiple of the first or one of the second.
         n_whole: N must be whole BLOCK_Ns (tails are not masked).
@@ -64,6 +69,9 @@ class KernelSpec:
     groups: tuple[int, ...] = ()
     out_dtypes: tuple[str, ...] = ("bf16",)
     fuses: tuple[str, ...] = ()
+    x_dtypes: tuple[str, ...] = ()
+    dequantizes: bool = False
+    code_objects: tuple[str, ...] = ()
     m_max: int = 0
     m_values: tuple[int, ...] = ()
     k_multiple: int = 1

@@ -103,7 +103,7 @@ def test_from_trace(capsys: Out, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     process_selector.cache_clear()
     for m in (1, 100):
         choose(GemmProblem("linear", "mxfp8", "gfx950", m, 2304, 6144), frozenset(kernels()))
-        choose(GemmProblem("linear", "mxfp8", "gfx950", m, 2304, 6144))
+        choose(GemmProblem("linear", "mxfp8", "gfx950", m, 2304, 6144), frozenset())
     monkeypatch.delenv("SGLANG_AMD_MX_TRACE")
     code, out, _ = run(capsys, "--from-trace", str(trace), "--json")
     data = json.loads(out)

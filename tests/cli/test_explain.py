@@ -9,6 +9,7 @@ import pytest
 from sglang_amd_quant import shapes
 from sglang_amd_quant.cli.main import main
 from sglang_amd_quant.errors import AmdMxError
+from sglang_amd_quant.runtime import detect
 from sglang_amd_quant.selection import SOURCES
 
 Out = pytest.CaptureFixture[str]
@@ -30,7 +31,24 @@ def test_the_choice_its_config_its_source_and_what_this_build_has(capsys: Out) -
     assert code == 0
     assert "planned  triton_moe_a8w4   source: borrowed" in out
     assert "block_m=16 block_n=128 block_k=256" in out
-    assert "here     reference would run (reference): no kernel binary of triton_moe_a8w4 in this build" in out
+    assert "here     triton_mx_moe would run (heuristic): no kernel binary of triton_moe_a8w4 in this build" in out
+
+
+def test_a_kernel_that_was_not_built_is_not_promised(capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gfx1101 is of a family that is served, but nothing is compiled for it: Triton is what is left."""
+    line = "--op linear --scheme w4a16 --m 2 --n 2048 --k 4096 --arch "
+    _, out, _ = run(capsys, line + "gfx1101")
+    assert "planned  gemv_mxfp4   source: rule" in out
+    assert "here     triton_mx_gemm would run (heuristic)" in out
+    assert "gemv_mxfp4 cannot be launched here: nothing is compiled for gfx1101" in out
+    monkeypatch.setattr(detect, "find_spec", lambda name: None)
+    detect.launchable.cache_clear()
+    detect.missing.cache_clear()
+    _, out, _ = run(capsys, line + "gfx1101")
+    assert "here     reference would run (reference)" in out
+    assert "triton_mx_gemm cannot be launched here: triton is not installed" in out
+    detect.launchable.cache_clear()
+    detect.missing.cache_clear()
 
 
 def test_json_says_the_same(capsys: Out) -> None:
@@ -39,7 +57,7 @@ def test_json_says_the_same(capsys: Out) -> None:
     assert code == 0
     assert data["planned"]["kernel"] == "triton_moe_a8w4"
     assert data["planned"]["config"]["block_n"] == 128
-    assert (data["planned"]["in_build"], data["here"]["kernel"]) == (False, "reference")
+    assert (data["planned"]["in_build"], data["here"]["kernel"]) == (False, "triton_mx_moe")
     assert data["problem"]["e_local"] == 128
     assert all(refused["why"] for refused in data["here"]["refused"])
 

@@ -38,7 +38,7 @@ def test_figures_follow_from_the_cells(report):
     here = coverage(
         shapes.load("gpt-oss-120b"), "gfx950", 4, 1, "w4a8", MS, Selector(available=shipped())
     )  # fmt: skip
-    assert here.totals() == {**dict.fromkeys(SOURCES, 0), "reference": len(report.choices)}
+    assert here.totals() == {**dict.fromkeys(SOURCES, 0), "heuristic": len(report.choices)}
     assert here.without_binary == 0
 
 
@@ -89,7 +89,7 @@ def test_explain_says_plan_build_and_every_refusal():
     problem = GemmProblem("linear", "mxfp8", "gfx950", 100, 2304, 6144)
     explanation = explain(problem)
     assert explanation.planned.choice.kernel == "triton_gemm_mx"
-    assert explanation.here.choice.kernel == "reference"
+    assert explanation.here.choice.kernel == "triton_mx_gemm"
     text = explanation.text()
     assert "no kernel binary of triton_gemm_mx in this build" in text
     for kernel in ("hip_mxfp8_gemv", "hip_mxfp8_mfma"):
@@ -98,11 +98,22 @@ def test_explain_says_plan_build_and_every_refusal():
 
 
 def test_explain_names_kernels_that_nothing_speaks_for():
-    (mfma,) = explain(GemmProblem("linear", "mxfp8", "gfx950", 32, 2048, 4096)).others
+    mfma, own = explain(GemmProblem("linear", "mxfp8", "gfx950", 32, 2048, 4096)).others
     assert (mfma.kernel, mfma.why) == ("hip_mxfp8_mfma", ("legal here, but no entry, rule or heuristic speaks for it",))
+    assert (own.kernel, own.why) == ("triton_mx_gemm", ("legal here, but the lookup took an earlier candidate",))
     others = explain(GemmProblem("linear", "mxfp8", "sm_90", 32, 2048, 4096)).others
-    assert {other.kernel for other in others} == {"hip_mxfp8_gemv", "hip_mxfp8_mfma"}
-    assert all("not mxfp8 linear sm_90" in other.why[0] for other in others)
+    assert {other.kernel for other in others} == {"hip_mxfp8_gemv", "hip_mxfp8_mfma", "triton_gemm_mx"}
+    assert all("not mxfp8 linear sm_90" in other.why[0] for other in others if other.kernel.startswith("hip"))
+
+
+def test_explain_says_what_cannot_be_launched():
+    problem = GemmProblem("linear", "w4a16", "gfx950", 1, 2048, 4096)
+    missing = {"gemv_mxfp4": "code object gemv_mxfp4 was not built", "triton_mx_moe": "another op's"}
+    explanation = explain(problem, here=Selector(available={"triton_mx_gemm"}), lacking=missing)
+    assert explanation.planned.choice.kernel == "gemv_mxfp4"
+    assert explanation.here.choice.kernel == "triton_mx_gemm"
+    assert "gemv_mxfp4 cannot be launched here: code object gemv_mxfp4 was not built" in explanation.text()
+    assert explanation.to_json()["lacking"] == {"gemv_mxfp4": missing["gemv_mxfp4"]}
 
 
 def test_explain_agrees_with_coverage(report):

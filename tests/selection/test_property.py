@@ -28,7 +28,11 @@ ON = {
     "triton_moe_a8w4": ("gfx950", "gfx942", "gfx11", "sm_90"),
     "triton_gemm_mx": ("gfx950", "gfx942", "gfx11", "sm_90"),
     "triton_moe_w4a16": ("gfx950", "gfx942", "gfx11"),
+    "gemv_mxfp4": ("gfx950", "gfx942", "gfx11", "sm_90"),
+    "triton_mx_gemm": ("gfx950", "gfx942", "gfx11", "sm_90"),
+    "triton_mx_moe": ("gfx950", "gfx942", "gfx11", "sm_90"),
 }
+OWN = ("gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe")
 
 
 def lds(arch, c, bits_a, bits_b):
@@ -56,6 +60,17 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out.append("layout is not the weights'")
     if p.block_m and c.block_m not in (None, p.block_m):
         out.append("block_m is not routing's")
+    if choice.kernel in OWN:
+        out += ["int4"] * (p.scheme == "int4_w4a16")
+        out += ["strided"] * (choice.layout != "strided")
+        out += ["x is bf16 where nothing quantizes it"] * (p.act == "bf16" and p.out_dtype in ("fp16", "fp32"))
+        out += ["op"] * ((p.op == "linear") != (choice.kernel != "triton_mx_moe"))
+        out += ["activation and quantization are the op's"] * (
+            bool(p.epilogue.activation) != ("activation" in choice.unfused)
+            or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
+        )
+    if choice.kernel == "gemv_mxfp4":
+        out += ["gemv"] * (p.scheme != "w4a16" or not 1 <= p.m <= 4)
     if p.out_dtype in ("fp16", "fp32") and choice.kernel.startswith("hip"):
         out.append("out dtype")
     if choice.kernel.startswith("hip_mxfp8"):
@@ -88,7 +103,10 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             columns = c.block_n // 2 if p.epilogue.activation and p.epilogue.gated else c.block_n
             out += ["32 columns"] * (columns < 32)
         if choice.source not in ("exact", "padded_m", "nearest_e"):  # those ran as they are
-            out += ["LDS"] * (lds(p.arch, c, BITS[p.act], WEIGHT_BITS[p.scheme]) > LDS[p.arch])
+            bits = (BITS[p.act], WEIGHT_BITS[p.scheme])
+            if choice.kernel in OWN and p.arch != "gfx950":
+                bits = (16, 16)  # dequantized before they are multiplied
+            out += ["LDS"] * (lds(p.arch, c, *bits) > LDS[p.arch])
     return out
 
 
@@ -167,8 +185,9 @@ def test_no_choice_is_illegal(arch, write_pack):
         choice = plan(problem)
         assert not violations(problem, choice), (problem, choice)
         sources[choice.source] += 1
-    for problem in list(plan._chosen)[:500]:
+    for problem in list(plan._chosen)[:2000]:
         assert here(problem).kernel in shipped()
+        assert not violations(problem, here(problem)), problem
     if arch == "gfx950":  # the sample exercises every step of the lookup
         assert min(sources.values()) > 20, sources
 

@@ -1,0 +1,90 @@
+"""Launchers of the HIP kernels, and the GPU that a tensor lies on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from sglang_amd_quant.kernels.hip import manifest
+from sglang_amd_quant.runtime.device import Gpu, gpu
+from sglang_amd_quant.runtime.gemv_mxfp4 import gemv_mxfp4
+from sglang_amd_quant.runtime.launch import LaunchDescription
+from sglang_amd_quant.selection import kernel
+
+if TYPE_CHECKING:
+    from sglang_amd_quant.ops.linear import LinearCall
+
+ROW_ALIGNMENT = 16
+"""Bytes that rows of activations must be aligned to: kernels load them 16 bytes at a time."""
+
+
+class Device(Protocol):
+    """Somewhere that a launch can go: a GPU, or in tests the emulator."""
+
+    arch_name: str
+    cu_count: int
+
+    def load(self, *names: str) -> None:
+        """Load entry points."""
+
+    def start(self, description: LaunchDescription) -> None:
+        """Launch on the current stream."""
+
+
+class GpuDevice:
+    """A GPU, launched on torch's current stream."""
+
+    def __init__(self, loaded: Gpu) -> None:
+        self._gpu, self.arch_name, self.cu_count = loaded, loaded.arch_name, loaded.cu_count
+
+    def load(self, *names: str) -> None:
+        """Load entry points. Raises as `Gpu.kernel`."""
+        self._gpu.load(*names)
+
+    def start(self, description: LaunchDescription) -> None:
+        """Launch. Raises as `Gpu.launch`."""
+        self._gpu.launch(description, torch.cuda.current_stream(self._gpu.ordinal).cuda_stream)
+
+
+_devices: dict[int, GpuDevice] = {}
+
+
+def device_of(x: torch.Tensor) -> Device:
+    """The GPU that x lies on.
+
+    Raises:
+        UnsupportedError: no GPU driver here.
+    """
+    ordinal = x.get_device()
+    if ordinal not in _devices:
+        _devices[ordinal] = GpuDevice(gpu(ordinal))
+    return _devices[ordinal]
+
+
+def preload(kernels: Iterable[str], x: torch.Tensor) -> None:
+    """Load everything that these kernels launch on x's device: a graph capture must not be the first to need it."""
+    code_objects = {name for k in kernels for name in kernel(k).code_objects}
+    names = [e.name for c in manifest.CODE_OBJECTS if c.name in code_objects for e in c.entry_points]
+    if names:
+        device_of(x).load(*names)
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] with contiguous rows that start at multiples of `ROW_ALIGNMENT` bytes: itself, or a copy."""
+    whole = ROW_ALIGNMENT // x.element_size()
+    if x.stride(-1) == 1 and x.stride(0) % whole == 0 and x.data_ptr() % ROW_ALIGNMENT == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def run_gemv_mxfp4(call: LinearCall) -> None:
+    """`kernels/hip/gemv_mxfp4.hip`: MXFP4 x bf16, M of 1 to 4."""
+    device = device_of(call.x)
+    device.start(
+        gemv_mxfp4(
+            aligned(call.x), call.weight.data, call.weight.scales, call.y,
+            arch=device.arch_name, cu_count=device.cu_count, bias=call.bias,
+        )
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""One quantized GEMM of a layer without its tensors: as text it passes through a custom op's schema."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+
+from sglang_amd_quant.errors import SchemeError, ShapeError, UnsupportedError
+from sglang_amd_quant.layouts.names import TensorLayout
+from sglang_amd_quant.ops.reference import ActQuant
+from sglang_amd_quant.runtime.detect import current_arch
+from sglang_amd_quant.schemes import ScaleMode
+from sglang_amd_quant.schemes import scheme as scheme_named
+from sglang_amd_quant.selection import GemmProblem
+from sglang_amd_quant.selection.arch import canonical
+from sglang_amd_quant.tensor import MxForm, MxTensor, PadPlan
+
+DTYPES: dict[torch.dtype, str] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+"""Dtypes of a model -> names in `GemmProblem.out_dtype`."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A layer's GEMM at any M, and how its weights and input are stored.
+
+    Attributes:
+        problem: m is 0, the layout that of the weights.
+        arch: the architecture as the driver reports it, where `problem.arch` is the family.
+        pad: of the weights.
+        mode: how scales of its input are rounded; None = the format's default.
+    """
+
+    problem: GemmProblem
+    arch: str
+    pad: PadPlan
+    mode: ScaleMode | None = None
+
+    @classmethod
+    def of(cls, problem: GemmProblem, weight: MxTensor, act: ActQuant) -> Operand:
+        """The operand that a layer's weights are, on this device if that is of the problem's family.
+
+        Raises:
+            ShapeError: the weights have not the problem's sizes.
+            SchemeError: nor its scheme or activation format.
+            UnsupportedError: int4 zero points, which no op takes.
+        """
+        lead = (problem.e_local,) if problem.moe else ()
+        if weight.shape != (*lead, problem.n, problem.k):
+            raise ShapeError(f"weights {list(weight.shape)}", f"the layer is {problem.label()}", "pass its own weights")
+        act_format = "fp8_static" if act.scale is not None else act.scheme.act
+        if weight.scheme.name != problem.scheme or act_format != problem.act:
+            what = f"{weight.scheme.name} weights with {act_format} activations"
+            raise SchemeError(
+                what, f"the layer is {problem.scheme} with {problem.act}", "build the layer from its scheme"
+            )
+        if weight.zeros is not None:
+            raise UnsupportedError(f"weights {list(weight.shape)}", "have zero points", "use symmetric int4")
+        here = current_arch()
+        arch = here if canonical(here) == problem.arch else problem.arch
+        return cls(replace(problem, m=0, layout=weight.layout.name), arch, weight.pad, act.mode)
+
+    @cached_property
+    def form(self) -> MxForm:
+        """What the op binds data and scales to."""
+        p = self.problem
+        shape = (p.e_local, p.n, p.k) if p.moe else (p.n, p.k)
+        return MxForm(scheme_named(p.scheme), shape, TensorLayout.parse(p.layout or "strided"), self.pad)
+
+    def act(self, scale: torch.Tensor | None) -> ActQuant:
+        """How the input is quantized; `scale` is that of static fp8."""
+        return ActQuant(self.form.scheme, self.mode, scale)
+
+    def problem_of(self, dtype: str, m: int = 0) -> GemmProblem:
+        """The problem at an M for a model of this dtype, which is what the op hands on."""
+        return _at(self.problem, dtype, m)
+
+    @cached_property
+    def text(self) -> str:
+        """`to_json` on one line."""
+        return json.dumps(self.to_json(), separators=(",", ":"))
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads back."""
+        return {
+            "problem": self.problem.to_json(),
+            "arch": self.arch,
+            "pad": [self.pad.n, self.pad.k],
+            "mode": self.mode,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Operand:
+        """Read `to_json`'s form. Raises ShapeError where the problem cannot be read."""
+        mode = None if data["mode"] is None else ScaleMode(data["mode"])
+        return cls(GemmProblem.from_json(data["problem"]), data["arch"], PadPlan(*data["pad"]), mode)
+
+
+@lru_cache(maxsize=4096)
+def _at(problem: GemmProblem, dtype: str, m: int) -> GemmProblem:
+    return replace(problem, m=m, out_dtype=dtype)
+
+
+def dtype_name(x: torch.Tensor) -> str:
+    """The name of a model's dtype.
+
+    Raises:
+        SchemeError: no op takes it.
+    """
+    if x.dtype not in DTYPES:
+        known = ", ".join(str(dtype) for dtype in DTYPES)
+        raise SchemeError(f"activations of {x.dtype}", "no op takes them", f"use one of {known}")
+    return DTYPES[x.dtype]

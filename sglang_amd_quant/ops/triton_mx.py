@@ -1,0 +1,101 @@
+"""Launchers of the Triton kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_amd_quant.ops.quantize import Quantized, quantize_activation
+from sglang_amd_quant.ops.routing import Routing, route
+from sglang_amd_quant.selection import Config
+from sglang_amd_quant.tensor import MxTensor
+
+if TYPE_CHECKING:
+    from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig
+    from sglang_amd_quant.ops.linear import LinearCall
+    from sglang_amd_quant.ops.moe import MoeCall
+
+
+def tile_of(config: Config) -> MxGemmConfig:
+    """A choice's parameters as the kernel takes them."""
+    from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig
+
+    optional = {"nonkdim": config.nonkdim, "group_m": dict(config.params).get("group_m")}
+    given = {name: value for name, value in optional.items() if value is not None}
+    return MxGemmConfig(*config.tile, num_warps=config.num_warps or 4, num_stages=config.num_stages or 2, **given)
+
+
+def run_mx_gemm(call: LinearCall) -> None:
+    """`kernels/triton/mx_gemm.py`, dense: quantize x, multiply."""
+    from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm
+
+    x, w, tile = quantize_activation(call.x, call.act), call.weight, tile_of(call.config)
+    if x.factor is None:
+        mx_gemm(x.data, x.scales, w.data, w.scales, call.y, tile, call.problem.arch, bias=call.bias)
+        return
+    y = torch.empty(call.y.shape, dtype=torch.float32, device=call.y.device)
+    mx_gemm(x.data, x.scales, w.data, w.scales, y, tile, call.problem.arch)
+    y *= x.factor
+    call.y.copy_(y if call.bias is None else y.add_(call.bias))
+
+
+def run_mx_moe(call: MoeCall) -> torch.Tensor:
+    """`kernels/triton/mx_gemm.py`, grouped, twice; activation, quantization and sum over top_k in torch between.
+
+    The first product stays fp32 until its activation, as in the reference.
+    """
+    problem, (m, top_k) = call.problem, call.topk_ids.shape
+    weights = call.topk_weights.float().contiguous()
+    x = (call.x.float() * weights[:, :1]).to(call.x.dtype) if problem.weight_on_input else call.x
+    routing = route(call.topk_ids, problem.num_experts, tile_of(call.config13).block_m)
+    first = _grouped(
+        quantize_activation(x, problem.act13), call.w13, call.b13, call.config13, call.arch, routing, top_k
+    )  # fmt: skip
+    hidden = quantize_activation(problem.activation(first).to(x.dtype), problem.act2)
+    weighted = weights.reshape(-1) if problem.weight_output and not problem.weight_on_input else None
+    out = _grouped(hidden, call.w2, call.b2, call.config2, call.arch, routing, 1, weighted).view(m, top_k, -1)
+    if problem.combine:
+        out = out.sum(dim=1) * problem.scale
+    return out.to(x.dtype)
+
+
+def _grouped(
+    x: Quantized,
+    w: MxTensor,
+    bias: torch.Tensor | None,
+    config: Config,
+    arch: str,
+    routing: Routing,
+    top_k: int,
+    row_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x times the weights of each row's expert: fp32 [rows, N]; rows that no expert here takes are 0."""
+    from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm
+
+    y = torch.empty(routing.rows, w.n, dtype=torch.float32, device=x.data.device)
+    # The kernel adds the bias and weights rows after the product, so a factor of the product goes before both.
+    fused = x.factor is None
+    mx_gemm(
+        x.data, x.scales, w.data, w.scales, y, tile_of(config), arch, bias=bias if fused else None,
+        row_ids=routing.row_ids, block_experts=routing.block_experts, row_weights=row_weights if fused else None,
+        top_k=top_k,
+    )  # fmt: skip
+    if x.factor is not None:
+        y *= x.factor
+        if bias is not None:
+            y += _bias_rows(bias, routing)
+        if row_weights is not None:
+            y *= row_weights[:, None]
+    return y
+
+
+def _bias_rows(bias: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """bias [E, N] -> [rows, N]: each routed row's expert's; 0 for dropped rows."""
+    expert = routing.block_experts.repeat_interleave(
+        routing.block_m, output_size=routing.row_ids.numel()
+    ).long()  # of each place
+    of_row = torch.full((routing.rows + 1,), -1, dtype=torch.int64, device=bias.device)
+    of_row.scatter_(0, routing.row_ids.long(), expert)
+    of_row = of_row[: routing.rows, None]
+    return torch.where(of_row >= 0, bias.float()[of_row[:, 0].clamp(min=0)], 0.0)
