@@ -1,7 +1,7 @@
 # make serve [MODEL=folder] [SCHEME=mxfp4|mxfp8|w4a8|w4a16] [PORT=30000]   serve a model on this machine's CPU
 # make stop                                                               stop it
 # make test                                                               the whole test suite
-# make check                                                              linters and the type checker
+# make check                                                              linters, type checker, resources of kernels
 PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 30000
@@ -33,6 +33,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/amd-mx packs lint
+	$(BIN)/amd-mx build --report
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
 """Compiles the HIP kernels into the wheel, so that a serving machine needs no compiler. All else is in
 pyproject.toml."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,24 +14,26 @@ ROOT = Path(__file__).resolve().parent
 class BuildWithKernels(build_py):
     """`build_py`, then the code objects beside the Python files.
 
-    A wheel holds all AMD targets, or is not built; sm_90 if this machine has nvcc. An editable install compiles what it
-    can, into the source tree, where `amd-mx build` writes too.
+    A wheel holds all AMD targets, or is not built; sm_90 if this machine has nvcc. What `amd-mx build` has left in the
+    source tree and is up to date is taken over. An editable install compiles nothing.
     """
 
     def run(self) -> None:
         super().run()
+        if self.editable_mode:
+            return
         sys.path.insert(0, str(ROOT))
         import sglang_amd_quant
 
         sglang_amd_quant.__path__.append(str(ROOT))  # kernels/ is sglang_amd_quant.kernels, see package-dir
         from sglang_amd_quant.kernels.hip.manifest import AMD_ARCHS, ARCHS
 
-        from sglang_amd_quant.toolchain.build import CODE_OBJECT_DIR, available_archs, build
+        from sglang_amd_quant.toolchain.build import available_archs, build
 
-        available = available_archs(ARCHS)
-        archs = available if self.editable_mode else [a for a in ARCHS if a in AMD_ARCHS or a in available]
-        out = CODE_OBJECT_DIR if self.editable_mode else Path(self.build_lib) / "sglang_amd_quant/kernels/code_objects"
-        for built in build(archs, out=out):
+        archs = [*AMD_ARCHS, *available_archs([a for a in ARCHS if a not in AMD_ARCHS])]
+        out = Path(self.build_lib) / "sglang_amd_quant/kernels/code_objects"
+        shutil.rmtree(out, ignore_errors=True)  # build_lib is kept between builds, and may hold what no longer exists
+        for built in build(archs, out=out, reuse=ROOT / "kernels/code_objects"):
             problems = [f"{r.kernel} for {r.arch} {p}" for r in built.reports for p in r.problems]
             if problems:
                 raise SystemExit("; ".join(problems))

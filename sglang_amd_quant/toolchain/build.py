@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sglang_amd_quant.errors import UnsupportedError
 from sglang_amd_quant.kernels.hip.manifest import CODE_OBJECTS, CodeObject, EntryPoint
@@ -22,8 +23,6 @@ from sglang_amd_quant.toolchain.report import Argument, KernelReport, amd_report
 
 HIP_DIR = CODE_OBJECT_DIR.parent / "hip"
 INCLUDE_DIR = HIP_DIR / "include"
-
-_FORMAT = 1  # of the record beside a code object; raise it when reports change
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ def build(
     code_objects: tuple[CodeObject, ...] = CODE_OBJECTS,
     hip_dir: Path = HIP_DIR,
     out: Path = CODE_OBJECT_DIR,
+    reuse: Path | None = None,
     which: str | None = None,
     jobs: int | None = None,
     force: bool = False,
@@ -70,6 +70,7 @@ def build(
         code_objects: what to compile.
         hip_dir: where their sources are.
         out: folder to write to: `<arch>/<name>.hsaco` or `.cubin`, and `.json` beside it.
+        reuse: folder of an earlier build; what is up to date there is copied.
         which: HIP compiler to insist on (`zig`, `rocm`).
         jobs: compilers at a time; default one a CPU.
         force: compile also what is up to date.
@@ -98,7 +99,7 @@ def build(
     order = {c.name: i for i, c in enumerate(code_objects)}
     units.sort(key=lambda unit: order[unit[0].name])
     with ThreadPoolExecutor(max_workers=jobs or os.cpu_count()) as pool:
-        futures = [pool.submit(_build_one, *unit, hip_dir, out, force) for unit in units]
+        futures = [pool.submit(_build_one, *unit, hip_dir, out, reuse, force) for unit in units]
         try:
             for done in as_completed(futures):
                 done.result()
@@ -110,18 +111,27 @@ def build(
 
 
 def _build_one(
-    code_object: CodeObject, arch: Arch, compiler: AmdCompiler | NvidiaCompiler, hip_dir: Path, out: Path, force: bool
+    code_object: CodeObject,
+    arch: Arch,
+    compiler: AmdCompiler | NvidiaCompiler,
+    hip_dir: Path,
+    out: Path,
+    reuse: Path | None,
+    force: bool,
 ) -> Built:
     source = hip_dir / code_object.source
     if not source.exists():
         raise BuildError(f"{code_object.name} for {arch.name}", f"{source} does not exist", "correct the manifest")
     include = hip_dir / "include" if (hip_dir / "include").is_dir() else INCLUDE_DIR
     path = code_object_path(code_object.name, arch, out)
-    record, key = path.with_suffix(".json"), _key(code_object, source, include, compiler.identity)
-    if not force and path.exists() and record.exists():
-        known = json.loads(record.read_text())
-        if known["key"] == key and known["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest():
-            reports = [KernelReport.from_json(r) for r in known["reports"]]
+    key = _key(code_object, source, include, compiler.identity)
+    for folder in () if force else (out, *([reuse] if reuse else [])):
+        kept = _up_to_date(code_object_path(code_object.name, arch, folder), key)
+        if kept is not None:
+            binary, facts = kept
+            if folder != out:
+                _write_both(path, binary, facts)
+            reports = [KernelReport.from_json(r) for r in facts["reports"]]
             return Built(code_object, arch, path, reports, compiler.identity, cached=True)
     with tempfile.TemporaryDirectory() as work:
         output = compiler.compile(source, arch, include, code_object.defines, Path(work))
@@ -143,24 +153,35 @@ def _build_one(
             _check_arguments(code_object, arch, entry_point, arguments)
         check(report, arch, entry_point.claims, instructions(output.assembly, entry_point.name, arch))
         reports.append(report)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, output.binary)
-    facts: dict[str, object] = {
-        "key": key,
-        "sha256": hashlib.sha256(output.binary).hexdigest(),
-        "compiler": compiler.identity,
-    }
+    facts = {"key": key, "sha256": hashlib.sha256(output.binary).hexdigest(), "compiler": compiler.identity}
     facts |= {"code_object": code_object.name, "arch": arch.name, "reports": [r.to_json() for r in reports]}
-    _write(record, json.dumps(facts, indent=1).encode())
+    _write_both(path, output.binary, facts)
     return Built(code_object, arch, path, reports, compiler.identity, cached=False)
 
 
 def _key(code_object: CodeObject, source: Path, include: Path, compiler: str) -> str:
     """Changes when anything does that the code object or its report depends on."""
-    digest = hashlib.sha256(repr((_FORMAT, compiler, code_object)).encode())
-    for file in [source, *sorted(include.glob("*.h"))]:
+    digest = hashlib.sha256(repr((compiler, code_object)).encode())
+    toolchain = sorted(Path(__file__).parent.glob("*.py"))  # how it is compiled and what is reported: flags, claims
+    for file in [source, *sorted(include.glob("*.h")), *toolchain]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
+
+
+def _up_to_date(path: Path, key: str) -> tuple[bytes, dict[str, Any]] | None:
+    """A code object and its record, if both are there, belong together and were made from what `key` stands for."""
+    record = path.with_suffix(".json")
+    if not path.exists() or not record.exists():
+        return None
+    binary, facts = path.read_bytes(), json.loads(record.read_text())
+    fresh = facts["key"] == key and facts["sha256"] == hashlib.sha256(binary).hexdigest()
+    return (binary, facts) if fresh else None
+
+
+def _write_both(path: Path, binary: bytes, facts: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, binary)
+    _write(path.with_suffix(".json"), json.dumps(facts, indent=1).encode())
 
 
 def _check_arguments(code_object: CodeObject, arch: Arch, entry_point: EntryPoint, stated: list[Argument]) -> None:

@@ -299,7 +299,7 @@ def table(reports: list[KernelReport]) -> str:
             narrow = sum(n for width, n in r.loads.items() if width <= 4)
             counted = [r.mix["matrix"], r.loads.get(16, 0), r.loads.get(8, 0), narrow, r.mix["global_store"]]
             counted += [r.mix["lds_read"], r.mix["lds_write"], r.mix["async_copy"], r.mix["wait"]]
-        figures = ["-" if c is None else str(c) for c in (*fixed, *counted)]
+        figures = ["n/a" if c is None else str(c) for c in (*fixed, *counted)]
         rows.append([r.kernel, r.arch, *figures, "; ".join(r.problems) or "none"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = (0, 1, len(head) - 1)

@@ -4,6 +4,7 @@ itself."""
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang_amd_quant.kernels.hip.manifest import ARCHS
+from sglang_amd_quant.kernels.hip import manifest
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.runtime.arch import arch_facts
-from sglang_amd_quant.runtime.code_objects import code_object
 from sglang_amd_quant.runtime.gemv_mxfp4 import gemv_mxfp4, lds_bytes, plan, plans, tile
 from sglang_amd_quant.toolchain.build import HIP_DIR, INCLUDE_DIR, build
 from sglang_amd_quant.toolchain.compilers import AmdCompiler, find_compiler
@@ -25,17 +25,16 @@ CU_COUNT = 4  # a small GPU, so that blocks take several tiles
 
 
 @pytest.fixture(scope="session")
-def code_objects(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Where a target's code object is; built once a session."""
-    out, ready = tmp_path_factory.mktemp("code_objects"), set()
+def code_objects() -> Any:
+    """Where a target's code object is, brought up to date first."""
 
-    def get(target: Any, kernel: str) -> Path:
-        if target.arch.name not in ready:
-            build([target.arch.name], out=out)
-            ready.add(target.arch.name)
-        return code_object(kernel, target.arch.name, out)
+    @cache
+    def get(arch: str, kernel: str) -> Path:
+        (built,) = build([arch], code_objects=(manifest.find(kernel)[0],))
+        assert [r.problems for r in built.reports] == [[]] * len(built.reports)
+        return built.path
 
-    return get
+    return lambda target, kernel: get(target.arch.name, kernel)
 
 
 def bf16(x: np.ndarray) -> np.ndarray:
@@ -168,7 +167,7 @@ def test_infinite_and_widely_spread_activations(target: Any, code_objects: Any) 
     st.integers(1, 4),
     st.integers(1, 40000),
     st.integers(1, 1000).map(lambda b: 32 * b),
-    st.sampled_from(ARCHS),
+    st.sampled_from(manifest.ARCHS),
     st.integers(1, 304),
 )
 def test_every_plan_fits_the_device(m: int, n: int, k: int, arch: str, cu_count: int) -> None:
