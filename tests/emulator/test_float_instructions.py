@@ -107,6 +107,8 @@ HALF = [
     ("v_pk_add_f16 D, A, B", lambda a, b, c, d: bits(pair(a) + pair(b))),
     ("v_pk_mul_f16 D, A, B neg_hi:[1,0]", lambda a, b, c, d: bits(pair(a) * pair(b) * np.array([1, -1], np.float16))),
     ("v_pk_fma_f16 D, A, B, C", lambda a, b, c, d: bits(f16(pair(a).astype(float) * pair(b) + pair(c)))),
+    ("v_pk_maximum3_f16 D, A, B, C",
+     lambda a, b, c, d: bits(np.maximum(np.maximum(pair(a), pair(b)), pair(c)))),
     ("v_cvt_f32_f16 D, A", lambda a, b, c, d: bits(a.f16.astype(np.float32))),
     ("v_cvt_f32_f16_sdwa D, A dst_sel:DWORD src0_sel:WORD_1",
      lambda a, b, c, d: bits(pair(a)[:, 1].astype(np.float32))),

@@ -56,6 +56,13 @@ def sext24(x):
     return (x << 8).view(np.int32) >> 8
 
 
+def saturated(a, b, dtype, sign):
+    """Sum or difference of 16-bit halves, clamped to their range."""
+    x, y = (w.words.view(dtype)[:, :2].astype(int) for w in (a, b))
+    limits = np.iinfo(dtype)
+    return np.clip(x + sign * y, limits.min, limits.max).astype(dtype).view(U32)[:, 0]
+
+
 def lanes(w):
     return np.arange(len(w.words), dtype=U32)
 
@@ -184,6 +191,17 @@ INTEGER = [
      lambda a, b, c, d: (low(a) * np.uint16(0x3F00)).astype(U32) | ((high(a) * np.uint16(0x3F00)).astype(U32) << 16)),
     ("v_pk_lshlrev_b16 D, 4, A op_sel_hi:[0,1]", SAME, "u32",
      lambda a, b, c, d: (low(a) << 4).astype(U32) | ((high(a) << 4).astype(U32) << 16)),
+    ("v_pk_add_u16 D, A, B clamp", SAME, "u32", lambda a, b, c, d: saturated(a, b, np.uint16, 1)),
+    ("v_pk_sub_i16 D, A, B clamp", SAME, "u32", lambda a, b, c, d: saturated(a, b, np.int16, -1)),
+    ("v_sub_u16 D, A, B clamp", None, "u32", lambda a, b, c, d: saturated(a, b, np.uint16, -1) & 0xFFFF),
+    ("v_cvt_pk_u16_u32 D, A, B", SAME, "u32",
+     lambda a, b, c, d: np.minimum(a.u32, 0xFFFF) | np.minimum(b.u32, 0xFFFF) << 16),
+    ("v_cvt_pk_i16_i32 D, A, B", SAME, "u32",
+     lambda a, b, c, d: np.clip(a.i32, -32768, 32767).astype(U32) & 0xFFFF
+     | np.clip(b.i32, -32768, 32767).astype(U32) << 16),
+    (None, "v_mov_b32 v20, A; v_swap_b16 D.h, v20.l", "u32", lambda a, b, c, d: low(d) | low(a).astype(U32) << 16),
+    (None, "v_mov_b32 v20, A; v_swap_b16 v20.h, D.l; v_mov_b32 D, v20", "u32",
+     lambda a, b, c, d: low(a) | low(d).astype(U32) << 16),
     # SDWA
     ("v_add_u32_sdwa D, A, B dst_sel:DWORD src0_sel:BYTE_1 src1_sel:WORD_1", None, "u32",
      lambda a, b, c, d: (a.u32 >> 8 & 255) + (b.u32 >> 16)),

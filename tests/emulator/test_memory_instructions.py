@@ -280,6 +280,23 @@ def test_float_atomics(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHES)
+def test_buffer_atomics(arch):
+    """The form that returns puts what memory held into the register of its data."""
+    before = "s_mov_b32 s8, s6; s_mov_b32 s9, s7; s_mov_b32 s10, -1; s_mov_b32 s11, 0x27000; v_mov_b32 v20, v61;"
+    lane = np.arange(wave_size(arch), dtype=np.uint32)
+    own = "v_lshlrev_b32 v59, 2, v61;"
+    add = "buffer_atomic_add v20, v59, s[8:11], 0 offen"
+    out, _ = run(arch, f"{before} {own} {add}; {add}; WAIT", output_bytes=4 * len(lane))
+    assert np.array_equal(out.view(np.uint32), 2 * lane)
+    returning = f"{add}; WAIT; v_mov_b32 v20, 5; {add} sc0; WAIT; v_lshlrev_b32 v20, 8, v20; {add}; WAIT"
+    out, _ = run(arch, f"{before} {own} {returning}", output_bytes=4 * len(lane))
+    assert np.array_equal(out.view(np.uint32), lane + 5 + (lane << 8))
+    body = f"{before} {WORD} v_cvt_f32_u32 v20, v61; buffer_atomic_add_f32 v20, v59, s[8:11], 0 offen; WAIT"
+    out, _ = run(arch, body, output_bytes=16)
+    assert np.array_equal(out.view(np.float32), [lane[k::4].sum() for k in range(4)])
+
+
+@pytest.mark.parametrize("arch", ARCHES)
 def test_crossbar(arch):
     lanes = wave_size(arch)
     lane = np.arange(lanes)

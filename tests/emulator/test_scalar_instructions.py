@@ -40,6 +40,8 @@ SALU = [
     ("s_brev_b32 S, P", lambda p, q, r: (int(f"{p[0]:032b}"[::-1], 2), None)),
     ("s_ff1_i32_b32 S, P", lambda p, q, r: ((p[0] & -p[0]).bit_length() - 1, None)),
     ("s_flbit_i32_b32 S, P", lambda p, q, r: (32 - p[0].bit_length(), None)),
+    ("s_flbit_i32_i64 S, PP",
+     lambda p, q, r: (64 - (p64(p) if p[1] < 1 << 31 else ~p64(p) & (1 << 64) - 1).bit_length(), None)),
     ("s_sext_i32_i8 S, P", lambda p, q, r: ((p[0] & 255) - (p[0] << 1 & 256), None)),
     ("s_pack_lh_b32_b16 S, P, Q", lambda p, q, r: (p[0] & 0xFFFF | q[0] & 0xFFFF0000, None)),
     ("s_lshl3_add_u32 S, P, Q", lambda p, q, r: ((p[0] << 3) + q[0], (p[0] << 3) + q[0] >> 32 != 0)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache, lru_cache
 
 import numpy as np
@@ -320,8 +321,10 @@ class _Decoder:
         row, record = self.row, self.record
         words = list(row.sources)
         if row.category == "atomic" and self.returns(operands, words):
-            words.insert(0, "vdst")
             record["returns"] = 1
+            words.insert(0, "vdst")
+            if record["space"] == Space.BUFFER:  # what memory held replaces the data in their register
+                operands.insert(0, replace(operands[0], count=int(record["bytes"]) // 4))
         elif "returns" in row.parameters:
             record["returns"] = 1
         if words[-1] == "saddr" and len(operands) == len(words) - 1:  # flat instructions have none

@@ -41,6 +41,7 @@ INLINE u32 signed_field32(u32 x, u32 offset, u32 width) {
 }
 INLINE i32 sign24(u32 x) { return (i32)(x << 8) >> 8; }
 INLINE i32 saturate_i32(i64 x) { return x > INT32_MAX ? INT32_MAX : x < INT32_MIN ? INT32_MIN : (i32)x; }
+INLINE i32 saturate_i16(i32 x) { return x > INT16_MAX ? INT16_MAX : x < INT16_MIN ? INT16_MIN : x; }
 INLINE u32 reverse_bits(u32 x) {
   x = (x >> 1 & 0x55555555) | (x & 0x55555555) << 1;
   x = (x >> 2 & 0x33333333) | (x & 0x33333333) << 2;

@@ -31,6 +31,17 @@ void swap_registers(Wave *w, const Instr *i) {
   }
 }
 
+/* Two 16-bit halves of registers, named by `select`, change places. */
+void swap_halves(Wave *w, const Instr *i) {
+  u32 *a = w->v[i->dst.index], *b = w->v[i->src[0].index];
+  u32 up = i->dst.select == SELECT_WORD_1 ? 16 : 0, other = i->src[0].select == SELECT_WORD_1 ? 16 : 0;
+  FOR_LANES(exec_mask(w), l) {
+    u32 x = a[l] >> up & 0xFFFF, y = b[l] >> other & 0xFFFF;
+    a[l] = (a[l] & ~(0xFFFFu << up)) | y << up;
+    b[l] = (b[l] & ~(0xFFFFu << other)) | x << other;
+  }
+}
+
 /* v_permlane32_swap, v_permlane16_swap (gfx950): the upper half of each 2 x flag lanes of dst changes places with the
  * lower half of the same lanes of src. */
 void permlane_swap(Wave *w, const Instr *i) {
