@@ -25,9 +25,16 @@ class AmdMxCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def apply_server_args_defaults(self, server_args: Any) -> None:
         if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
             server_args.max_total_tokens = KV_TOKENS
+        # torch_native reads every layer's cache at the slots of the full one.
+        server_args.disable_hybrid_swa_memory = True
         ranks = server_args.tp_size * server_args.pp_size
         if ranks > 1:  # SGLang gives each rank a NUMA node unless told, and refuses more ranks than nodes
             os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(_core_shares(ranks)))
+
+    def init_backend(self) -> None:
+        from sglang_amd_quant.integration import cpu_attention
+
+        cpu_attention.register()
 
     def get_device(self, device_id: int = 0) -> Any:
         return "cpu"  # SGLang splits this at ":", which a torch.device cannot
