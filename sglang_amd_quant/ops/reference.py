@@ -32,9 +32,12 @@ class ActQuant:
     scale: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Quantize and dequantize x[..., K], keeping its dtype: the values that the matmul sees."""
+        """Quantize and dequantize x[..., K]: the values that the matmul sees.
+
+        In x's dtype, which holds an MX value exactly; in fp32 for static fp8, where a product with the scale needs it.
+        """
         if self.scale is not None:
-            return (formats.quantize_fp8_static(x, self.scale).float() * self.scale).to(x.dtype)
+            return formats.quantize_fp8_static(x, self.scale).float() * self.scale
         if self.scheme.act == "bf16":
             return x
         return formats.fake_quantize_mx(x, self.scheme.act, self.mode)

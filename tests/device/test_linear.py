@@ -1,0 +1,123 @@
+"""Linear layers on the accelerator: kernels that selection picks, against fp64 of the same operands; graphs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from op_layers import MX, assert_close, exact_linear
+
+from sglang_amd_quant.ops.linear import bound
+
+SHAPES = ((1, 32), (37, 2080), (130, 96), (2304, 6144))
+MS = (1, 2, 3, 4, 5, 16, 17, 64, 100, 300)
+
+
+def kernel_of(layer, m: int, dtype: str = "bf16") -> str:
+    return bound(layer.text).choice(m, dtype).kernel
+
+
+@pytest.mark.parametrize("scheme", MX)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_every_m(device_linear, needs, scheme, n, k, biased):
+    needs("triton_mx_gemm")
+    layer = device_linear(scheme, n, k)
+    layer.prepare()
+    bias = torch.randn(n, device="cuda").bfloat16() if biased else None
+    for m in MS:
+        x = torch.randn(m, k, device="cuda").bfloat16()
+        assert kernel_of(layer, m) != "reference"
+        assert_close(layer(x, bias), exact_linear(layer, x, bias), k)
+    assert layer(torch.empty(0, k, device="cuda").bfloat16(), bias).shape == (0, n)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+def test_the_gemv_serves_few_rows(device_linear, needs, m):
+    needs("gemv_mxfp4")
+    layer = device_linear("w4a16", 1536, 6144)
+    assert kernel_of(layer, m) == "gemv_mxfp4"
+    for bias in (None, torch.randn(1536, device="cuda"), torch.randn(1536, device="cuda").half()):
+        for x in (torch.randn(m, 6144, device="cuda"), torch.randn(m, 6150, device="cuda")[:, 3:6147]):
+            assert_close(layer(x.bfloat16(), bias), exact_linear(layer, x.bfloat16(), bias), 6144)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_models_in_other_dtypes(device_linear, needs, dtype):
+    needs("triton_mx_gemm")
+    for scheme in MX:
+        layer = device_linear(scheme, 130, 384)
+        x, bias = torch.randn(2, 3, 384, dtype=dtype, device="cuda"), torch.randn(130, dtype=dtype, device="cuda")
+        assert_close(layer(x, bias), exact_linear(layer, x, bias), 384)
+        name = "fp16" if dtype is torch.float16 else "fp32"
+        assert (kernel_of(layer, 6, name) == "reference") == (scheme == "w4a16")
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "mxfp8"])
+def test_static_fp8(device_linear, needs, scheme):
+    needs("triton_mx_gemm")
+    layer, bias = device_linear(scheme, 130, 384, static=True), torch.randn(130, device="cuda").bfloat16()
+    for m in (1, 40):
+        x = torch.randn(m, 384, device="cuda").bfloat16()
+        assert_close(layer(x, bias), exact_linear(layer, x, bias), 384 + 2)
+
+
+@pytest.mark.parametrize("scheme", MX)
+@pytest.mark.parametrize("m", [1, 4, 16, 100])
+def test_a_graph_replays_on_new_values(device_linear, captured, needs, scheme, m):
+    needs("triton_mx_gemm")
+    layer = device_linear(scheme, 520, 768)
+    layer.prepare()
+    x, bias = torch.randn(m, 768, device="cuda").bfloat16(), torch.randn(520, device="cuda").bfloat16()
+    graph, out = captured(lambda: layer(x, bias))
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(out, layer(x, bias))
+        assert_close(out, exact_linear(layer, x, bias), 768)
+
+
+def test_prepared_kernels_are_loaded_before_a_capture(device_linear, needs):
+    """No warm-up: whatever the driver must load for the GEMV, `prepare` has loaded."""
+    needs("gemv_mxfp4")
+    layer = device_linear("w4a16", 256, 512)
+    layer.prepare()
+    x = torch.randn(2, 512, device="cuda").bfloat16()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(x)
+    graph.replay()
+    assert_close(out, exact_linear(layer, x), 512)
+
+
+def test_compiled_is_eager(device_linear, needs):
+    needs("triton_mx_gemm")
+    layer = device_linear("w4a8", 256, 512)
+    run = torch.compile(layer.__call__, backend="aot_eager", fullgraph=True, dynamic=True)
+    for m in (2, 33):
+        x = torch.randn(m, 512, device="cuda").bfloat16()
+        assert torch.equal(run(x), layer(x))
+
+
+@pytest.mark.parametrize(("scheme", "m"), [("w4a16", 1), ("w4a16", 8), ("mxfp8", 8)])
+def test_weights_beyond_two_gibibytes(device_linear, needs, scheme, m):
+    """The last rows, whose byte offsets are no int32, against fp64; all rows finite."""
+    needs("triton_mx_gemm")
+    k = 8192
+    small = device_linear(scheme, 64, k)
+    copies = (2**31 // small.weight.data.nbytes) + 2
+    weight = small.weight
+    n = 64 * copies
+    big = replace(
+        weight, data=weight.data.repeat(copies, 1), scales=weight.scales.repeat(copies, 1), shape=(n, k),
+        pad=replace(weight.pad, n=n),
+    )  # fmt: skip
+    layer = replace(small, weight=big, problem=replace(small.problem, n=n))
+    assert big.data.nbytes > 2**31
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    out, want = layer(x), small(x)
+    assert torch.equal(out.view(m, copies, 64)[:, -1], out.view(m, copies, 64)[:, 0])
+    assert_close(out[:, -64:], exact_linear(small, x), k)
+    assert_close(want, exact_linear(small, x), k)
+    assert torch.isfinite(out).all()

@@ -1,0 +1,88 @@
+"""Fused MoE and routing on the accelerator, against the torch reference; graphs that replay on other routings."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from op_layers import MX, as_served_on_a_cpu, tokens
+
+from sglang_amd_quant.ops.activation import Activation
+from sglang_amd_quant.ops.moe import bound
+from sglang_amd_quant.ops.routing import route
+
+E, H, INTER, TOP_K = 16, 512, 352, 4
+GPT_OSS = Activation("swigluoai", interleaved=True, limit=7.0)
+STEP = {"w4a16": 0.0, "w4a8": 2**-3, "mxfp8": 2**-3, "mxfp4": 2**-1}
+
+
+def cuda(given):
+    return tuple(tensor.cuda() for tensor in given)
+
+
+def close(got, want, scheme):
+    """As in tests/ops/test_moe.py: three roundings to bf16, and one step of the format in one of I terms."""
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+    assert torch.isfinite(got).all()
+    slack = 3 * 2**-9 + STEP[scheme] / math.sqrt(INTER)
+    assert (got.double() - want.double()).abs().max() <= want.double().abs().max() * slack
+
+
+@pytest.mark.parametrize("scheme", MX)
+@pytest.mark.parametrize("m", [1, 7, 64, 300])
+@pytest.mark.parametrize("activation", [Activation(), GPT_OSS], ids=lambda a: a.kind)
+def test_every_scheme(device_moe, needs, scheme, m, activation):
+    needs("triton_mx_moe")
+    layer = device_moe(scheme, E, H, INTER, TOP_K, activation=activation, biases=activation is GPT_OSS)
+    layer.prepare()
+    given = cuda(tokens(m, H, E, TOP_K, dropped=0.2))
+    assert bound(layer.text).pair(m, "bf16").kernels == ("triton_mx_moe", "triton_mx_moe")
+    close(layer(*given), as_served_on_a_cpu(layer)(*given), scheme)
+
+
+def test_skewed_routing(device_moe, needs):
+    """All tokens on one expert, all dropped, none at all."""
+    needs("triton_mx_moe")
+    layer = device_moe("w4a8", E, H, INTER, TOP_K)
+    x, ids, weights = cuda(tokens(150, H, E, TOP_K))
+    one = torch.full_like(ids, -1)
+    one[:, 0] = 5
+    close(layer(x, one, weights), as_served_on_a_cpu(layer)(x, one, weights), "w4a8")
+    assert not layer(x, torch.full_like(ids, -1), weights).any()
+    assert layer(x[:0], ids[:0], weights[:0]).shape == (0, H)
+
+
+@pytest.mark.parametrize("scheme", MX)
+@pytest.mark.parametrize("m", [1, 16, 200])
+def test_a_graph_replays_on_another_routing(device_moe, captured, needs, scheme, m):
+    needs("triton_mx_moe")
+    layer = device_moe(scheme, E, H, INTER, TOP_K)
+    x, ids, weights = cuda(tokens(m, H, E, TOP_K))
+    graph, out = captured(lambda: layer(x, ids, weights))
+    for dropped in (0.0, 0.5, 1.0):
+        for target, new in zip((x, ids, weights), tokens(m, H, E, TOP_K, dropped=dropped), strict=True):
+            target.copy_(new)
+        graph.replay()
+        assert torch.equal(out, layer(x, ids, weights))
+
+
+def test_compiled_is_eager(device_moe, needs):
+    needs("triton_mx_moe")
+    layer = device_moe("w4a16", E, H, INTER, TOP_K)
+    run = torch.compile(layer.__call__, backend="aot_eager", fullgraph=True, dynamic=True)
+    for m in (2, 33):
+        given = cuda(tokens(m, H, E, TOP_K))
+        assert torch.equal(run(*given), layer(*given))
+
+
+@pytest.mark.parametrize(("m", "top_k", "experts", "block_m"), [(1, 4, 128, 16), (700, 8, 256, 64), (33, 16, 1024, 16)])
+def test_routing_is_the_cpus(m, top_k, experts, block_m):
+    """Blocks and the rows of each expert; their order within an expert is a device kernel's own."""
+    ids = torch.randint(-1, experts, (m, top_k), dtype=torch.int32)
+    got, want = route(ids.cuda(), experts, block_m), route(ids, experts, block_m)
+    assert torch.equal(got.block_experts.cpu(), want.block_experts)
+    rows = [r.row_ids.cpu().view(r.blocks, block_m) for r in (got, want)]
+    for expert in range(-1, experts):
+        mine = [r[want.block_experts == expert].flatten().sort().values for r in rows]
+        assert torch.equal(*mine)

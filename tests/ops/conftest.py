@@ -1,0 +1,136 @@
+"""Devices that are not there: the emulator, and the Triton kernels' twins."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sglang_amd_quant.kernels.hip.manifest import AMD_ARCHS
+
+from sglang_amd_quant.ops import hip, linear, moe
+from sglang_amd_quant.runtime.arch import arch_facts
+from sglang_amd_quant.runtime.code_objects import code_object
+from sglang_amd_quant.runtime.launch import LaunchDescription
+from sglang_amd_quant.toolchain.build import build
+from sglang_amd_quant.toolchain.compilers import find_compiler
+
+for folder in (Path(__file__).parent, Path(__file__).parents[1] / "emulator"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+class EmulatedDevice:
+    """A GPU of some arch in the emulator. Tensors lie on the CPU and are read and written in place.
+
+    Attributes:
+        launched: names of the kernels that ran.
+    """
+
+    cu_count = 4
+
+    def __init__(self, arch_name: str, root: Path) -> None:
+        self.arch_name, self._root, self.launched = arch_name, root, []  # type: ignore[var-annotated]
+
+    def load(self, *names: str) -> None:
+        for name in names:
+            assert code_object(name, self.arch_name, self._root).exists()
+
+    def start(self, description: LaunchDescription) -> None:
+        from emulator.launch import launch
+
+        self.launched.append(description.kernel)
+        launch(
+            code_object(description.kernel, self.arch_name, self._root),
+            description.kernel,
+            (description.grid,),
+            (description.block,),
+            [_array(a) if isinstance(a, torch.Tensor) else a for a in description.args],
+            lds_bytes=description.lds,
+        )
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory, from its first element on, as bytes; the launch describes strides."""
+    storage = torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
+    return storage[tensor.storage_offset() * tensor.element_size() :].numpy()
+
+
+@pytest.fixture(scope="session")
+def built_code_objects(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of code objects, with those of an arch built once a session."""
+    out, ready = tmp_path_factory.mktemp("code_objects"), set()
+
+    def get(arch: str) -> Path:
+        if arch not in ready:
+            build([arch], out=out)
+            ready.add(arch)
+        return out
+
+    return get
+
+
+@pytest.fixture(params=AMD_ARCHS)
+def emulated(
+    request: pytest.FixtureRequest, built_code_objects: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> EmulatedDevice:
+    """Each AMD arch in turn: ops for it launch into the emulator."""
+    if find_compiler(arch_facts(request.param)) is None:
+        pytest.skip("no HIP compiler")
+    pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
+    device = EmulatedDevice(request.param, built_code_objects(request.param))
+    monkeypatch.setattr(hip, "device_of", lambda x: device)
+    only(monkeypatch, "gemv_mxfp4")
+    return device
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """These kernels, and no others, can be launched."""
+    for module in (linear, moe):
+        monkeypatch.setattr(module, "launchable", lambda arch: frozenset(names))
+    forget()
+
+
+def forget() -> None:
+    """Drop what ops remember of layers."""
+    linear.bound.cache_clear()
+    moe.bound.cache_clear()
+
+
+@pytest.fixture
+def triton_twins(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Triton kernels run as their torch twins; gives the calls, each as its keyword arguments."""
+    pytest.importorskip("triton")
+    from sglang_amd_quant.kernels.triton import mx_gemm
+
+    calls: list[dict[str, Any]] = []
+
+    def twin(x, x_scales, w, w_scales, y, config, arch, **options):  # type: ignore[no-untyped-def]
+        for tensor in (x, x_scales, w, w_scales, y, *options.values()):
+            assert not isinstance(tensor, torch.Tensor) or tensor.is_contiguous()
+        assert mx_gemm.element_of(x) in ("bf16", "e4m3", "e2m1")
+        calls.append({"x": x, "y": y, "config": config, "arch": arch, **options})
+        if options.get("row_ids") is not None:
+            assert options["row_ids"].numel() == options["block_experts"].numel() * config.block_m
+            y.fill_(torch.nan)  # rows that stand nowhere in row_ids would stay so
+            written = options["row_ids"].long()
+            y[written[written < y.shape[0]]] = 0
+        result = mx_gemm.mx_gemm_torch(x, x_scales, w, w_scales, **options)
+        y.copy_(result + 0 * y if options.get("row_ids") is not None else result)
+        return y
+
+    monkeypatch.setattr(mx_gemm, "mx_gemm", twin)
+    only(monkeypatch, "triton_mx_gemm", "triton_mx_moe")
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    forget()
+    yield
+    forget()

@@ -1,0 +1,196 @@
+"""The linear op: fakes, launchers, a launch that ends in the emulator; against fp64 of the same quantized operands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from op_layers import MX, assert_close, exact_linear, make_linear, opchecks, with_values
+
+from sglang_amd_quant.errors import SchemeError, ShapeError, UnsupportedError
+from sglang_amd_quant.ops import hip
+from sglang_amd_quant.ops.linear import KERNELS, bound
+from sglang_amd_quant.ops.operand import Operand
+from sglang_amd_quant.schemes import SCHEMES
+from sglang_amd_quant.selection import kernels, shipped
+from sglang_amd_quant.tensor import MxTensor, PadPlan
+
+N, K = 48, 96
+
+
+def test_every_shipped_linear_kernel_has_a_launcher():
+    mine = {name for name in shipped() if "linear" in kernels()[name].ops}
+    assert mine == set(KERNELS)
+
+
+@pytest.mark.parametrize("scheme", MX)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_op_by_the_reference(scheme, dtype):
+    layer = make_linear(scheme, N, K)
+    x, bias = torch.randn(2, 3, K, dtype=dtype), torch.randn(N, dtype=dtype)
+    out = layer(x, bias)
+    assert (out.shape, out.dtype) == ((2, 3, N), dtype)
+    assert_close(out, exact_linear(layer, x, bias), K)
+    assert torch.equal(out, with_values(layer)(x, bias))
+    assert layer(x[:0]).shape == (0, 3, N)
+
+
+@pytest.mark.parametrize("scheme", MX)
+@pytest.mark.parametrize("options", ["plain", "bias", "static"])
+def test_opcheck(scheme, options):
+    """Schema, fake against real, and the traced op with dynamic shapes."""
+    layer = make_linear(scheme, N, K, static=options == "static")
+    x, bias = torch.randn(3, K).bfloat16(), torch.randn(N).bfloat16() if options == "bias" else None
+    args = (x, layer.weight.data, layer.weight.scales, bias, layer.act.scale, layer.text)
+    torch.library.opcheck(torch.ops.amd_mx.linear.default, args, test_utils=opchecks(scheme))
+
+
+def test_compiles_to_one_graph_for_all_m():
+    layer, graphs = make_linear("w4a16", N, K), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    run = torch.compile(layer.__call__, backend=backend, fullgraph=True, dynamic=True)
+    for m in (2, 5, 64):
+        x = torch.randn(m, K).bfloat16()
+        assert torch.equal(run(x), layer(x))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+@pytest.mark.parametrize("bias_dtype", [None, torch.bfloat16, torch.float32])
+def test_gemv_in_the_emulator_gives_the_references_numbers(emulated, m, bias_dtype):
+    layer = make_linear("w4a16", 37, 288, arch=emulated.arch_name)
+    x = torch.randn(m, 288).bfloat16()
+    bias = None if bias_dtype is None else torch.randn(37, dtype=bias_dtype)
+    layer.prepare()
+    out = layer(x, bias)
+    out_type = "f32" if bias_dtype is torch.float32 else "bf16"  # a bias that it cannot read is added to fp32
+    assert emulated.launched == [f"gemv_mxfp4_{out_type}_m{m if m < 3 else 4}"]
+    assert out.dtype == torch.bfloat16
+    exact = exact_linear(layer, x, bias)
+    assert_close(out, exact, 288)
+    assert_close(with_values(layer)(x, bias), exact, 288)
+
+
+@pytest.mark.parametrize("case", ["columns of a wider tensor", "misaligned start", "unaligned rows", "transposed"])
+def test_gemv_takes_any_strides(emulated, case):
+    layer = make_linear("w4a16", 20, 64, arch=emulated.arch_name)
+    x = {
+        "columns of a wider tensor": torch.randn(2, 128).bfloat16()[:, 64:],
+        "misaligned start": torch.randn(2, 80).bfloat16()[:, 3:67],
+        "unaligned rows": torch.randn(2, 65).bfloat16()[:, :64],
+        "transposed": torch.randn(64, 2).bfloat16().T,
+    }[case]
+    assert_close(layer(x), exact_linear(layer, x), 64)
+    assert len(emulated.launched) == 1
+
+
+def test_what_no_kernel_covers_is_the_references(emulated):
+    """M = 5, or a model in fp16 or fp32: nothing is launched, and the result is right."""
+    layer = make_linear("w4a16", 20, 64, arch=emulated.arch_name)
+    for m, dtype, rule in ((5, torch.bfloat16, "M=5 is outside of 1...4"), (1, torch.float16, "the model's are fp16")):
+        x = torch.randn(m, 64, dtype=dtype)
+        assert_close(layer(x), exact_linear(layer, x), 64)
+        choice = bound(layer.text).choice(m, {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype])
+        assert choice.kernel == "reference"
+        assert any(rule in reason for reason in choice.reasons), choice.reasons
+    assert emulated.launched == []
+
+
+def test_a_nan_scale_reaches_the_result(emulated):
+    layer = make_linear("w4a16", 20, 64, arch=emulated.arch_name)
+    layer.weight.scales[7, 1] = 255
+    out = layer(torch.randn(1, 64).bfloat16())
+    assert torch.isnan(out).nonzero().tolist() == [[0, 7]]
+
+
+@pytest.mark.parametrize("scheme", MX)
+@pytest.mark.parametrize("static", [False, True], ids=["", "static"])
+@pytest.mark.parametrize("m", [1, 70])
+def test_triton_launcher(triton_twins, scheme, static, m):
+    """Static fp8: the kernel multiplies the sum by the scale, the reference each term: one rounding in fp32 each."""
+    layer = make_linear(scheme, N, K, arch="sm_90", static=static)
+    for dtype in (torch.bfloat16, torch.float16) if scheme != "w4a16" or static else (torch.bfloat16,):
+        x = torch.randn(m, 2 * K, dtype=dtype)[:, ::2]
+        for bias in (None, torch.randn(N, dtype=dtype)):
+            assert_close(layer(x, bias), exact_linear(layer, x, bias), K + 2)
+    (call, *_) = triton_twins
+    assert call["config"].block_m == (16 if m == 1 else 64)
+    assert call["y"].dtype == (torch.float32 if static else torch.bfloat16)
+
+
+def test_operand_text_reads_back():
+    for scheme, static in (("mxfp8", False), ("w4a8", True)):
+        layer = make_linear(scheme, N, K, arch="gfx1151", static=static, tp=4)
+        operand = bound(layer.text).operand
+        assert operand == Operand.of(layer.problem, layer.weight, layer.act)
+        assert operand.problem == replace(layer.problem, layout="strided")
+        assert operand.form == layer.weight.form
+
+
+def test_layout_and_padding_reach_the_op():
+    layer = make_linear("mxfp4", N, K)
+    packed = layer.weight.to_layout("cdna4_scale", PadPlan(64, 128))
+    same = replace(layer, weight=packed)
+    assert bound(same.text).operand.problem.layout == "cdna4_scale"
+    x = torch.randn(3, K)
+    assert torch.equal(same(x), layer(x))
+
+
+class TestMistakes:
+    @pytest.mark.parametrize("shape", [(3, K - 32), (3, K + 1), ()])
+    def test_wrong_k(self, shape):
+        layer = make_linear("w4a16", N, K)
+        for run in (layer, with_values(layer)):
+            with pytest.raises(ShapeError, match=f"the layer's K is {K}"):
+                run(torch.randn(shape))
+
+    def test_dtype_that_no_model_has(self):
+        with pytest.raises(SchemeError, match=r"activations of torch\.float64: no op takes them"):
+            make_linear("w4a16", N, K)(torch.randn(1, K).double())
+
+    def test_weights_of_another_layer(self):
+        layer = make_linear("w4a16", N, K)
+        with pytest.raises(ShapeError, match=r"weights \[48, 96\].*N=64"):
+            replace(layer, problem=replace(layer.problem, n=64))
+        with pytest.raises(SchemeError, match="w4a16 weights with bf16 activations.*mxfp4 with e2m1"):
+            replace(layer, problem=replace(layer.problem, scheme="mxfp4", act=""))
+
+    def test_static_scale_without_static_problem(self):
+        layer = make_linear("w4a8", N, K)
+        with pytest.raises(SchemeError, match="fp8_static activations"):
+            replace(layer, act=replace(layer.act, scale=torch.tensor(1.0)))
+
+    def test_zero_points(self):
+        weight = MxTensor.quantize(torch.randn(N, 64), SCHEMES["int4_w4a16"], symmetric=False)
+        layer = make_linear("w4a16", N, 64)
+        with pytest.raises(UnsupportedError, match="zero points"):
+            replace(
+                layer, weight=weight, problem=replace(layer.problem, scheme="int4_w4a16"),
+                act=replace(layer.act, scheme=SCHEMES["int4_w4a16"]),
+            )  # fmt: skip
+
+
+def test_preload_asks_for_every_entry_point(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        hip, "device_of", lambda x: type("Device", (), {"load": lambda self, *names: asked.extend(names)})()
+    )
+    hip.preload({"gemv_mxfp4", "triton_mx_gemm", "reference"}, torch.zeros(1))
+    assert sorted(asked) == [f"gemv_mxfp4_{out}_m{m}" for out in ("bf16", "f32") for m in (1, 2, 4)]
+    asked.clear()
+    hip.preload({"reference"}, torch.zeros(1))
+    assert asked == []
+
+
+def test_importing_ops_launches_nothing_and_needs_no_triton():
+    import subprocess
+    import sys
+
+    code = "import sys, sglang_amd_quant.ops.linear, sglang_amd_quant.ops.moe; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
