@@ -119,3 +119,48 @@ def make_config(sglang_context: Any) -> Callable[..., Any]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def as_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Layers are built as for an MI355X; the Triton kernel runs as its torch twin, and HIP kernels are only loaded.
+
+    Attributes:
+        calls: archs that the twin was called for.
+        loaded: entry points that were asked for ahead.
+    """
+    pytest.importorskip("triton")
+    from sglang_amd_quant.kernels.triton import mx_gemm
+
+    from sglang_amd_quant.integration import linear as linear_method
+    from sglang_amd_quant.integration import moe as moe_method
+    from sglang_amd_quant.ops import hip, layout, linear, moe, operand
+
+    class Gpu:
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+            self.loaded: set[str] = set()
+
+        def load(self, *names: str) -> None:
+            self.loaded.update(names)
+
+    gpu = Gpu()
+
+    def twin(x, x_scales, w, w_scales, y, config, arch, **options):  # type: ignore[no-untyped-def]
+        gpu.calls.append(arch)
+        return y.copy_(mx_gemm.mx_gemm_torch(x, x_scales, w, w_scales, **options))
+
+    for module in (linear_method, moe_method, layout, operand):
+        monkeypatch.setattr(module, "current_arch", lambda: "gfx950")
+    for module in (layout, linear, moe):
+        kernels = frozenset({"gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe"})
+        monkeypatch.setattr(module, "launchable", lambda arch, kernels=kernels: kernels)
+    for module in (linear_method, moe_method):
+        monkeypatch.setattr(module, "cu_count", lambda: 256)
+    monkeypatch.setattr(mx_gemm, "mx_gemm", twin)
+    monkeypatch.setattr(hip, "device_of", lambda x: gpu)
+    linear.bound.cache_clear()
+    moe.bound.cache_clear()
+    yield gpu
+    linear.bound.cache_clear()
+    moe.bound.cache_clear()

@@ -195,3 +195,54 @@ def test_reload_replaces_kept_copies(make_config, rank):
         layer.weight.weight_loader(layer.weight, weight)
         layer.quant_method.process_weights_after_loading(layer)
         close(layer.quant_method.apply(layer, x), expected(x, weight, SCHEMES["w4a16"]), 64)
+
+
+def test_on_a_gpu_the_layer_calls_its_kernel_on_packed_weights(make_config, rank, as_gpu):
+    """No kept copies, weights in the layout that selection picked, kernels loaded; Triton's runs as its twin."""
+    from sglang.srt.layers.linear import ColumnParallelLinear
+
+    for scheme in SERVED:
+        with rank():
+            layer = ColumnParallelLinear(
+                128,
+                48,
+                bias=True,
+                params_dtype=torch.bfloat16,
+                quant_config=make_config(scheme.name),
+                prefix="a.q_proj",
+            )
+        weight, bias, x = torch.randn(48, 128).bfloat16(), torch.randn(48).bfloat16(), torch.randn(5, 128).bfloat16()
+        layer.weight.weight_loader(layer.weight, weight)
+        layer.bias.weight_loader(layer.bias, bias)
+        layer.quant_method.process_weights_after_loading(layer)
+        assert layer.amd_mx.values is None
+        assert layer.amd_mx.problem.arch == "gfx950"
+        assert layer.amd_mx.weight.data.data_ptr() == layer.weight.data.data_ptr()
+        as_gpu.calls.clear()
+        close(layer(x)[0], expected(x, weight, scheme, bias), 128)
+        assert as_gpu.calls == ["gfx950"]
+    assert as_gpu.loaded >= {"gemv_mxfp4_bf16_m1", "gemv_mxfp4_f32_m4"}
+
+
+def test_packed_weights_are_restored_for_new_ones(make_config, rank, as_gpu, monkeypatch):
+    from sglang.srt.layers.linear import ReplicatedLinear
+
+    from sglang_amd_quant.ops import layout
+    from sglang_amd_quant.selection import LayoutChoice
+
+    monkeypatch.setattr(layout, "choose_layout", lambda *_: LayoutChoice("cdna4_scale", "rule", ("test",)))
+    with rank():
+        layer = ReplicatedLinear(
+            64, 48, bias=False, params_dtype=torch.bfloat16, quant_config=make_config("w4a8"), prefix="m.q_proj"
+        )
+    x = torch.randn(3, 64).bfloat16()
+    for weight in (torch.randn(48, 64), torch.randn(48, 64)):
+        layer.weight.weight_loader(layer.weight, weight)
+        strided = layer.weight_scale.data.clone()
+        layer.quant_method.process_weights_after_loading(layer)
+        assert layer.amd_mx.weight.layout.name == "cdna4_scale"
+        assert layer.weight_scale.data.shape == layer.amd_mx.weight.scales.shape != strided.shape
+        close(layer(x)[0], expected(x, weight, SCHEMES["w4a8"]), 64)  # no kernel here reads it: the reference does
+        assert as_gpu.calls == []
+        layer.quant_method.restore_weights_before_loading(layer)
+        assert torch.equal(layer.weight_scale.data, strided)

@@ -268,3 +268,35 @@ def test_stored_and_online_weights_are_the_same_bits(make_config, rank, stored):
     for name in ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"):
         got, want = getattr(layer, name), getattr(reference, name)
         assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("scheme", SERVED, ids=lambda s: s.name)
+def test_on_a_gpu_the_layer_calls_its_kernels(make_config, rank, as_gpu, scheme):
+    with rank():
+        layer = fill(build(make_config(scheme.name)), weights())
+    assert layer.amd_mx.values is None
+    x, ids, probs = inputs(dtype=torch.bfloat16)
+    ids[0] = -1
+    got = run(layer, x, ids, probs)
+    assert as_gpu.calls == ["gfx950", "gfx950"]
+    want = oracle(x, ids, probs, weights(), scheme).sum(1)
+    # besides the quantization step: the activation and the result are rounded to bf16, 2^-9 of a value each
+    step = {"bf16": 0.0, "e4m3": 2**-3, "e2m1": 2**-1}[scheme.act] / math.sqrt(INTER)
+    assert (got.double() - want).abs().max() <= want.abs().max() * (2 * 2**-9 + step)
+
+
+def test_packed_experts_are_restored_for_new_ones(make_config, rank, as_gpu, monkeypatch):
+    from sglang_amd_quant.ops import layout
+    from sglang_amd_quant.selection import LayoutChoice
+
+    monkeypatch.setattr(layout, "choose_layout", lambda *_: LayoutChoice("cdna4_scale", "rule", ("test",)))
+    with rank():
+        layer, plain = build(make_config("w4a8")), build(make_config("w4a8"))
+    fill(layer, weights())
+    assert (layer.amd_mx.w13.layout.name, layer.amd_mx.w2.layout.name) == ("cdna4_scale", "cdna4_scale")
+    assert layer.w13_weight_scale.shape != plain.w13_weight_scale.shape
+    x, ids, probs = inputs(dtype=torch.bfloat16)
+    first = run(layer, x, ids, probs)
+    assert as_gpu.calls == []
+    layer.quant_method.restore_weights_before_loading(layer)
+    assert torch.equal(run(fill(layer, weights()), x, ids, probs), first)
