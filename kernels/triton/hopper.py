@@ -1,0 +1,151 @@
+"""Launches the Hopper kernels: grouped GEMM, and a fused MoE from routing to combine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from .combine import combine
+from .hopper_moe import hopper_moe_kernel
+from .hopper_pack import HopperWeights
+from .quant_mx import quant_mx
+from .routing import Routing, route
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """Tile and launch options.
+
+    Attributes:
+        block_m: tokens, 16 to 256.
+        block_n: weight rows, a multiple of 16 * num_warps.
+        num_warps: 4 or 8.
+        num_stages: of shared memory, at least 3: all but two are on their way.
+        group_m: blocks of tokens that are taken together, for the sake of L2.
+    """
+
+    block_m: int
+    block_n: int = 128
+    num_warps: int = 4
+    num_stages: int = 4
+    group_m: int = 8
+
+    def shared_bytes(self, x_format: str, w_format: str) -> int:
+        """Shared memory of the pipeline."""
+        x = self.block_m * 128 * (2 if x_format == "bf16" else 1)
+        w = self.block_n * (128 if w_format == "e4m3" else 64 + 4)
+        return self.num_stages * (x + w)
+
+
+def hopper_gemm(
+    x: torch.Tensor,
+    x_factors: torch.Tensor | None,
+    w: HopperWeights,
+    y: torch.Tensor,
+    routing: Routing,
+    config: HopperConfig,
+    *,
+    top_k: int = 1,
+    bias: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
+    activation: str = "none",
+    limit: float | None = None,
+    alpha: float = 1.702,
+    beta: float = 1.0,
+) -> torch.Tensor:
+    """y[r] = x[r // top_k] w[expert of r]^T (+ bias), activated or weighted, for each routed row r that has a place.
+
+    No host read of device data: may be captured in a graph. Rows that are dropped are not written.
+
+    Args:
+        x: [R / top_k, K] bf16, or float8_e4m3fn with `x_factors`; contiguous, like all that follow.
+        x_factors: [R / top_k] fp32, powers of two.
+        w: packed for x's format; with `pairs` if there is an activation.
+        y: [R, N] bf16 or fp32; [R, N / 2] after an activation.
+        routing: of `config.block_m`.
+        config: tile and launch options.
+        top_k: routed rows a row of x.
+        bias: [E, N], in the order before packing.
+        row_weights: [R] fp32, the routing weights.
+        activation: `none`, `silu` or `swigluoai`; with limit, alpha, beta as in `ops.activation.Activation`.
+    """
+    rows, k_tiles, groups = y.shape[0], triton.cdiv(w.k, 128), triton.cdiv(w.n, 16)
+    if routing.block_m != config.block_m or (activation != "none") != (w.pairs is not None):
+        raise ValueError(
+            f"blocks of {routing.block_m} rows with config {config}, activation {activation} with pairs {w.pairs}: "
+            "routing and packing must be made for the launch; route and pack again"
+        )
+    tiles_m = routing.block_experts.numel()
+    if tiles_m:
+        grid = (tiles_m * triton.cdiv(w.n, config.block_n),)
+        hopper_moe_kernel[grid](
+            x, x_factors, w.data, w.scales, w.factors, bias, y, routing.row_ids, routing.block_experts, row_weights,
+            rows, w.n, w.k, k_tiles, groups, tiles_m, alpha, limit or 0.0, beta,
+            w.x_format, w.w_format, top_k, activation, w.pairs == "interleaved", limit is not None,
+            config.block_m, config.block_n, config.num_stages, config.group_m, num_warps=config.num_warps,
+        )  # fmt: skip
+    return y
+
+
+def fused_moe_hopper(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    w13: HopperWeights,
+    w2: HopperWeights,
+    config13: HopperConfig,
+    config2: HopperConfig,
+    *,
+    element: str | None,
+    mode: str | None = None,
+    b13: torch.Tensor | None = None,
+    b2: torch.Tensor | None = None,
+    activation: str = "silu",
+    limit: float | None = None,
+    alpha: float = 1.702,
+    beta: float = 1.0,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """Gate_up, activation, down and combine: x[M, H] -> [M, H], bf16.
+
+    Args:
+        x: [M, H] bf16, contiguous.
+        topk_ids: [M, top_k] int32 or int64: local ids; others are dropped.
+        topk_weights: [M, top_k] fp32.
+        w13, w2: packed for the same x_format; w13 with pairs.
+        config13, config2: of one block_m.
+        element: MX format of the activations, `e4m3` or `e2m1`; None: bf16.
+        mode: scale rounding of that; None: the format's default.
+        b13, b2: biases [E, N], [E, H].
+        activation, limit, alpha, beta: between the GEMMs.
+        scale: of the combined sum.
+    """
+    m, top_k = topk_ids.shape
+    experts = w13.factors.shape[0]
+    routing = route(topk_ids, experts, config13.block_m)
+    hidden = torch.empty(m * top_k, w13.n // 2, dtype=x.dtype, device=x.device)
+    left, factors = activations(x, element, mode, w13.x_format)
+    hopper_gemm(
+        left, factors, w13, hidden, routing, config13,
+        top_k=top_k, bias=b13, activation=activation, limit=limit, alpha=alpha, beta=beta,
+    )  # fmt: skip
+    left, factors = activations(hidden, element, mode, w2.x_format)
+    routed = torch.empty(m * top_k, w2.n, dtype=x.dtype, device=x.device)
+    hopper_gemm(left, factors, w2, routed, routing, config2, bias=b2, row_weights=topk_weights)
+    return combine(routed, topk_ids, experts, torch.empty_like(x), scale)
+
+
+def activations(
+    x: torch.Tensor, element: str | None, mode: str | None, x_format: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the kernel multiplies: x as quantized to `element`, in bf16, or as e4m3 under one factor a row.
+
+    Under one factor a row, MXFP8 with RCEIL scales is what e4m3 gives anyway, but for elements that are small against
+    the row, and needs no blocks in between.
+    """
+    if x_format == "bf16":
+        return (x, None) if element is None else quant_mx(x, element, "bf16", mode, native=True)
+    direct = element == "e4m3" and mode in (None, "rceil")
+    return quant_mx(x, None if direct else element, "row", mode, native=True)
