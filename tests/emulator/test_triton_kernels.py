@@ -7,34 +7,18 @@ ours come from the ISA documents, and they meet only through the machine code.
 import numpy as np
 import pytest
 import torch
-from emulator import CodeObject, launch, uninitialised
+from emulator import uninitialised
+from packaging.version import Version
 
-corpus = pytest.importorskip("triton_corpus", reason="needs triton")
+pytest.importorskip("triton")
+import triton
+import triton_corpus as corpus
+from triton_running import ARCHES, EPS, bf16_bits, bf16_values, run
 
-ARCHES = ("gfx950", "gfx942", "gfx1100", "gfx1151")
 MNK = {"M": "i32", "N": "i32", "K": "i32"}
 POINTER = {"e2m1": "*u8", "e4m3": "*fp8e4nv", "e5m2": "*fp8e5"}
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-EPS = 2.0**-24  # unit roundoff of fp32
-
-
-def run(compiled, grid, args):
-    """Launch a Triton kernel; the two trailing arguments are Triton's scratch pointers, which these kernels ignore."""
-    code = CodeObject(compiled.hsaco)
-    kernel = code.kernel(compiled.name)
-    block = (compiled.num_warps * kernel.wave_size,)
-    explicit = sum(not a.kind.startswith("hidden") for a in kernel.arguments)
-    args = [*args, *[None] * (explicit - len(args))]
-    return launch(code, kernel.name, grid, block, args, lds_bytes=compiled.lds_bytes)
-
-
-def bf16_bits(x):
-    return torch.tensor(x, dtype=torch.float32).to(torch.bfloat16).view(torch.uint16).numpy()
-
-
-def bf16_values(bits):
-    return torch.tensor(bits).view(torch.bfloat16).double().numpy()
 
 
 def random_mx(rng, element, rows, k):
@@ -66,8 +50,6 @@ def assert_product(c, a, b, roundings=0.0):
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "i8"])
 def test_gemm(arch, dtype):
-    if dtype in ("fp32", "i8") and arch == "gfx1151":
-        pytest.skip("the same code as gfx1100")
     out = "*i32" if dtype == "i8" else "*fp32"
     tile = {"BM": 32, "BN": 32, "BK": 64 if dtype != "fp32" else 32}
     compiled = corpus.compile_kernel(corpus.gemm, arch, {"a": f"*{dtype}", "b": f"*{dtype}", "c": out} | MNK, tile)
@@ -138,6 +120,15 @@ def test_scaled_product_native(a_format, b_format, instruction):
 def test_scaled_product_decomposed(arch, a_format, b_format):
     """Without scaled matrix instructions Triton converts to bf16 and uses WMMA."""
     check_scaled(arch, a_format, b_format, 64, None)
+
+
+def test_scaled_product_on_gfx942():
+    """Triton 3.6 cannot lower it there ("Unsupported DotScaleOp"); newer versions decompose it to bf16 as on gfx11."""
+    if Version(triton.__version__) >= Version("3.9"):
+        check_scaled("gfx942", "e4m3", "e2m1", 64, None)
+        return
+    with pytest.raises(RuntimeError, match="PassManager::run failed"):
+        check_scaled("gfx942", "e4m3", "e2m1", 64, None)
 
 
 def check_scaled(arch, a_format, b_format, block_k, instruction):
@@ -241,65 +232,3 @@ def test_argmax_and_cumulative_sum(arch):
     run(compiled, (2,), [x, uninitialised(best), uninitialised(total), 500])
     assert np.array_equal(best, x.argmax(1))
     assert np.all(np.abs(total - x.astype(np.float64).cumsum(1)) <= 512 * EPS * np.abs(x).cumsum(1))
-
-
-# ---- the rest ----
-
-
-@pytest.mark.parametrize("arch", ARCHES)
-def test_histogram_by_atomics(arch):
-    compiled = corpus.compile_kernel(corpus.histogram, arch, {"x": "*i32", "counts": "*i32", "n": "i32"}, {"B": 256})
-    x = np.random.default_rng(10).integers(0, 17, 1000).astype(np.int32)
-    counts = np.zeros(17, np.int32)
-    run(compiled, (4,), [x, counts, 1000])
-    assert np.array_equal(counts, np.bincount(x, minlength=17))
-
-
-@pytest.mark.parametrize("arch", ARCHES)
-def test_transpose(arch):
-    compiled = corpus.compile_kernel(
-        corpus.transpose, arch, {"x": "*bf16", "y": "*bf16", "N": "i32"}, {"BM": 64, "BN": 64}
-    )
-    x = np.random.default_rng(11).integers(0, 1 << 16, (64, 64)).astype(np.uint16)
-    y = np.empty_like(x)
-    run(compiled, (1,), [x, uninitialised(y), 64])
-    assert np.array_equal(y, x.T)
-
-
-CASTS = [
-    ("fp32", "bf16"),
-    ("fp32", "fp16"),
-    ("fp32", "fp8e4nv"),
-    ("fp32", "fp8e5"),
-    ("bf16", "fp8e4nv"),
-    ("fp8e4nv", "fp32"),
-    ("fp8e4nv", "bf16"),
-    ("fp8e5", "bf16"),
-    ("fp32", "i32"),
-    ("i8", "fp32"),
-]
-TORCH = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8e4nv": torch.float8_e4m3fn,
-    "fp8e5": torch.float8_e5m2,
-    "i32": torch.int32,
-    "i8": torch.int8,
-}
-
-
-@pytest.mark.parametrize("arch", ["gfx950", "gfx942", "gfx1100"])
-@pytest.mark.parametrize(("source", "target"), CASTS)
-def test_cast(arch, source, target):
-    """Triton's conversions against torch's, bit for bit, on finite values that the target can hold."""
-    compiled = corpus.compile_kernel(corpus.cast, arch, {"x": f"*{source}", "y": f"*{target}", "n": "i32"}, {"B": 512})
-    generator = torch.Generator().manual_seed(12)
-    x = torch.randn(1000, generator=generator) * 16
-    x = x.clamp(-100, 100).to(TORCH[source])
-    x[:4] = torch.tensor([0.0, 1.0, -2.0, 0.5]).to(TORCH[source])
-    expected = x.to(torch.float32).to(TORCH[target])
-    raw = x.view(torch.uint8).numpy().copy()
-    y = np.empty(1000 * expected.element_size(), np.uint8)
-    run(compiled, (2,), [raw, uninitialised(y), 1000])
-    assert np.array_equal(y, expected.view(torch.uint8).numpy())

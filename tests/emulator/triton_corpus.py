@@ -150,6 +150,171 @@ def transpose(x, y, N, BM: tl.constexpr, BN: tl.constexpr):
     tl.store(y + n[:, None] * BM + m[None, :], tl.trans(tile))
 
 
+@triton.jit
+def layernorm(x, w, b, y, n, eps, B: tl.constexpr):
+    """y[row] = (x[row] - mean) / sqrt(var + eps) * w + b, fp32."""
+    row = tl.program_id(0)
+    o = tl.arange(0, B)
+    v = tl.load(x + row * n + o, mask=o < n, other=0.0)
+    centred = tl.where(o < n, v - tl.sum(v, 0) / n, 0.0)
+    s = 1 / tl.sqrt(tl.sum(centred * centred, 0) / n + eps)
+    tl.store(y + row * n + o, centred * s * tl.load(w + o, mask=o < n) + tl.load(b + o, mask=o < n), mask=o < n)
+
+
+@triton.jit
+def logsumexp(x, y, n, B: tl.constexpr):
+    """y[row] = log(sum(exp(x[row]))), block by block with a running maximum."""
+    row = tl.program_id(0)
+    top, total = -float("inf"), 0.0
+    for start in range(0, n, B):
+        o = start + tl.arange(0, B)
+        v = tl.load(x + row * n + o, mask=o < n, other=-float("inf"))
+        higher = tl.maximum(top, tl.max(v, 0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(v - higher), 0)
+        top = higher
+    tl.store(y + row, top + tl.log(total))
+
+
+@triton.jit
+def silu_mul(x, y, n, B: tl.constexpr):
+    """y[row] = silu(x[row, :n]) * x[row, n:], bf16."""
+    row = tl.program_id(0)
+    o = tl.arange(0, B)
+    gate = tl.load(x + row * 2 * n + o, mask=o < n).to(tl.float32)
+    up = tl.load(x + row * 2 * n + n + o, mask=o < n).to(tl.float32)
+    tl.store(y + row * n + o, (gate * tl.sigmoid(gate) * up).to(tl.bfloat16), mask=o < n)
+
+
+@triton.jit
+def row_extremes(x, top, bottom, N: tl.constexpr, M: tl.constexpr):
+    """Maximum of each row and minimum of each column of x[M, N]."""
+    m, n = tl.arange(0, M), tl.arange(0, N)
+    v = tl.load(x + m[:, None] * N + n[None, :])
+    tl.store(top + m, tl.max(v, 1))
+    tl.store(bottom + n, tl.min(v, 0))
+
+
+@triton.jit
+def sort_rows(x, y, N: tl.constexpr, M: tl.constexpr):
+    """y = x[M, N], each row sorted."""
+    m, n = tl.arange(0, M), tl.arange(0, N)
+    place = m[:, None] * N + n[None, :]
+    tl.store(y + place, tl.sort(tl.load(x + place)))
+
+
+@triton.jit
+def gather_rows(table, rows, y, n, B: tl.constexpr):
+    """y[i] = table[rows[i]], n 16-bit elements a row, 64-bit row numbers."""
+    i = tl.program_id(0)
+    o = tl.arange(0, B)
+    tl.store(y + i * n + o, tl.load(table + tl.load(rows + i) * n + o, mask=o < n), mask=o < n)
+
+
+@triton.jit
+def uniform(y, seed, B: tl.constexpr):
+    """y = Triton's uniform random numbers: Philox, ten rounds of 32-bit multiplications with both halves."""
+    o = tl.program_id(0) * B + tl.arange(0, B)
+    tl.store(y + o, tl.rand(seed, o))
+
+
+@triton.jit
+def integer_math(x, z, y, B: tl.constexpr):
+    """Quotients, remainders, products and shifts of type(x); z > 0."""
+    o = tl.arange(0, B)
+    a, b = tl.load(x + o), tl.load(z + o)
+    tl.store(y + o, a // b)
+    tl.store(y + B + o, a % b)
+    tl.store(y + 2 * B + o, a * b)
+    tl.store(y + 3 * B + o, (a << (b & 15)) ^ (a >> (b & 15)))
+
+
+@triton.jit
+def functions(x, y, n, B: tl.constexpr):
+    """exp, log, sqrt, sin, cos, erf, 2^x, |x|, floor and a quotient of fp32 x, one row of n each."""
+    o = tl.arange(0, B)
+    v = tl.load(x + o, mask=o < n, other=1.0)
+    tl.store(y + o, tl.exp(v), mask=o < n)
+    tl.store(y + n + o, tl.log(tl.abs(v) + 1e-3), mask=o < n)
+    tl.store(y + 2 * n + o, tl.sqrt_rn(tl.abs(v)), mask=o < n)
+    tl.store(y + 3 * n + o, tl.sin(v), mask=o < n)
+    tl.store(y + 4 * n + o, tl.cos(v), mask=o < n)
+    tl.store(y + 5 * n + o, tl.erf(v), mask=o < n)
+    tl.store(y + 6 * n + o, tl.exp2(v), mask=o < n)
+    tl.store(y + 7 * n + o, tl.floor(v), mask=o < n)
+    tl.store(y + 8 * n + o, tl.div_rn(v, v * v + 1), mask=o < n)
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def running_maximum(x, y, n, B: tl.constexpr):
+    """y[i] = max(x[: i + 1])."""
+    o = tl.arange(0, B)
+    v = tl.load(x + o, mask=o < n, other=-1 << 30)
+    tl.store(y + o, tl.associative_scan(v, 0, larger), mask=o < n)
+
+
+@triton.jit
+def rearrange(x, y, B: tl.constexpr):
+    """Splits, joins, flips and permutes B bytes: y = flip(interleave(x[1::2], x[::2]).reshape(4, -1).T)."""
+    o = tl.arange(0, B)
+    even, odd = tl.split(tl.load(x + o).reshape(B // 2, 2))
+    mixed = tl.interleave(odd, even).reshape(4, B // 4)
+    tl.store(y + o, tl.flip(tl.trans(mixed).reshape(B), 0))
+
+
+@triton.jit
+def quantize(x, codes, scales, n, B: tl.constexpr):
+    """bf16 rows to int8 codes and one fp32 scale a 32-block: code = round(x / scale), scale = max|x| / 127."""
+    row = tl.program_id(0)
+    o = tl.arange(0, B)
+    v = tl.load(x + row * n + o, mask=o < n, other=0.0).to(tl.float32).reshape(B // 32, 32)
+    scale = tl.maximum(tl.max(tl.abs(v), 1), 1e-20) / 127
+    code = tl.floor(v / scale[:, None] + 0.5).to(tl.int8).reshape(B)
+    tl.store(codes + row * n + o, code, mask=o < n)
+    block = tl.arange(0, B // 32)
+    tl.store(scales + row * (n // 32) + block, scale, mask=block < n // 32)
+
+
+@triton.jit
+def extreme_atomics(x, top, bottom, bits, last, n, B: tl.constexpr):
+    """Maximum, minimum and union of bits of all x, and one more than the program that came first, by global atomics."""
+    o = tl.program_id(0) * B + tl.arange(0, B)
+    v = tl.load(x + o, mask=o < n, other=0)
+    same = tl.zeros((B,), tl.int32)
+    tl.atomic_max(top + same, v, mask=o < n)
+    tl.atomic_min(bottom + same, v, mask=o < n)
+    tl.atomic_or(bits + same, v, mask=o < n)
+    tl.atomic_cas(last, 0, tl.program_id(0) + 1)
+
+
+@triton.jit
+def gemm_split_k(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """c[M, N] += a[M, K] @ b[N, K]^T, one program a slice of K, added by fp32 atomics; M, N, K tiles fit."""
+    m, n = tl.arange(0, BM), tl.arange(0, BN)
+    k = tl.program_id(0) * BK + tl.arange(0, BK)
+    x = tl.load(a + m[:, None] * K + k[None, :])
+    y = tl.load(b + n[None, :] * K + k[:, None])
+    tl.atomic_add(c + m[:, None] * N + n[None, :], tl.dot(x, y))
+
+
+@triton.jit
+def gemm_bias_gelu(a, b, bias, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """c[M, N] (bf16) = gelu(a[M, K] @ b[N, K]^T + bias), the tanh-free form; eight waves."""
+    m, n, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, K, BK):
+        x = tl.load(a + m[:, None] * K + (k0 + k)[None, :], mask=m[:, None] < M, other=0.0)
+        y = tl.load(b + n[None, :] * K + (k0 + k)[:, None], mask=n[None, :] < N, other=0.0)
+        acc = tl.dot(x, y, acc)
+    acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    acc = 0.5 * acc * (1 + tl.erf(acc * 0.7071067811865476))
+    tl.store(c + m[:, None] * N + n[None, :], acc.to(tl.bfloat16), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
 @dataclass(frozen=True)
 class CompiledKernel:
     """What Triton made of a kernel."""
