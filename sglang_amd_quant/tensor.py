@@ -51,7 +51,7 @@ class MxForm:
     pad: PadPlan
 
     def bind(self, data: torch.Tensor, scales: torch.Tensor) -> MxTensor:
-        """The tensor again, from the data and scales that this form was taken from.
+        """The tensor again, from the data and scales that this form was taken from (`MxTensor.tensors`).
 
         Unchecked, because it is made at every call of an op: pass what an `MxTensor` of this form held.
         """
@@ -148,6 +148,11 @@ class MxTensor:
     def k(self) -> int:
         """Logical columns: input features, in elements."""
         return self.shape[-1]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Data and scales, as an op is passed them."""
+        return [self.data, self.scales]
 
     @property
     def form(self) -> MxForm:

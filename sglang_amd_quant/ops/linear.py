@@ -102,30 +102,28 @@ def bound(layer: str) -> BoundLinear:
 
 _LIBRARY = torch.library.Library("amd_mx", "FRAGMENT")
 _LIBRARY.define(
-    "linear(Tensor x, Tensor data, Tensor scales, Tensor? bias, Tensor? act_scale, str layer) -> Tensor"
+    "linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor? act_scale, str layer) -> Tensor"
 )  # fmt: skip
 
 
 @torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
 def _linear(
     x: torch.Tensor,
-    data: torch.Tensor,
-    scales: torch.Tensor,
+    weight: list[torch.Tensor],
     bias: torch.Tensor | None,
     act_scale: torch.Tensor | None,
     layer: str,
 ) -> torch.Tensor:
     run, operand = bound(layer).run, bound(layer).operand
     _check(x, operand.problem)
-    y = run(x.reshape(-1, x.shape[-1]), operand.form.bind(data, scales), operand.act(act_scale), bias)
+    y = run(x.reshape(-1, x.shape[-1]), operand.form.bind(*weight), operand.act(act_scale), bias)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 @torch.library.register_fake("amd_mx::linear", lib=_LIBRARY)
 def _linear_fake(
     x: torch.Tensor,
-    data: torch.Tensor,
-    scales: torch.Tensor,
+    weight: list[torch.Tensor],
     bias: torch.Tensor | None,
     act_scale: torch.Tensor | None,
     layer: str,
@@ -172,5 +170,6 @@ class QuantizedLinear:
             _check(x, self.problem)
             bound(self.text).choice(x.shape[:-1].numel(), dtype_name(x))  # for its trace: only the reference is here
             return reference.linear(x, self.values(), self.act, bias)
-        w = self.weight
-        return torch.ops.amd_mx.linear(x, w.data, w.scales, bias, self.act.scale, self.text)  # type: ignore[no-any-return]
+        return torch.ops.amd_mx.linear(  # type: ignore[no-any-return]
+            x, self.weight.tensors, bias, self.act.scale, self.text
+        )

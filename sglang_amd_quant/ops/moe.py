@@ -122,8 +122,8 @@ def bound(layer: str) -> BoundMoe:
 
 _LIBRARY = torch.library.Library("amd_mx", "FRAGMENT")
 _LIBRARY.define(
-    "fused_moe(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor w13, Tensor w13_scales, Tensor w2, "
-    "Tensor w2_scales, Tensor? b13, Tensor? b2, Tensor? act13_scale, Tensor? act2_scale, str layer) -> Tensor"
+    "fused_moe(Tensor x, Tensor topk_ids, Tensor topk_weights, Tensor[] w13, Tensor[] w2, "
+    "Tensor? b13, Tensor? b2, Tensor? act13_scale, Tensor? act2_scale, str layer) -> Tensor"
 )
 
 
@@ -132,10 +132,8 @@ def _fused_moe(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scales: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scales: torch.Tensor,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
     b13: torch.Tensor | None,
     b2: torch.Tensor | None,
     act13_scale: torch.Tensor | None,
@@ -144,7 +142,7 @@ def _fused_moe(
 ) -> torch.Tensor:
     this = bound(layer)
     _check(x, topk_ids, topk_weights, this.gate_up.problem)
-    gate_up, down = this.gate_up.form.bind(w13, w13_scales), this.down.form.bind(w2, w2_scales)
+    gate_up, down = this.gate_up.form.bind(*w13), this.down.form.bind(*w2)
     problem, pair = this.problem(act13_scale, act2_scale), this.pair(x.shape[0], dtype_name(x))
     if pair.kernels == (REFERENCE, REFERENCE):
         values13, values2 = (lambda e, w=w: w.expert(e).dequantize() for w in (gate_up, down))
@@ -161,10 +159,8 @@ def _fused_moe_fake(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scales: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scales: torch.Tensor,
+    w13: list[torch.Tensor],
+    w2: list[torch.Tensor],
     b13: torch.Tensor | None,
     b2: torch.Tensor | None,
     act13_scale: torch.Tensor | None,
@@ -225,8 +221,7 @@ class QuantizedMoe:
             _check(x, topk_ids, topk_weights, self.gate_up)
             bound(self.text).pair(x.shape[0], dtype_name(x))  # for its trace: only the reference is here
             return reference.fused_moe(x, topk_ids, topk_weights, self.problem, *self.values, self.b13, self.b2)
-        w13, w2 = self.w13, self.w2
         return torch.ops.amd_mx.fused_moe(  # type: ignore[no-any-return]
-            x, topk_ids, topk_weights, w13.data, w13.scales, w2.data, w2.scales, self.b13, self.b2,
+            x, topk_ids, topk_weights, self.w13.tensors, self.w2.tensors, self.b13, self.b2,
             self.problem.act13.scale, self.problem.act2.scale, self.text,
         )  # fmt: skip

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from sglang_amd_quant import formats
+from sglang_amd_quant.ops.devices import has_triton
 from sglang_amd_quant.ops.reference import ActQuant
+from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, MX_BLOCK, ScaleMode
-
-Quantizer = Callable[[torch.Tensor, str, ScaleMode], tuple[torch.Tensor, torch.Tensor]]
-"""x[M, K], element (`e2m1`, `e4m3`), scale mode -> codes and e8m0 scales: the bits of `formats.quantize_mx`."""
+from sglang_amd_quant.selection.arch import ARCHES, canonical
 
 UNIT_SCALE = 127
 """e8m0 of 1."""
@@ -32,9 +32,22 @@ class Quantized(NamedTuple):
     factor: torch.Tensor | None = None
 
 
-def quantizer_for(x: torch.Tensor) -> Quantizer:
-    """What quantizes x on its device: the seam for a device kernel. torch's runs everywhere and in a graph."""
-    return formats.quantize_mx
+def quantize(x: torch.Tensor, element: str, mode: ScaleMode) -> tuple[torch.Tensor, torch.Tensor]:
+    """x[M, K] to codes and e8m0 scales, the bits of `formats.quantize_mx`: by one kernel where there is one."""
+    if has_triton(x) and x.dtype == torch.bfloat16:
+        from sglang_amd_quant.kernels.triton.quant_mx import quant_mx
+
+        data, scales = quant_mx(x.contiguous(), element, mode=mode.value, native=_native_fp8(x.get_device()))
+        assert scales is not None
+        return data, scales
+    return formats.quantize_mx(x, element, mode)
+
+
+@cache
+def _native_fp8(device: int) -> bool:
+    """Whether the device converts fp32 to OCP e4m3."""
+    facts = ARCHES.get(canonical(current_arch()))
+    return facts is not None and facts.fp8 == "ocp"
 
 
 def quantize_activation(x: torch.Tensor, act: ActQuant) -> Quantized:
@@ -52,4 +65,4 @@ def quantize_activation(x: torch.Tensor, act: ActQuant) -> Quantized:
     element = act.scheme.act
     if element == "bf16":
         return Quantized(x.contiguous())
-    return Quantized(*quantizer_for(x)(x, element, act.mode or DEFAULT_SCALE_MODE[element]))
+    return Quantized(*quantize(x, element, act.mode or DEFAULT_SCALE_MODE[element]))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.ops.devices import has_triton
+
+MOST_EXPERTS, MOST_TOP_K = 1024, 16
+"""What the device kernels take (`kernels/triton/routing.py`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,18 +19,19 @@ class Routing:
 
     Sizes follow from M, top_k, E and `block_m` alone, never from what was routed where: nothing waits for the device,
     and a captured graph replays on other ids. A kernel writes row r of its result where `row_ids` holds r, so a
-    result lies in token order.
+    result lies in token order; rows of dropped slots stand nowhere and are not written: `combine` reads past them.
 
     Attributes:
-        row_ids: int32 [blocks * block_m]. Every routed row stands here once, those of one expert in token order; other
-            places hold `rows` (padding).
-        block_experts: int32 [blocks]; -1: rows that no expert here takes, whose results are zero, or padding only.
+        row_ids: int32 [blocks * block_m]: routed rows, those of one expert in token order; `rows` where none is.
+        block_experts: int32 [blocks], ascending; -1 for blocks without work, which are last.
+        counts: int32 [E]: rows of each expert.
         block_m: rows of a block.
         rows: M * top_k.
     """
 
     row_ids: torch.Tensor
     block_experts: torch.Tensor
+    counts: torch.Tensor
     block_m: int
     rows: int
 
@@ -41,36 +45,26 @@ class Routing:
 
     @property
     def blocks(self) -> int:
-        """Blocks of rows, padding included."""
+        """Blocks of rows, those without work included."""
         return int(self.block_experts.shape[0])
 
 
-Router = Callable[[torch.Tensor, int, int], Routing]
-"""topk_ids, experts, block_m -> Routing, with the rows of `route_torch` (the order within an expert is free)."""
-
-
 def block_bound(rows: int, num_experts: int, block_m: int) -> int:
-    """The most blocks that `rows` routed rows can need: E experts and the dropped rows, each in whole blocks.
+    """The most blocks that `rows` routed rows can need.
 
-    With fewer rows than groups each row may have a block of its own; else every group may waste all but one row of
-    its last block (aiter #3580's `n_blocks`, with one group more).
+    With fewer rows than experts each row may have a block of its own; else every expert may waste all but one row of
+    its last block (aiter #3580's `n_blocks`).
     """
-    groups = num_experts + 1
-    return rows if rows <= groups else -(-(rows - groups + 1) // block_m) + groups - 1
-
-
-def router_for(topk_ids: torch.Tensor) -> Router:
-    """What routes on the device of `topk_ids`: the seam for a device kernel. torch's runs everywhere."""
-    return route_torch
+    return rows if rows <= num_experts else -(-(rows - num_experts + 1) // block_m) + num_experts - 1
 
 
 def route(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Routing:
-    """Sort routed rows by expert.
+    """Sort routed rows by expert: by a kernel where there is one, else by its twin in torch.
 
     Args:
         topk_ids: [M, top_k] local expert ids, any integer dtype; ids outside [0, num_experts) are dropped.
         num_experts: experts held here.
-        block_m: rows of a block.
+        block_m: rows of a block; for the kernel a power of two.
 
     Raises:
         ShapeError: topk_ids is not [M, top_k], or no experts or block rows are given.
@@ -78,24 +72,59 @@ def route(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Routing:
     if topk_ids.dim() != 2 or num_experts < 1 or block_m < 1:
         what = f"topk_ids {tuple(topk_ids.shape)}, {num_experts} experts, block_m {block_m}"
         raise ShapeError(what, "not [M, top_k] with at least one of each", "pass the ids that SGLang dispatched")
-    return router_for(topk_ids)(topk_ids, num_experts, block_m)
+    if has_triton(topk_ids) and num_experts <= MOST_EXPERTS and topk_ids.shape[1] <= MOST_TOP_K:
+        from sglang_amd_quant.kernels.triton import routing
+
+        ids = topk_ids if topk_ids.dtype in (torch.int32, torch.int64) else topk_ids.int()
+        made = routing.route(ids.contiguous(), num_experts, block_m)
+        return Routing(made.row_ids, made.block_experts, made.counts, block_m, topk_ids.numel())
+    return route_torch(topk_ids, num_experts, block_m)
 
 
 def route_torch(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Routing:
-    """The twin of device kernels, in torch: arguments and result as `route`; rows keep their order (stable sort)."""
+    """The twin in torch, on any device, without host reads: arguments and result as `route`."""
     ids = topk_ids.reshape(-1).long()
     rows, device = ids.numel(), ids.device
     blocks = block_bound(rows, num_experts, block_m)
+    places = blocks * block_m
     group = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=device).scatter_add_(0, group, torch.ones_like(ids))
-    block_ends = torch.cumsum((counts + block_m - 1) // block_m, 0)
+    own = (counts + block_m - 1) // block_m
+    own[num_experts] = 0  # what is dropped takes no block
+    ends = torch.cumsum(own, 0)
     order = torch.argsort(group, stable=True)
-    sorted_group = group[order]
-    first_row = torch.cumsum(counts, 0) - counts
-    first_place = (block_ends - (counts + block_m - 1) // block_m) * block_m
-    place = first_place[sorted_group] + torch.arange(rows, device=device) - first_row[sorted_group]
-    row_ids = torch.full((blocks * block_m,), rows, dtype=torch.int32, device=device)
+    expert = group[order]
+    place = ((ends - own) * block_m - torch.cumsum(counts, 0) + counts)[expert] + torch.arange(rows, device=device)
+    row_ids = torch.full((places + 1,), rows, dtype=torch.int32, device=device)
+    place = torch.where(expert < num_experts, place, places)  # what is dropped goes past the end
     row_ids.scatter_(0, place, order.int())
-    expert = torch.searchsorted(block_ends, torch.arange(blocks, device=device), right=True)
-    block_experts = torch.where(expert < num_experts, expert, -1).int()
-    return Routing(row_ids, block_experts, block_m, rows)
+    block_experts = torch.searchsorted(ends[:-1].contiguous(), torch.arange(blocks, device=device), right=True)
+    block_experts = torch.where(block_experts < num_experts, block_experts, -1).int()
+    return Routing(row_ids[:places], block_experts, counts[:-1].int(), block_m, rows)
+
+
+def combine(routed: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, scale: float = 1.0) -> torch.Tensor:
+    """scale times the sum over each token's slots, in fp32 and in slot order; dropped slots are not read.
+
+    Args:
+        routed: [M * top_k, N] fp32 or bf16, routing weights applied; undefined where a slot is dropped.
+        topk_ids: [M, top_k].
+        num_experts: ids outside [0, num_experts) are dropped.
+        scale: `routed_scaling_factor`.
+
+    Returns:
+        fp32 [M, N].
+    """
+    m, n = topk_ids.shape[0], routed.shape[1]
+    if has_triton(routed):
+        from sglang_amd_quant.kernels.triton import combine as kernel
+
+        y = torch.empty(m, n, dtype=torch.float32, device=routed.device)
+        return kernel.combine(routed, topk_ids.contiguous(), num_experts, y, scale)
+    return slots(routed, topk_ids, num_experts).sum(dim=1) * scale
+
+
+def slots(routed: torch.Tensor, topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """routed [M * top_k, N] as fp32 [M, top_k, N], 0 where a slot is dropped."""
+    here = ((topk_ids >= 0) & (topk_ids < num_experts)).unsqueeze(-1)
+    return torch.where(here, routed.view(*topk_ids.shape, -1).float(), 0.0)

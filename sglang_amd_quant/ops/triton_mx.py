@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_amd_quant.ops.quantize import Quantized, quantize_activation
-from sglang_amd_quant.ops.routing import Routing, route
+from sglang_amd_quant.ops.routing import Routing, combine, route, slots
 from sglang_amd_quant.selection import Config
 from sglang_amd_quant.tensor import MxTensor
 
@@ -45,7 +45,7 @@ def run_mx_moe(call: MoeCall) -> torch.Tensor:
 
     The first product stays fp32 until its activation, as in the reference.
     """
-    problem, (m, top_k) = call.problem, call.topk_ids.shape
+    problem, top_k = call.problem, call.topk_ids.shape[1]
     weights = call.topk_weights.float().contiguous()
     x = (call.x.float() * weights[:, :1]).to(call.x.dtype) if problem.weight_on_input else call.x
     routing = route(call.topk_ids, problem.num_experts, tile_of(call.config13).block_m)
@@ -54,10 +54,10 @@ def run_mx_moe(call: MoeCall) -> torch.Tensor:
     )  # fmt: skip
     hidden = quantize_activation(problem.activation(first).to(x.dtype), problem.act2)
     weighted = weights.reshape(-1) if problem.weight_output and not problem.weight_on_input else None
-    out = _grouped(hidden, call.w2, call.b2, call.config2, call.arch, routing, 1, weighted).view(m, top_k, -1)
+    out = _grouped(hidden, call.w2, call.b2, call.config2, call.arch, routing, 1, weighted)
     if problem.combine:
-        out = out.sum(dim=1) * problem.scale
-    return out.to(x.dtype)
+        return combine(out, call.topk_ids, problem.num_experts, problem.scale).to(x.dtype)
+    return slots(out, call.topk_ids, problem.num_experts).to(x.dtype)
 
 
 def _grouped(
@@ -70,7 +70,7 @@ def _grouped(
     top_k: int,
     row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x times the weights of each row's expert: fp32 [rows, N]; rows that no expert here takes are 0."""
+    """x times the weights of each row's expert: fp32 [rows, N]; undefined in rows that no expert here takes."""
     from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm
 
     y = torch.empty(routing.rows, w.n, dtype=torch.float32, device=x.data.device)

@@ -42,7 +42,7 @@ def test_opcheck(scheme, options):
     """Schema, fake against real, and the traced op with dynamic shapes."""
     layer = make_linear(scheme, N, K, static=options == "static")
     x, bias = torch.randn(3, K).bfloat16(), torch.randn(N).bfloat16() if options == "bias" else None
-    args = (x, layer.weight.data, layer.weight.scales, bias, layer.act.scale, layer.text)
+    args = (x, layer.weight.tensors, bias, layer.act.scale, layer.text)
     torch.library.opcheck(torch.ops.amd_mx.linear.default, args, test_utils=opchecks(scheme))
 
 

@@ -43,7 +43,7 @@ def test_opcheck(scheme, options):
     x, ids, weights = tokens(3, H, E, TOP_K, dropped=0.2)
     a = layer.problem
     args = (
-        x, ids, weights, layer.w13.data, layer.w13.scales, layer.w2.data, layer.w2.scales, layer.b13, layer.b2,
+        x, ids, weights, layer.w13.tensors, layer.w2.tensors, layer.b13, layer.b2,
         a.act13.scale, a.act2.scale, layer.text,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.amd_mx.fused_moe.default, args, test_utils=opchecks(scheme))

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.ops.routing import Routing, block_bound, route
+from sglang_amd_quant.ops.routing import Routing, block_bound, combine, route
 
 
 def expected(ids: list[int], experts: int, block_m: int) -> tuple[list[int], list[int]]:
-    """Blocks filled expert by expert, dropped rows last."""
+    """Blocks filled expert by expert; dropped rows stand nowhere."""
     row_ids, block_experts = [], []
-    for expert in [*range(experts), -1]:
-        mine = [row for row, e in enumerate(ids) if (e if 0 <= e < experts else -1) == expert]
+    for expert in range(experts):
+        mine = [row for row, e in enumerate(ids) if e == expert]
         blocks = -(-len(mine) // block_m)
         row_ids += mine + [len(ids)] * (blocks * block_m - len(mine))
         block_experts += [expert] * blocks
@@ -32,16 +32,33 @@ def test_against_a_loop(data, m, top_k, experts, block_m):
     assert len(block_experts) <= bound == found.blocks
     assert found.block_experts.tolist() == block_experts + [-1] * (bound - len(block_experts))
     assert found.row_ids.tolist() == row_ids + [m * top_k] * (bound * block_m - len(row_ids))
-    assert (found.row_ids.dtype, found.block_experts.dtype) == (torch.int32, torch.int32)
+    assert found.counts.tolist() == [ids.count(expert) for expert in range(experts)]
+    assert {t.dtype for t in (found.row_ids, found.block_experts, found.counts)} == {torch.int32}
+
+
+def test_the_twin_is_the_kernels_twin():
+    """kernels/triton/routing.py has a twin of its own: both give the same, place by place."""
+    theirs = pytest.importorskip("sglang_amd_quant.kernels.triton.routing")
+    for m, top_k, experts, block_m in ((7, 2, 5, 16), (0, 4, 8, 16), (200, 8, 128, 32)):
+        ids = torch.randint(-1, experts, (m, top_k), dtype=torch.int32)
+        got, want = route(ids, experts, block_m), theirs.route_torch(ids, experts, block_m)
+        for name in ("row_ids", "block_experts", "counts"):
+            assert torch.equal(getattr(got, name), getattr(want, name)), name
 
 
 def test_the_bound_is_reached():
-    """One row for every expert and one dropped, all others with one expert: every group but that one wastes a block."""
-    for experts, block_m, extra in ((1, 16, 0), (8, 16, 1), (8, 16, 15), (128, 64, 64), (3, 1, 9)):
-        ids = [*range(experts), -1, *[0] * extra]
-        assert len(expected(ids, experts, block_m)[1]) <= block_bound(len(ids), experts, block_m)
-    ids = [*range(8), -1, *[0] * 16]  # 25 rows
-    assert len(expected(ids, 8, 16)[1]) == block_bound(25, 8, 16) == 10
+    """One row for every expert and all others with one: every expert but that one wastes a block."""
+    ids = [*range(8), *[0] * 16]
+    assert len(expected(ids, 8, 16)[1]) == block_bound(len(ids), 8, 16) == 9
+    assert len(expected([*range(8)], 8, 16)[1]) == block_bound(8, 8, 16) == 8
+
+
+def test_combine_does_not_read_what_is_dropped():
+    ids = torch.tensor([[1, -1], [0, 3], [9, -1]], dtype=torch.int32)
+    routed = torch.randn(6, 5)
+    routed[[1, 4, 5]] = torch.nan
+    want = torch.stack([routed[0], routed[2] + routed[3], torch.zeros(5)]) * 0.5
+    assert torch.equal(combine(routed, ids, 4, 0.5), want)
 
 
 def test_sizes_do_not_depend_on_the_ids():
@@ -50,7 +67,7 @@ def test_sizes_do_not_depend_on_the_ids():
 
     with FakeTensorMode():
         found = route(torch.empty(5, 2, dtype=torch.int32), 8, 16)
-    assert (found.row_ids.shape, found.block_experts.shape) == ((10 * 16 - 16,), (9,))
+    assert (found.row_ids.shape, found.block_experts.shape) == ((8 * 16,), (8,))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int16])
@@ -69,4 +86,4 @@ def test_mistakes(shape, experts, block_m):
 
 def test_parts_of_two_routings():
     with pytest.raises(ShapeError, match="one call of `route`"):
-        Routing(torch.zeros(32, dtype=torch.int32), torch.zeros(3, dtype=torch.int32), 16, 5)
+        Routing(*(torch.zeros(n, dtype=torch.int32) for n in (32, 3, 4)), block_m=16, rows=5)
