@@ -207,6 +207,16 @@ def test_counted_waits():
     assert "offset:4" in finding.detail
 
 
+def test_halves_of_a_register_are_waited_for_apart():
+    """Two loads into the halves of v1: with one outstanding the lower half may be used, the upper and the whole not."""
+    load = "global_load_d16_b16 v1, v60, s[4:5]\nglobal_load_d16_hi_b16 v1, v60, s[4:5] offset:2\ns_waitcnt vmcnt(1)\n"
+    assembled("gfx1100", load + "ds_store_b16 v60, v1\nv_mov_b16 v2.l, v1.l")
+    for use in ("ds_store_b16_d16_hi v60, v1", "v_mov_b16 v2.l, v1.h", "v_mov_b32 v2, v1", "ds_store_b32 v60, v1"):
+        (finding,) = findings("gfx1100", load + use)
+        assert finding.detail.startswith("v1 is still being loaded")
+        assert "d16_hi" in finding.detail
+
+
 def test_scalar_loads_return_in_any_order():
     """Only lgkmcnt(0) waits for a scalar load, and no other count helps while one is under way."""
     scalar = "s_load_dword s8, s[4:5], 0x0\n"

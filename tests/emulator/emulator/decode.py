@@ -112,14 +112,11 @@ class _Decoder:
             self.modifiers.pop(policy, None)
         if row.table in ("memory", "atomic"):
             self.memory(operands)
-        elif row.table == "matrix":
-            self.matrix(operands)
         else:
-            self.compute(operands)
-        _require(not self.modifiers, f"modifier {', '.join(self.modifiers)} is not modelled here")
-        if not record["fills"].any():
             for operand in operands:
                 self.registers |= operand.registers
+            self.matrix(operands) if row.table == "matrix" else self.compute(operands)
+        _require(not self.modifiers, f"modifier {', '.join(self.modifiers)} is not modelled here")
         record["touches"] = _words(self.registers)
         return None
 
@@ -332,23 +329,28 @@ class _Decoder:
         self.offsets(words, operands)
         filled = Operand()
         for word, operand in zip(words, operands, strict=True):
-            if word in ("vdst", "sdst"):
-                field, filled = record["dst"], operand
-            else:
-                field = record["src"][_SLOT[word]]
-                self.registers |= operand.registers
-            field["kind"], field["index"], field["count"] = operand.kind, operand.index, operand.count
-            if operand.kind == Kind.CONST:
-                field["value"] = operand.value(Width.B32, is_float=False)
             if operand.select == Select.WORD_1:
                 _require(int(record["bytes"]) <= 2, "half of a register")
                 record["half"] = 2
+            if word in ("vdst", "sdst"):
+                field, filled = record["dst"], self.part(operand, stored=False)
+            else:
+                field = record["src"][_SLOT[word]]
+                self.registers |= (self.part(operand, stored=True) if "vdata" in word else operand).registers
+            field["kind"], field["index"], field["count"] = operand.kind, operand.index, operand.count
+            if operand.kind == Kind.CONST:
+                field["value"] = operand.value(Width.B32, is_float=False)
         for flag in ("offen", "idxen"):
             record[flag] = self.modifiers.pop(flag, None) is not None
         in_order = row.category in ("load", "lds") and record["space"] != Space.FLAT
         record["fills"] = _words(filled.registers)
         if not in_order:  # nothing orders this load after an earlier one of the same register
             self.registers |= filled.registers
+
+    def part(self, operand: Operand, stored: bool) -> Operand:
+        """The half of a register that a narrow access moves, if it leaves the other alone."""
+        upper, lower = self.record["half"] == 2, self.record["half"] == 1 or (stored and 0 < self.record["bytes"] <= 2)
+        return replace(operand, select=Select.WORD_1 if upper else Select.WORD_0) if upper or lower else operand
 
     def returns(self, operands: list[Operand], words: list[str]) -> bool:
         if self.record["space"] == Space.BUFFER:

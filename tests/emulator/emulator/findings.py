@@ -7,7 +7,7 @@ from enum import IntEnum, IntFlag
 
 from . import native
 from .decode import Program
-from .instruction import EXEC, FIRST_AGPR, M0, VCC
+from .instruction import EXEC, FIRST_AGPR, LOWER_HALVES, M0, VCC, VGPRS
 from .memory import Memory
 
 
@@ -59,8 +59,9 @@ class Finding:
 
 def register_name(bit: int) -> str:
     """Name of a register by its number in a set of registers (instruction.REGISTER_WORDS)."""
-    if bit >= 128:
-        return f"v{bit - 128}" if bit - 128 < FIRST_AGPR else f"a{bit - 128 - FIRST_AGPR}"
+    if bit >= LOWER_HALVES:
+        number = (bit - LOWER_HALVES) % VGPRS
+        return f"v{number}" if number < FIRST_AGPR else f"a{number - FIRST_AGPR}"
     named = {VCC: "vcc_lo", VCC + 1: "vcc_hi", M0: "m0", EXEC: "exec_lo", EXEC + 1: "exec_hi"}
     return named.get(bit, f"s{bit}")
 

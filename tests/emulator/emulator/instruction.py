@@ -18,7 +18,9 @@ FIRST_AGPR = 256
 # that would be the same on every architecture, nor has M0: 124 on gfx9, 125 on gfx11).
 VCC, TTMP0, M0, EXEC, SCC = 106, 108, 124, 126, 128
 SGPRS = 136
-REGISTER_WORDS = (VGPRS + 128) // 64  # 64-bit words of a set of registers: SGPR 0..127, then the VGPRs
+# A set of registers, one bit each: SGPR 0..127, then the lower 16 bits of all VGPRs, then their upper 16 bits.
+LOWER_HALVES, UPPER_HALVES = 128, 128 + VGPRS
+REGISTER_WORDS = (UPPER_HALVES + VGPRS) // 64
 
 
 class Kind(IntEnum):

@@ -17,7 +17,7 @@ from .counters import Counters, collect
 from .decode import Program, decode
 from .errors import InstructionLimit, KernelFault, LaunchError
 from .findings import Checks, describe
-from .instruction import VGPRS
+from .instruction import LOWER_HALVES, VGPRS
 from .memory import Memory, Region, Uninitialised
 
 LDS_BYTES = {"gfx950": 160 * 1024, "gfx942": 64 * 1024, "gfx1100": 64 * 1024, "gfx1151": 64 * 1024}
@@ -310,5 +310,5 @@ def _lds_granule_shift(program: Program) -> int:
 def _vgprs_used(program: Program) -> int:
     """One more than the highest vector register that the code names."""
     touched = np.bitwise_or.reduce(program.records["touches"] | program.records["fills"], axis=0)
-    number = int.from_bytes(touched.tobytes(), "little") >> 128
-    return min(max(number.bit_length(), 1), VGPRS)
+    halves = int.from_bytes(touched.tobytes(), "little") >> LOWER_HALVES
+    return max((halves >> VGPRS).bit_length(), (halves & ((1 << VGPRS) - 1)).bit_length(), 1)

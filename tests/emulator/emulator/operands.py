@@ -6,7 +6,7 @@ import re
 import struct
 from dataclasses import dataclass
 
-from .instruction import EXEC, FIRST_AGPR, M0, SCC, TTMP0, VCC, Kind, Select, Width
+from .instruction import EXEC, FIRST_AGPR, LOWER_HALVES, M0, SCC, TTMP0, UPPER_HALVES, VCC, Kind, Select, Width
 
 _REGISTER = re.compile(r"(v|s|a|ttmp)(?:(\d+)|\[(\d+)(?::(\d+))?\])(?:\.([lh]))?")
 _NAMED = {
@@ -45,10 +45,14 @@ class Operand:
 
     @property
     def registers(self) -> int:
-        """The registers it names, one bit each: SGPR 0..127, then the vector registers."""
+        """The registers it names, a set as instruction.py says."""
+        bits = ((1 << self.count) - 1) << self.index
         if self.kind in (Kind.SGPR, Kind.MASK):
-            return (((1 << self.count) - 1) << self.index) & ((1 << 128) - 1)
-        return ((1 << self.count) - 1) << (128 + self.index) if self.kind == Kind.VGPR else 0
+            return bits & ((1 << LOWER_HALVES) - 1)
+        if self.kind != Kind.VGPR:
+            return 0
+        lower = 0 if self.select == Select.WORD_1 else bits << LOWER_HALVES
+        return lower | (0 if self.select == Select.WORD_0 else bits << UPPER_HALVES)
 
     def value(self, width: Width, is_float: bool) -> int:
         """Bits of a constant for an operand of this width. CDNA3 ISA, "Inline constants" and "Literals"."""
