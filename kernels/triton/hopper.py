@@ -21,6 +21,7 @@ class HopperConfig:
     Attributes:
         block_m: tokens, 16 to 256.
         block_n: weight rows, a multiple of 16 * num_warps.
+        block_k: 64 or 128.
         num_warps: 4 or 8.
         num_stages: of shared memory, at least 3: all but two are on their way.
         group_m: blocks of tokens that are taken together, for the sake of L2.
@@ -28,15 +29,16 @@ class HopperConfig:
 
     block_m: int
     block_n: int = 128
+    block_k: int = 64
     num_warps: int = 4
     num_stages: int = 4
     group_m: int = 8
 
     def shared_bytes(self, x_format: str, w_format: str) -> int:
         """Shared memory of the pipeline."""
-        x = self.block_m * 128 * (2 if x_format == "bf16" else 1)
-        w = self.block_n * (128 if w_format == "e4m3" else 64 + 4)
-        return self.num_stages * (x + w)
+        x = self.block_m * (2 if x_format == "bf16" else 1)
+        w = self.block_n if w_format == "e4m3" else self.block_n * 17 / 32
+        return int(self.num_stages * self.block_k * (x + w))
 
 
 def hopper_gemm(
@@ -71,7 +73,7 @@ def hopper_gemm(
         row_weights: [R] fp32, the routing weights.
         activation: `none`, `silu` or `swigluoai`; with limit, alpha, beta as in `ops.activation.Activation`.
     """
-    rows, k_tiles, groups = y.shape[0], triton.cdiv(w.k, 128), triton.cdiv(w.n, 16)
+    rows, k_tiles, groups = y.shape[0], triton.cdiv(w.k, 64), triton.cdiv(w.n, 16)
     if routing.block_m != config.block_m or (activation != "none") != (w.pairs is not None):
         raise ValueError(
             f"blocks of {routing.block_m} rows with config {config}, activation {activation} with pairs {w.pairs}: "
@@ -84,7 +86,7 @@ def hopper_gemm(
             x, x_factors, w.data, w.scales, w.factors, bias, y, routing.row_ids, routing.block_experts, row_weights,
             rows, w.n, w.k, k_tiles, groups, tiles_m, alpha, limit or 0.0, beta,
             w.x_format, w.w_format, top_k, activation, w.pairs == "interleaved", limit is not None,
-            config.block_m, config.block_n, config.num_stages, config.group_m, num_warps=config.num_warps,
+            config.block_m, config.block_n, config.block_k, config.num_stages, config.group_m, num_warps=config.num_warps,
         )  # fmt: skip
     return y
 

@@ -24,21 +24,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-BLOCK_K = gl.constexpr(128)
-
 
 @gluon.constexpr_function
 def fragments(groups, warps, wide):
-    """Registers that hold a [groups, 512] tile of packed weights, `groups` of 16 rows each.
-
-    Offset in a group: lane, then 16 bytes of its own; `wide` (uint16): two such halves after one another.
-    """
-    own = [[0, 1], [0, 2], [0, 4]] + ([[0, 256]] if wide else [[0, 8]])
-    first = 8 if wide else 16
-    lanes = [[0, first << i] for i in range(5)]
+    """Registers that hold a [groups, 512 bytes] tile of packed weights, `groups` of 16 rows each: 16 bytes a lane."""
+    own = [[0, 1], [0, 2], [0, 4]] + ([] if wide else [[0, 8]])
+    lanes = [[0, (8 if wide else 16) << i] for i in range(5)]
     rows = [[1 << i, 0] for i in range(groups.bit_length() - 1)]
     of_warps = warps.bit_length() - 1
-    return gl.DistributedLinearLayout(own + rows[of_warps:], lanes, rows[:of_warps], [], [groups, 512])
+    width = 256 if wide else 512
+    return gl.DistributedLinearLayout(own + rows[of_warps:], lanes, rows[:of_warps], [], [groups, width])
+
+
+@gluon.constexpr_function
+def scale_fragments(groups, warps):
+    """Registers that hold [groups, 8] words of scales: lane 4 g + t has column g, the rows g and g + 8 of a group."""
+    rows = [[1 << i, 0] for i in range(groups.bit_length() - 1)]
+    of_warps = warps.bit_length() - 1
+    lanes = [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]]
+    return gl.DistributedLinearLayout(rows[of_warps:], lanes, rows[:of_warps], [], [groups, 8])
 
 
 @gluon.jit
@@ -71,10 +75,10 @@ def codes_to_e4m3(packed, low_first, low_second, high_first, high_second):
 
 
 @gluon.jit
-def codes_to_bf16(packed, first, second, third, fourth):
-    """[R, C] uint16, two of which hold eight codes, and 2^126 times the scale of each code's block, twice a word.
+def codes_to_bf16(packed, first, second):
+    """[R, C] uint16, two of which hold eight codes, and 2^126 times the scale of the two blocks, twice a word.
 
-    Returns four [R, C] bf16.
+    Returns four [R, C] bf16, two of each block.
     """
     return gl.inline_asm_elementwise(
         """
@@ -87,20 +91,20 @@ def codes_to_bf16(packed, first, second, third, fourth):
         shl.b32 sign, $4, 2;
         and.b32 sign, sign, 0x80008000;
         or.b32 code, code, sign;
-        mul.rn.bf16x2 $1, code, $7;
+        mul.rn.bf16x2 $1, code, $5;
         shl.b32 code, $4, 6;
         and.b32 code, code, 0x81C081C0;
-        mul.rn.bf16x2 $2, code, $9;
+        mul.rn.bf16x2 $2, code, $7;
         shr.u32 code, $4, 4;
         and.b32 code, code, 0x01C001C0;
         shl.b32 sign, $4, 1;
         and.b32 sign, sign, 0x80008000;
         or.b32 code, code, sign;
-        mul.rn.bf16x2 $3, code, $11;
+        mul.rn.bf16x2 $3, code, $7;
         }
         """,
-        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
-        [packed, first, second, third, fourth],
+        "=&r,=&r,=&r,=&r,r,r,r,r,r",
+        [packed, first, second],
         dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
         is_pure=True,
         pack=2,
@@ -108,61 +112,69 @@ def codes_to_bf16(packed, first, second, third, fourth):
 
 
 @gluon.jit
-def e4m3_table(word, block: gl.constexpr, layout: gl.constexpr):
-    """The e4m3 bytes of magnitudes 0..3 and 4..7 under the scale in byte `block` of each row's word."""
-    octave = (word >> (8 * block)) & 0xFF
-    first = gl.expand_dims(octave * 0x08080800 + 0x14100800, 1)
-    second = gl.expand_dims(octave * 0x08080808 + 0x24201C18, 1)
-    return first, second
+def words_of(w_part, BLOCK_N: gl.constexpr, OWN: gl.constexpr, operand: gl.constexpr, registers: gl.constexpr):
+    """Packed weights [BLOCK_N / 16, 512 bytes] -> the same registers as [BLOCK_N, 8 OWN], wgmma's left operand."""
+    words = w_part.load(registers).reshape((BLOCK_N // 16, 8, 4, 2, 2, OWN)).permute((0, 4, 1, 3, 2, 5))
+    return gl.convert_layout(words.reshape((BLOCK_N, 8 * OWN)), operand, assert_trivial=True)
 
 
 @gluon.jit
-def bf16_scale(word, block: gl.constexpr):
-    """The scale in byte `block` of each row's word as two equal bf16."""
-    return gl.expand_dims(((word >> (8 * block)) & 0xFF) * 0x00800080, 1)
+def scales_of(s_part, BLOCK_N: gl.constexpr, operand: gl.constexpr, registers: gl.constexpr):
+    """Bytes of the scales of two blocks, [BLOCK_N, 1] each."""
+    words = s_part.load(registers)
+    rows = gl.join(words & 0xFFFF, (words >> 16) & 0xFFFF).permute((0, 2, 1)).reshape((BLOCK_N,))
+    rows = gl.expand_dims(gl.convert_layout(rows, gl.SliceLayout(1, operand), assert_trivial=True), 1)
+    return rows & 0xFF, rows >> 8
 
 
 @gluon.jit
-def weights_of(w_tile, scale_tile, W_FORMAT: gl.constexpr, X_FORMAT: gl.constexpr, BLOCK_N: gl.constexpr,
-               operand: gl.constexpr, registers: gl.constexpr):  # fmt: skip
-    """The left operand [BLOCK_N, 128] from a stage of shared memory."""
+def multiply(acc, w_tile, s_tile, right, W_FORMAT: gl.constexpr, WIDE: gl.constexpr, PARTS: gl.constexpr,
+             BLOCK_N: gl.constexpr, operand: gl.constexpr, w_registers: gl.constexpr,
+             s_registers: gl.constexpr):  # fmt: skip
+    """Start acc += weights times right for a stage of shared memory, PARTS times 64 of K."""
     GROUPS: gl.constexpr = BLOCK_N // 16
-    if X_FORMAT == "bf16":
-        words = w_tile.load(registers).reshape((GROUPS, 2, 8, 4, 2, 2, 2)).permute((0, 5, 2, 1, 4, 3, 6))
-        words = gl.convert_layout(words.reshape((BLOCK_N, 32)), operand, assert_trivial=True)
-        scales = scale_tile.load(gl.SliceLayout(1, operand))
-        a, b, c, d = codes_to_bf16(words, bf16_scale(scales, 0), bf16_scale(scales, 1), bf16_scale(scales, 2),
-                                   bf16_scale(scales, 3))  # fmt: skip
-    elif W_FORMAT == "e2m1":
-        scales = scale_tile.load(gl.SliceLayout(1, operand)).to(gl.uint32)
-        words = w_tile.slice(0, GROUPS, 0).load(registers).reshape((GROUPS, 8, 4, 2, 2, 4)).permute((0, 4, 1, 3, 2, 5))
-        words = gl.convert_layout(words.reshape((BLOCK_N, 32)), operand, assert_trivial=True)
-        low, low2 = e4m3_table(scales, 0, operand)
-        high, high2 = e4m3_table(scales, 1, operand)
-        a, b = codes_to_e4m3(words, low, low2, high, high2)
-        words = (
-            w_tile.slice(1 * GROUPS, GROUPS, 0)
-            .load(registers)
-            .reshape((GROUPS, 8, 4, 2, 2, 4))
-            .permute((0, 4, 1, 3, 2, 5))
-        )
-        words = gl.convert_layout(words.reshape((BLOCK_N, 32)), operand, assert_trivial=True)
-        low, low2 = e4m3_table(scales, 2, operand)
-        high, high2 = e4m3_table(scales, 3, operand)
-        c, d = codes_to_e4m3(words, low, low2, high, high2)
-    else:
-        a = plain(w_tile.slice(0, GROUPS, 0), BLOCK_N, operand, registers)
-        b = plain(w_tile.slice(1 * GROUPS, GROUPS, 0), BLOCK_N, operand, registers)
-        c = plain(w_tile.slice(2 * GROUPS, GROUPS, 0), BLOCK_N, operand, registers)
-        d = plain(w_tile.slice(3 * GROUPS, GROUPS, 0), BLOCK_N, operand, registers)
-    return a, b, c, d
+    for part in gl.static_range(PARTS):
+        if W_FORMAT == "e4m3":
+            first = words_of(w_tile.slice(2 * part * GROUPS, GROUPS, 0), BLOCK_N, 4, operand, w_registers)
+            second = words_of(w_tile.slice((2 * part + 1) * GROUPS, GROUPS, 0), BLOCK_N, 4, operand, w_registers)
+            a = first.to(gl.float8e4nv, bitcast=True)
+            b = second.to(gl.float8e4nv, bitcast=True)
+            acc = warpgroup_mma(a, right.slice(64 * part, 32, 0), acc, is_async=True)
+            acc = warpgroup_mma(b, right.slice(64 * part + 32, 32, 0), acc, is_async=True)
+        else:
+            first, second = scales_of(s_tile.slice(part * GROUPS, GROUPS, 0), BLOCK_N, operand, s_registers)
+            w_part = w_tile.slice(part * GROUPS, GROUPS, 0)
+            if WIDE:
+                words = words_of(w_part, BLOCK_N, 2, operand, w_registers)
+                a, b, c, d = codes_to_bf16(words, first * 0x00800080, second * 0x00800080)
+                acc = warpgroup_mma(a, right.slice(64 * part, 16, 0), acc, is_async=True)
+                acc = warpgroup_mma(b, right.slice(64 * part + 16, 16, 0), acc, is_async=True)
+                acc = warpgroup_mma(c, right.slice(64 * part + 32, 16, 0), acc, is_async=True)
+                acc = warpgroup_mma(d, right.slice(64 * part + 48, 16, 0), acc, is_async=True)
+            else:
+                words = words_of(w_part, BLOCK_N, 4, operand, w_registers)
+                a, b = codes_to_e4m3(
+                    words, first * 0x08080800 + 0x14100800, first * 0x08080808 + 0x24201C18,
+                    second * 0x08080800 + 0x14100800, second * 0x08080808 + 0x24201C18,
+                )  # fmt: skip
+                acc = warpgroup_mma(a, right.slice(64 * part, 32, 0), acc, is_async=True)
+                acc = warpgroup_mma(b, right.slice(64 * part + 32, 32, 0), acc, is_async=True)
+    return acc
 
 
 @gluon.jit
-def plain(w_tile, BLOCK_N: gl.constexpr, operand: gl.constexpr, registers: gl.constexpr):
-    """e4m3 weights [BLOCK_N, 32] as they are."""
-    words = w_tile.load(registers).reshape((BLOCK_N // 16, 8, 4, 2, 2, 4)).permute((0, 4, 1, 3, 2, 5))
-    return gl.convert_layout(words.reshape((BLOCK_N, 32)), operand, assert_trivial=True).to(gl.float8e4nv, bitcast=True)
+def start_copies(tile, stage, x_stages, w_stages, s_stages, x_pointers, w_pointers, s_pointers, x_inside, w_inside,
+                 s_inside, x_columns, w_parts, s_parts, K, k_tiles, W_STEP: gl.constexpr, PARTS: gl.constexpr,
+                 SCALED: gl.constexpr):  # fmt: skip
+    """Ask for tile `tile` along K; what lies outside becomes zero."""
+    w_mask = w_inside & (tile * PARTS + w_parts < k_tiles)
+    async_copy.async_copy_global_to_shared(w_stages.index(stage), w_pointers + tile * (PARTS * W_STEP), mask=w_mask)
+    if SCALED:
+        s_mask = s_inside & (tile * PARTS + s_parts < k_tiles)
+        async_copy.async_copy_global_to_shared(s_stages.index(stage), s_pointers + tile * (PARTS * 8), mask=s_mask)
+    x_mask = x_inside & (tile * (PARTS * 64) + x_columns < K)
+    async_copy.async_copy_global_to_shared(x_stages.index(stage), x_pointers + tile * (PARTS * 64), mask=x_mask)
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -171,21 +183,26 @@ def hopper_moe_kernel(
     M, N, K, k_tiles, groups_n, tiles_m, alpha, limit, beta,
     X_FORMAT: gl.constexpr, W_FORMAT: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr,
     INTERLEAVED: gl.constexpr, CLAMP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_N weight rows and BLOCK_M tokens; see `moe.py` for the arguments.
+    """One tile of BLOCK_N weight rows and BLOCK_M tokens; see `hopper.py` for the arguments.
 
-    M: routed rows; N: weight rows; K: elements of a row of x; k_tiles: K / 128 rounded up; groups_n: N / 16 rounded up;
+    M: routed rows; N: weight rows; K: elements of a row of x; k_tiles: K / 64 rounded up; groups_n: N / 16 rounded up;
         tiles_m: blocks along M. ACTIVATION: "none", "silu" or "swigluoai", of pairs of rows that `hopper_pack` has put
-        8 apart. CLAMP: whether `limit` holds.
+        8 apart. CLAMP: whether `limit` holds. BLOCK_K: 64 or 128.
     """
     NUM_WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = BLOCK_N // 16
     WIDE: gl.constexpr = X_FORMAT == "bf16"
-    PARTS: gl.constexpr = 1 if WIDE else (2 if W_FORMAT == "e2m1" else 4)
+    SCALED: gl.constexpr = W_FORMAT == "e2m1"
+    PARTS: gl.constexpr = BLOCK_K // 64
+    ROWS: gl.constexpr = PARTS * GROUPS * (1 if SCALED else 2)
+    WIDTH: gl.constexpr = 256 if WIDE else 512
+    W_STEP: gl.constexpr = WIDTH if SCALED else 2 * WIDTH
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, BLOCK_M, 16 if WIDE else 32])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2 if WIDE else 4)
-    registers: gl.constexpr = fragments(GROUPS, NUM_WARPS, WIDE)
+    w_registers: gl.constexpr = fragments(GROUPS, NUM_WARPS, WIDE)
+    s_registers: gl.constexpr = scale_fragments(GROUPS, NUM_WARPS)
 
     tiles_n = (groups_n + GROUPS - 1) // GROUPS
     pid = gl.program_id(0)
@@ -197,76 +214,67 @@ def hopper_moe_kernel(
     expert = gl.load(block_experts + tile_m)
     if expert < 0:
         return
+    expert = expert.to(gl.int64)
 
-    # Where things come from. Rows of x are 16 bytes a thread, one row to as few threads as it takes.
-    x_vector: gl.constexpr = 8 if WIDE else 16
-    x_threads: gl.constexpr = 128 // x_vector
-    copy_x: gl.constexpr = gl.BlockedLayout([1, x_vector], [32 // x_threads, x_threads], [NUM_WARPS, 1], [1, 0])
-    m_places = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, copy_x))
-    m_rows = gl.load(row_ids + m_places)
+    # Where things come from: 16 bytes a thread, whole rows of x or groups of w to as few threads as it takes.
+    vector: gl.constexpr = 8 if WIDE else 16
+    x_threads: gl.constexpr = BLOCK_K // vector
+    copy_x: gl.constexpr = gl.BlockedLayout([1, vector], [32 // x_threads, x_threads], [NUM_WARPS, 1], [1, 0])
+    m_rows = gl.load(row_ids + tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, copy_x)))
     x_inside = gl.expand_dims(m_rows < M, 1)
     x_columns = gl.expand_dims(gl.arange(0, BLOCK_K, gl.SliceLayout(0, copy_x)), 0)
     x_pointers = x + gl.expand_dims((m_rows // TOP_K).to(gl.int64) * K, 1) + x_columns
 
-    w_vector: gl.constexpr = 8 if WIDE else 16
-    copy_w: gl.constexpr = gl.BlockedLayout([1, w_vector], [1, 32], [NUM_WARPS, 1], [1, 0])
-    w_rows = gl.expand_dims(gl.arange(0, PARTS * GROUPS, gl.SliceLayout(1, copy_w)), 1)
+    copy_w: gl.constexpr = gl.BlockedLayout([1, vector], [1, 32], [NUM_WARPS, 1], [1, 0])
+    w_rows = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, copy_w)), 1)
     w_groups = tile_n * GROUPS + w_rows % GROUPS
-    w_inside = w_groups < groups_n
-    w_columns = gl.expand_dims(gl.arange(0, 512, gl.SliceLayout(0, copy_w)), 0)
-    W_STEP: gl.constexpr = 512 * PARTS
-    w_pointers = w + expert.to(gl.int64) * groups_n * k_tiles * W_STEP + w_groups * (k_tiles * W_STEP)
-    w_pointers += w_rows // GROUPS * 512 + w_columns
-    copy_s: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
-    n_rows = gl.arange(0, BLOCK_N, copy_s)
-    s_groups = tile_n * GROUPS + n_rows // 16
-    s_inside = s_groups < groups_n
-    s_pointers = w_scales + expert.to(gl.int64) * groups_n * k_tiles * 16 + s_groups * (k_tiles * 16) + n_rows % 16
+    w_parts = w_rows // (ROWS // PARTS)
+    w_columns = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, copy_w)), 0)
+    w_pointers = w + expert * groups_n * k_tiles * W_STEP + w_groups * (k_tiles * W_STEP)
+    w_pointers += w_rows // GROUPS * WIDTH + w_columns
+    copy_s: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [NUM_WARPS, 1], [1, 0])
+    s_rows = gl.expand_dims(gl.arange(0, PARTS * GROUPS, gl.SliceLayout(1, copy_s)), 1)
+    s_groups = tile_n * GROUPS + s_rows % GROUPS
+    s_parts = s_rows // GROUPS
+    s_pointers = s_groups
+    if SCALED:
+        s_pointers = w_scales + expert * groups_n * k_tiles * 8 + s_groups * (k_tiles * 8) + s_parts * 8
+        s_pointers += gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, copy_s)), 0)
 
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    x_shared: gl.constexpr = gl.NVMMASharedLayout(128, 16 if WIDE else 8, 2)
+    x_shared: gl.constexpr = gl.NVMMASharedLayout(min(128, BLOCK_K * (2 if WIDE else 1)), 16 if WIDE else 8, 2)
     x_stages = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, BLOCK_M, BLOCK_K], x_shared)
-    w_stages = gl.allocate_shared_memory(w.dtype.element_ty, [STAGES, PARTS * GROUPS, 512], flat)
-    s_stages = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    w_stages = gl.allocate_shared_memory(w.dtype.element_ty, [STAGES, ROWS, WIDTH], flat)
+    s_stages = gl.allocate_shared_memory(gl.int32, [STAGES, PARTS * GROUPS if SCALED else 1, 8], flat)
 
-    # STAGES - 2 tiles are on their way while one is used and the one before may still be read by the other half.
+    # STAGES - 2 tiles are on their way while one is multiplied and the one before may still be.
     for first in gl.static_range(STAGES - 2):
-        if first < k_tiles:
-            async_copy.async_copy_global_to_shared(w_stages.index(first), w_pointers + first * W_STEP, mask=w_inside)
-            if W_FORMAT == "e2m1":
-                async_copy.async_copy_global_to_shared(s_stages.index(first), s_pointers + first * 16, mask=s_inside)
-            inside = x_inside & (first * BLOCK_K + x_columns < K)
-            async_copy.async_copy_global_to_shared(x_stages.index(first), x_pointers + first * BLOCK_K, mask=inside)
-        async_copy.commit_group()
-
+        start_copies(first, first, x_stages, w_stages, s_stages, x_pointers, w_pointers, s_pointers, x_inside,
+                     w_groups < groups_n, s_groups < groups_n, x_columns, w_parts, s_parts, K, k_tiles, W_STEP, PARTS,
+                     SCALED)  # fmt: skip
     total = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, mma)
-    for tile in range(k_tiles):
-        async_copy.wait_group(STAGES - 3)
-        coming = tile + STAGES - 2
-        if coming < k_tiles:
-            free = coming % STAGES
-            async_copy.async_copy_global_to_shared(w_stages.index(free), w_pointers + coming * W_STEP, mask=w_inside)
-            if W_FORMAT == "e2m1":
-                async_copy.async_copy_global_to_shared(s_stages.index(free), s_pointers + coming * 16, mask=s_inside)
-            inside = x_inside & (coming * BLOCK_K + x_columns < K)
-            async_copy.async_copy_global_to_shared(x_stages.index(free), x_pointers + coming * BLOCK_K, mask=inside)
-        async_copy.commit_group()
-        stage = tile % STAGES
-        fence_async_shared()
-        a, b, c, d = weights_of(w_stages.index(stage), s_stages.index(stage), W_FORMAT, X_FORMAT, BLOCK_N, operand,
-                                registers)  # fmt: skip
-        right = x_stages.index(stage).permute((1, 0))
-        acc = warpgroup_mma(a, right.slice(0, 32, 0), total, is_async=True)
-        acc = warpgroup_mma(b, right.slice(32, 32, 0), acc, is_async=True)
-        acc = warpgroup_mma(c, right.slice(64, 32, 0), acc, is_async=True)
-        acc = warpgroup_mma(d, right.slice(96, 32, 0), acc, is_async=True)
-        total = warpgroup_mma_wait(0, deps=(acc,))
+    tiles = (k_tiles + PARTS - 1) // PARTS
+    # By twos, so that weights of the next tile go to other registers than those that a running wgmma reads. An odd
+    # last tile is followed by one of zeros.
+    for pair in range((tiles + 1) // 2):
+        for second in gl.static_range(2):
+            tile = 2 * pair + second
+            async_copy.wait_group(STAGES - 3)
+            start_copies(tile + STAGES - 2, (tile + STAGES - 2) % STAGES, x_stages, w_stages, s_stages, x_pointers,
+                         w_pointers, s_pointers, x_inside, w_groups < groups_n, s_groups < groups_n, x_columns, w_parts,
+                         s_parts, K, k_tiles, W_STEP, PARTS, SCALED)  # fmt: skip
+            fence_async_shared()
+            right = x_stages.index(tile % STAGES).permute((1, 0))
+            running = multiply(total, w_stages.index(tile % STAGES), s_stages.index(tile % STAGES), right, W_FORMAT,
+                               WIDE, PARTS, BLOCK_N, operand, w_registers, s_registers)  # fmt: skip
+            total = warpgroup_mma_wait(PARTS * (4 if WIDE else 2), deps=(running,))
+    total = warpgroup_mma_wait(0, deps=(total,))
 
     n_index = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma))
     m_place = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
     m_row = gl.load(row_ids + m_place)
     n_inside = n_index < groups_n * 16
-    factor = gl.load(w_factors + expert.to(gl.int64) * groups_n * 16 + n_index, mask=n_inside, other=0.0)
+    factor = gl.load(w_factors + expert * groups_n * 16 + n_index, mask=n_inside, other=0.0)
     total = total * gl.expand_dims(factor, 1)
     if x_factors is not None:
         x_factor = gl.load(x_factors + m_row // TOP_K, mask=m_row < M, other=0.0)
@@ -280,32 +288,30 @@ def hopper_moe_kernel(
             n_inside = out < N // 2
         else:
             n_inside = n_index < N
-        total += gl.expand_dims(
-            gl.load(bias + expert.to(gl.int64) * N + column, mask=n_inside, other=0.0).to(gl.float32), 1
-        )
+        total += gl.expand_dims(gl.load(bias + expert * N + column, mask=n_inside, other=0.0).to(gl.float32), 1)
     if row_weights is not None:
         total = total * gl.expand_dims(gl.load(row_weights + m_row, mask=m_row < M, other=0.0), 0)
     if ACTIVATION != "none":
         pairs = total.reshape((GROUPS, 2, 8, BLOCK_M)).permute((0, 2, 3, 1)).reshape((BLOCK_N // 2, BLOCK_M, 2))
         gate, up = gl.split(pairs)
         if CLAMP:
-            gate = gl.minimum(gate, limit)
-            up = gl.minimum(gl.maximum(up, -limit), limit)
+            gate = gl.where(gate > limit, limit, gate)  # unlike a minimum, this keeps NaN
+            up = gl.where(up > limit, limit, gl.where(up < -limit, -limit, up))
         if ACTIVATION == "swigluoai":
             result = gate / (1.0 + gl.exp(-alpha * gate)) * (up + beta)
         else:
             result = gate / (1.0 + gl.exp(-gate)) * up
-        WIDTH: gl.constexpr = BLOCK_N // 2
+        OUT_N: gl.constexpr = BLOCK_N // 2
         n_out = N // 2
     else:
         result = total
-        WIDTH: gl.constexpr = BLOCK_N
+        OUT_N: gl.constexpr = BLOCK_N
         n_out = N
 
-    out_threads: gl.constexpr = min(32, WIDTH // 8)
+    out_threads: gl.constexpr = min(32, OUT_N // 8)
     store: gl.constexpr = gl.BlockedLayout([1, 8], [32 // out_threads, out_threads], [NUM_WARPS, 1], [1, 0])
     result = gl.convert_layout(result.to(y.dtype.element_ty).permute((1, 0)), store)
     rows = gl.load(row_ids + tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, store)))
-    columns = tile_n * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, store))
+    columns = tile_n * OUT_N + gl.arange(0, OUT_N, gl.SliceLayout(0, store))
     places = gl.expand_dims(rows.to(gl.int64) * n_out, 1) + gl.expand_dims(columns, 0)
     gl.store(y + places, result, mask=gl.expand_dims(rows < M, 1) & gl.expand_dims(columns < n_out, 0))

@@ -1,12 +1,13 @@
 """Weights in the order in which `hopper_moe.py` multiplies them, made once after loading.
 
-Rows go in groups of 16, K in tiles of 128, padded with zeros. A thread of a warp, lane = 4 g + t, holds rows g and
+Rows go in groups of 16, K in tiles of 64, padded with zeros. A thread of a warp, lane = 4 g + t, holds rows g and
 g + 8 of its group; wgmma wants, of every 32 bytes along K, bytes 4 t .. 4 t + 3 and 16 + 4 t .. 16 + 4 t + 3 from it.
-Packed so that a thread's share of a tile is 16 bytes (twice for e2m1, four times for e4m3) and a warp's is contiguous:
+Packed so that a thread's share of a tile is 16 bytes (twice for e4m3) and a warp's is contiguous:
 
-    e4m3:         [E, N/16, K/128, block, g, t, h, r, e]      byte of row 8 r + g, k = 32 block + 16 h + 4 t + e
-    e2m1 x e4m3:  [E, N/16, K/128, v, g, t, h, r] words       codes of blocks 2 v and 2 v + 1, k as above
-    e2m1 x bf16:  [E, N/16, K/128, v, g, t, h, r] words       codes of all blocks, k = 32 block + 16 v + 8 h + 2 t + e
+    e4m3:         [E, N/16, K/64, block, g, t, h, r, e]  byte of row 8 r + g, k = 32 block + 16 h + 4 t + e
+    e2m1 x e4m3:  [E, N/16, K/64, g, t, h, r] words      eight codes, of k as above with both blocks
+    e2m1 x bf16:  [E, N/16, K/64, g, t, h, r] words      eight codes, of k = 32 block + 16 s + 8 h + 2 t + e
+    scales:       [E, N/16, K/64, g, r, block]           bytes
 
 Bits of a word are where two or three instructions take them from; see `_word_e4m3` and `_word_bf16`.
 
@@ -29,7 +30,7 @@ class HopperWeights:
 
     Attributes:
         data: uint16 or uint8, see above.
-        scales: int32 [E, N/16, K/128, 16], one byte a block; None for e4m3.
+        scales: int32 [E, N/16, K/64, 8], one byte a block; None for e4m3.
         factors: fp32 [E, N/16 * 16], power of two of each row; NaN where a scale was NaN.
         w_format: `e2m1` or `e4m3`.
         x_format: `bf16` or `e4m3`: what it can be multiplied with.
@@ -66,7 +67,7 @@ def pack_hopper(
     """
     experts, n, blocks = scales.shape
     k = blocks * 32
-    groups, tiles = -(-n // 16), -(-k // 128)
+    groups, tiles = -(-n // 16), -(-k // 64)
     w_format = "e4m3" if w.dtype == torch.float8_e4m3fn else "e2m1"
     if w_format == "e4m3" and x_format != "e4m3":
         raise ValueError(f"e4m3 weights with {x_format} activations: no such kernel; use x_format='e4m3'")
@@ -75,20 +76,19 @@ def pack_hopper(
     device = w.device
     order = row_order(n, pairs).to(device)
     wide = x_format == "bf16"
-    words = torch.empty(
-        experts, groups, tiles, 4 if w_format == "e4m3" else 2, 8, 4, 2, 2, 4, dtype=torch.uint8, device=device
-    )
+    parts = 2 if w_format == "e4m3" else 1
+    words = torch.empty(experts, groups, tiles, parts, 8, 4, 2, 2, 4, dtype=torch.uint8, device=device)
     packed_scales = None
     if w_format == "e2m1":
-        packed_scales = torch.empty(experts, groups, tiles, 16, 4, dtype=torch.uint8, device=device)
+        packed_scales = torch.empty(experts, groups, tiles, 8, 2, 2, dtype=torch.uint8, device=device)
     factors = torch.empty(experts, groups * 16, dtype=torch.float32, device=device)
     rounded = torch.zeros((), dtype=torch.int64, device=device)
     for expert in range(experts):  # one at a time: temporaries are 8 times an expert's weights
         rows, s = w[expert].view(torch.uint8)[order], scales[expert][order].int()
         codes = rows if w_format == "e4m3" else torch.stack([rows & 15, rows >> 4], -1).flatten(-2)
-        codes = torch.nn.functional.pad(codes, (0, tiles * 128 - k, 0, groups * 16 - n))
-        s = torch.nn.functional.pad(s, (0, tiles * 4 - blocks, 0, groups * 16 - n))
-        codes = codes.view(groups * 16, tiles * 4, 32)
+        codes = torch.nn.functional.pad(codes, (0, tiles * 64 - k, 0, groups * 16 - n))
+        s = torch.nn.functional.pad(s, (0, tiles * 2 - blocks, 0, groups * 16 - n))
+        codes = codes.view(groups * 16, tiles * 2, 32)
         used = (codes & (0x7F if w_format == "e4m3" else 7)).ne(0).any(-1)
         largest = torch.where(used, s, 0).amax(-1, keepdim=True)
         below = torch.where(used, s - largest, 0)
@@ -106,12 +106,12 @@ def pack_hopper(
         factor = torch.exp2(largest[:, 0].double() - 127 + shift).float()
         factors[expert] = factor.masked_fill((largest[:, 0] == 255) | (s == 255).any(-1), torch.nan)
         if packed_scales is not None:
-            packed_scales[expert] = step.view(groups, 16, tiles, 4).permute(0, 2, 1, 3).to(torch.uint8)
-        words[expert] = _words(codes.view(groups, 2, 8, tiles, 4, 32), w_format, wide)
+            packed_scales[expert] = step.view(groups, 2, 8, tiles, 2).permute(0, 3, 2, 1, 4).to(torch.uint8)
+        words[expert] = _words(codes.view(groups, 2, 8, tiles, 2, 32), w_format, wide)
     data = words.flatten()
     return HopperWeights(
         data.view(torch.uint16) if wide else data,
-        None if packed_scales is None else packed_scales.view(torch.int32).squeeze(-1),
+        None if packed_scales is None else packed_scales.view(experts, groups, tiles, 32).view(torch.int32),
         factors, w_format, x_format, n, k, pairs, rounded,
     )  # fmt: skip
 
@@ -126,15 +126,15 @@ def row_order(n: int, pairs: str | None) -> torch.Tensor:
 
 
 def _words(codes: torch.Tensor, w_format: str, wide: bool) -> torch.Tensor:
-    """[groups, r, g, tiles, block, 32] codes -> [groups, tiles, v, g, t, h, r, 4] bytes."""
+    """[groups, r, g, tiles, block, 32] codes -> [groups, tiles, 1 or 2, g, t, h, r, 4] bytes."""
     groups, _, _, tiles = codes.shape[:4]
     if w_format == "e4m3":
-        return codes.view(groups, 2, 8, tiles, 4, 2, 4, 4).permute(0, 3, 4, 2, 6, 5, 1, 7)
-    if wide:  # 32 = v, h, t, e
-        parts = codes.view(groups, 2, 8, tiles, 4, 2, 2, 4, 2).permute(0, 3, 5, 2, 7, 6, 1, 4, 8)
-        return _word_bf16(parts.int())
-    parts = codes.view(groups, 2, 8, tiles, 2, 2, 2, 4, 4).permute(0, 3, 4, 2, 7, 6, 1, 5, 8)
-    return _word_e4m3(parts.int())
+        return codes.view(groups, 2, 8, tiles, 2, 2, 4, 4).permute(0, 3, 4, 2, 6, 5, 1, 7)
+    if wide:  # block and 32 = s, h, t, e
+        parts = codes.view(groups, 2, 8, tiles, 4, 2, 4, 2).permute(0, 3, 2, 6, 5, 1, 4, 7)
+        return _word_bf16(parts.int())[:, :, None]
+    parts = codes.view(groups, 2, 8, tiles, 2, 2, 4, 4).permute(0, 3, 2, 6, 5, 1, 4, 7)
+    return _word_e4m3(parts.int())[:, :, None]
 
 
 def _word_e4m3(codes: torch.Tensor) -> torch.Tensor:
@@ -151,10 +151,10 @@ def _word_e4m3(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _word_bf16(codes: torch.Tensor) -> torch.Tensor:
-    """[..., block, e] codes -> [..., 4] bytes: e is the half of the word, each with one code of four blocks.
+    """[..., step, e] codes -> [..., 4] bytes: e is the half of the word, each with one code of four steps of 16.
 
-    A bf16 wants the sign in bit 15 and the magnitude in bits 8..6. Block 0 lies there; block 2 is 6 bits lower; of 1
-    and 3 the sign moves by another distance than the magnitude.
+    A bf16 wants the sign in bit 15 and the magnitude in bits 8..6. Step 0 lies there; step 2 is 6 bits lower; of 1 and
+    3 the sign moves by another distance than the magnitude.
     """
     magnitude_at = torch.tensor([6, 3, 0, 10], dtype=torch.int32, device=codes.device)[:, None]
     sign_at = torch.tensor([15, 13, 9, 14], dtype=torch.int32, device=codes.device)[:, None]

@@ -45,73 +45,79 @@ def block_bound(rows: int, experts: int, block_m: int) -> int:
 
 
 @triton.jit
-def count_kernel(
-    ids, counts, row_ids, R, E, places, CHUNK: tl.constexpr, BINS: tl.constexpr, PLACES: tl.constexpr
-):  # fmt: skip
-    """Counts of each chunk of rows by expert, [chunks, BINS]; and all places marked empty. Bin E is what is dropped."""
-    chunk = tl.program_id(0)
+def mark_empty(row_ids, block_experts, R, places, blocks, chunk, chunks, BLOCK: tl.constexpr):
+    """No row and no expert in a chunk's share of places and blocks."""
+    for first in range(chunk * BLOCK, places, chunks * BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        tl.store(row_ids + place, R, mask=place < places)
+    for first in range(chunk * BLOCK, blocks, chunks * BLOCK):
+        block = first + tl.arange(0, BLOCK)
+        tl.store(block_experts + block, -1, mask=block < blocks)
+
+
+@triton.jit
+def experts_of(ids, chunk, R, E, CHUNK: tl.constexpr):
+    """Experts of a chunk's rows; E for what is dropped."""
     rows = chunk * CHUNK + tl.arange(0, CHUNK)
     expert = tl.load(ids + rows, mask=rows < R, other=-1).to(tl.int32)
-    expert = tl.where((expert >= 0) & (expert < E), expert, E)
-    tl.store(counts + chunk * BINS + tl.arange(0, BINS), tl.histogram(expert, BINS))
-    for first in range(0, PLACES, 1024):
-        place = chunk * PLACES + first + tl.arange(0, 1024)
-        tl.store(row_ids + place, R, mask=(place < places) & (first + tl.arange(0, 1024) < PLACES))
+    return tl.where((expert >= 0) & (expert < E), expert, E)
+
+
+@triton.jit
+def count_kernel(
+    ids, counts, row_ids, block_experts, R, E, places, blocks, CHUNK: tl.constexpr, BINS: tl.constexpr
+):  # fmt: skip
+    """Counts of each chunk of rows by expert, [chunks, BINS]; and everything marked empty."""
+    chunk = tl.program_id(0)
+    tl.store(counts + chunk * BINS + tl.arange(0, BINS), tl.histogram(experts_of(ids, chunk, R, E, CHUNK), BINS))
+    mark_empty(row_ids, block_experts, R, places, blocks, chunk, tl.num_programs(0), 1024)
 
 
 @triton.jit
 def place_kernel(
-    ids, counts, starts, row_ids, block_experts, totals, R, E, chunks, blocks,
-    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, BLOCKS: tl.constexpr, ALONE: tl.constexpr,
+    ids, counts, starts, row_ids, block_experts, totals, R, E, places, blocks,
+    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one chunk to their places, and a share of the block's experts.
+    """Rows of one chunk to their places, and a share of the blocks to their experts.
 
-    counts: of `count_kernel`. starts: [chunks, BINS] scratch. ALONE: one program does everything; `counts` is not read,
-        and it marks empty places itself. BLOCKS: blocks a program tells the expert of.
+    counts: of `count_kernel`. starts: [chunks, BINS] scratch. ALONE: this program does everything, without counts.
     """
     chunk = tl.program_id(0)
+    chunks = tl.num_programs(0)
     bins = tl.arange(0, BINS)
-    rows = chunk * CHUNK + tl.arange(0, CHUNK)
-    expert = tl.load(ids + rows, mask=rows < R, other=-1).to(tl.int32)
-    expert = tl.where((expert >= 0) & (expert < E), expert, E)
+    expert = experts_of(ids, chunk, R, E, CHUNK)
+    total = tl.zeros((BINS,), tl.int32)
+    before = tl.zeros((BINS,), tl.int32)
     if ALONE:
         total = tl.histogram(expert, BINS)
-        before = tl.zeros((BINS,), tl.int32)
-        for first in range(0, blocks * BLOCK_M, 1024):
-            place = first + tl.arange(0, 1024)
-            tl.store(row_ids + place, R, mask=place < blocks * BLOCK_M)
+        mark_empty(row_ids, block_experts, R, places, blocks, chunk, chunks, CHUNK)
     else:
-        total = tl.zeros((BINS,), tl.int32)
-        before = tl.zeros((BINS,), tl.int32)
-        for other in range(chunks):
-            count = tl.load(counts + other * BINS + bins)
-            total += count
-            before += tl.where(other < chunk, count, 0)
+        for first in range(0, chunks, 4):
+            for next in tl.static_range(4):
+                other = first + next
+                count = tl.load(counts + other * BINS + bins, mask=(bins < E) & (other < chunks), other=0)
+                total += count
+                before += tl.where(other < chunk, count, 0)
     total = tl.where(bins < E, total, 0)
     own = (total + BLOCK_M - 1) // BLOCK_M
-    end = tl.cumsum(own, 0)
-    tl.store(starts + chunk * BINS + bins, (end - own) * BLOCK_M + before)
+    first_block = tl.cumsum(own, 0) - own
+    tl.store(starts + chunk * BINS + bins, first_block * BLOCK_M + before)
     if chunk == 0:
         tl.store(totals + bins, total, mask=bins < E)
-    # Block b belongs to the expert of which b is not past the end, but of all before.
-    STEP: tl.constexpr = min(32, 16384 // BINS)
-    for first in range(0, BLOCKS, STEP):
-        block = chunk * BLOCKS + first + tl.arange(0, STEP)
-        passed = tl.sum((end[None, :] <= block[:, None]).to(tl.int32), 1)
-        mine = (block < blocks) & (first + tl.arange(0, STEP) < BLOCKS)
-        tl.store(block_experts + block, tl.where(passed < E, passed, -1), mask=mine)
-    tl.debug_barrier()  # starts, and with ALONE the empty places, were written by other threads of this program
+    tl.debug_barrier()  # starts, and with ALONE what is empty, were written by other threads of this program
+    for nth in range(chunk, tl.max(own, 0), chunks):
+        tl.store(block_experts + first_block + nth, bins, mask=nth < own)
     inside = expert < E
     place = tl.load(starts + chunk * BINS + expert, mask=inside, other=0)
     index = tl.arange(0, CHUNK)
-    SLICE: tl.constexpr = min(32, 8192 // CHUNK)
-    for first in range(0, CHUNK, SLICE):
+    SLICE: tl.constexpr = 32 if CHUNK <= 256 else 8192 // CHUNK
+    for first in tl.static_range(0, CHUNK, SLICE):
         earlier = first + tl.arange(0, SLICE)
         at = chunk * CHUNK + earlier
         theirs = tl.load(ids + at, mask=at < R, other=-1).to(tl.int32)
         same = (theirs[None, :] == expert[:, None]) & (earlier[None, :] < index[:, None])
         place += tl.sum(same.to(tl.int32), 1)
-    tl.store(row_ids + place, rows, mask=inside)
+    tl.store(row_ids + place, chunk * CHUNK + index, mask=inside)
 
 
 def route(topk_ids: torch.Tensor, experts: int, block_m: int) -> Routing:
@@ -142,12 +148,14 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int) -> Routing:
     chunks, bins = triton.cdiv(rows, chunk), triton.next_power_of_2(experts + 1)
     counts = torch.empty(chunks, bins, dtype=torch.int32, device=device)
     starts = torch.empty_like(counts)
+    places = row_ids.numel()
     if chunks > 1:
-        share = triton.cdiv(row_ids.numel(), chunks)
-        count_kernel[(chunks,)](topk_ids, counts, row_ids, rows, experts, row_ids.numel(), chunk, bins, share)
+        count_kernel[(chunks,)](
+            topk_ids, counts, row_ids, block_experts, rows, experts, places, blocks, chunk, bins
+        )  # fmt: skip
     place_kernel[(chunks,)](
-        topk_ids, counts, starts, row_ids, block_experts, totals, rows, experts, chunks, blocks,
-        block_m, chunk, bins, triton.cdiv(blocks, chunks), chunks == 1,
+        topk_ids, counts, starts, row_ids, block_experts, totals, rows, experts, places, blocks,
+        block_m, chunk, bins, chunks == 1,
     )  # fmt: skip
     return Routing(row_ids, block_experts, totals, block_m)
 
