@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 
 import bench.source_tree  # noqa: F401
-from sglang_amd_quant.errors import AmdMxError
-from sglang_amd_quant.runtime.code_objects import code_object
 from sglang_amd_quant.runtime.device import Gpu, gpu
 from sglang_amd_quant.runtime.gemv_mxfp4 import GemvPlan, gemv_mxfp4, plans
 from sglang_amd_quant.runtime.launch import LaunchDescription
+from sglang_amd_quant.toolchain.build import available_archs, build
 
 SHAPES = "6144x2304,2048x6144,6144x1536,1536x6144,2880x5760,8192x28672"  # K x N
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
@@ -226,14 +225,13 @@ def main() -> int:
 
 
 def prepare(device: Gpu) -> None:
-    """Compile the code object for this device if it is not there, and load it ahead of any capture."""
-    try:
-        code_object("gemv_mxfp4_bf16_m1", device.arch_name)
-    except AmdMxError:
-        from sglang_amd_quant.toolchain.build import build
+    """Bring the code object for this device up to date, where there is a compiler, and load it ahead of any capture."""
+    from sglang_amd_quant.kernels.hip.manifest import find  # once source_tree has run
 
-        build([device.arch_name])
-    device.load(*(f"gemv_mxfp4_{out}_m{m}" for out in ("bf16", "f32") for m in (1, 2, 4)))
+    name = "gemv_mxfp4_bf16_m1"
+    if available_archs([device.arch_name]):
+        build([device.arch_name], code_objects=(find(name)[0],))
+    device.load(*(e.name for e in find(name)[0].entry_points))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""The compiled interpreter: generates the C of the tables, compiles it with gcc once, and mirrors its structs."""
+"""The compiled interpreter: generates the C of the tables, compiles it once, and mirrors its structs."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import os
+import shlex
+import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -127,18 +131,28 @@ def _host_features() -> str:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), os.uname().machine)
 
 
-def _compile(generated: str, header: str, target: Path, compiler: str) -> None:
+def _compiler() -> tuple[str, ...]:
+    """$CC, else gcc, cc or clang, else the one in the `ziglang` wheel."""
+    if os.environ.get("CC"):
+        return tuple(shlex.split(os.environ["CC"]))
+    found = next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
+    if found is None and importlib.util.find_spec("ziglang"):
+        return sys.executable, "-m", "ziglang", "cc"
+    return (found or "gcc",)
+
+
+def _compile(generated: str, header: str, target: Path, compiler: tuple[str, ...]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         Path(folder, "instruction.h").write_text(header)
         Path(folder, "generated.c").write_text(generated)
         sources = [*sorted(map(str, _CORE.glob("*.c"))), str(Path(folder, "generated.c"))]
         library = Path(folder, "emulator.so")
-        command = [compiler, *_FLAGS, f"-I{folder}", f"-I{_CORE}", *sources, "-o", str(library), "-lm"]
+        command = [*compiler, *_FLAGS, f"-I{folder}", f"-I{_CORE}", *sources, "-o", str(library), "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except FileNotFoundError:
-            raise EmulatorError(f"the emulator needs a C compiler: {compiler!r} is not on PATH (set CC)") from None
+            raise EmulatorError(f"the emulator needs a C compiler: {compiler[0]!r} is not on PATH (set CC)") from None
         except subprocess.CalledProcessError as error:
             raise EmulatorError(f"compiling the interpreter failed:\n{error.stderr}") from None
         os.replace(library, target)  # atomic: another process may be doing the same
@@ -148,8 +162,8 @@ def _compile(generated: str, header: str, target: Path, compiler: str) -> None:
 def library() -> ctypes.CDLL:
     """The interpreter, compiled at first use (some 5 s) and kept in the user's cache folder by a hash of its text."""
     generated, header = codegen.generate(), instruction.c_header()
-    compiler = os.environ.get("CC", "gcc")
-    parts = [generated, header, compiler, *_FLAGS, _host_features()]
+    compiler = _compiler()
+    parts = [generated, header, *compiler, *_FLAGS, _host_features()]
     parts += [path.read_text() for path in sorted(_CORE.iterdir()) if path.suffix in (".c", ".h")]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     target = _cache_folder() / digest / "emulator.so"
