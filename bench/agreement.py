@@ -1,14 +1,14 @@
 """How far a server's greedy token ids agree with a reference model, and how far they must.
 
-Two right implementations of one network round to bf16 at different places (SGLang adds the residual inside the norm in
-fp32, transformers before it in bf16), so their logits differ a little, and greedy ids may part where two tokens are
-nearly tied. How nearly is measured on the reference itself: run it once more with the output of every norm moved by up
-to one bf16 ulp, which is what such a difference comes to, and see by how much the margin between the first two tokens
-changes. With s the root mean square of those changes,
+Two right implementations of one network round to its dtype at different places (SGLang adds the residual inside the
+norm in fp32, transformers before it in bf16; ranks add partial sums that are rounded already), so their logits differ a
+little, and greedy ids may part where two tokens are nearly tied. How nearly is measured on the reference itself: run it
+once more with the output of every norm moved by up to one ulp of its dtype, which is what such a difference comes to,
+and see by how much the margin between the first two tokens changes. With s the root mean square of those changes,
 
     bound = SIGMAS * s + ulp(top logit)
 
-where the second term is the rounding of the two logits themselves to bf16, half an ulp each.
+where the second term is the rounding of the two logits themselves, half an ulp each.
 
 With experts there is a second reason: where a router is nearly tied, an ulp picks another expert, and the logits jump.
 A parting above the bound is therefore looked at again under `RETRIES` more such movements of the reference: if the
@@ -33,9 +33,6 @@ SIGMAS = 5.0
 """A change of the margin beyond 5 s has a chance below 1e-6 a position if changes are normal; there are 256."""
 
 RETRIES = 16
-
-BF16_ULP = 2.0**-7
-"""Spacing of bf16 numbers in [1, 2): 7 stored mantissa bits."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +87,12 @@ def logits(model: Any, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
 
 @contextmanager
 def moved_by_an_ulp(model: Any, seed: int = 0) -> Iterator[None]:
-    """While open, every norm's output is moved by -1, 0 or 1 bf16 ulp at random."""
-    generator = torch.Generator().manual_seed(seed)
+    """While open, every norm's output is moved by -1, 0 or 1 ulp of the model's dtype at random."""
+    generator, ulp = torch.Generator().manual_seed(seed), torch.finfo(model.dtype).eps
 
     def move(module: Any, inputs: Any, output: Tensor) -> Tensor:
         steps = torch.randint(-1, 2, output.shape, generator=generator)
-        return (output.float() * (1 + steps * BF16_ULP / 2)).to(output.dtype)  # half to one ulp, rounded to one
+        return (output.float() * (1 + steps * ulp / 2)).to(output.dtype)  # half to one ulp, rounded to one
 
     norms = [m for name, m in model.named_modules() if name.endswith("norm")]
     handles = [norm.register_forward_hook(move) for norm in norms]
@@ -110,11 +107,43 @@ def compare(model: Any, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequ
     """Judge generated ids against the reference model.
 
     Args:
-        model: a bf16 transformers causal LM.
+        model: a transformers causal LM in the server's dtype.
         prompts: token ids.
         outputs: the ids that the server generated greedily after each prompt.
     """
     pairs = list(zip(prompts, outputs, strict=True))
+    rows, margins, noise = _measure(model, pairs)
+    partings = [
+        parting
+        for i, (row, output) in enumerate(zip(rows, outputs, strict=True))
+        for parting in _partings(i, row, torch.tensor(output), noise, torch.finfo(model.dtype).eps)
+    ]
+    partings = [p if p.margin <= p.bound else _closest(model, pairs[p.prompt], p) for p in partings]
+    return Agreement(sum(map(len, outputs)), tuple(partings), noise, margins.median().item())
+
+
+def compare_pair(
+    model: Any, prompts: Sequence[Sequence[int]], first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]
+) -> Agreement:
+    """Judge two servers' ids against each other: where they part, the reference must find both tokens nearly tied.
+
+    Positions after a prompt's first parting have different prefixes and are not compared.
+    """
+    pairs = list(zip(prompts, first, strict=True))
+    rows, margins, noise = _measure(model, pairs)
+    positions, partings = 0, []
+    for i, (row, one, two) in enumerate(zip(rows, first, second, strict=True)):
+        at = next((j for j, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), None)
+        positions += len(one) if at is None else at + 1
+        if at is not None:
+            margin = abs(float(row[at, one[at]] - row[at, two[at]]))
+            bound = SIGMAS * noise + _ulp_of(float(row[at].max()), torch.finfo(model.dtype).eps)
+            partings.append(Parting(i, at, two[at], one[at], margin, bound))
+    return Agreement(positions, tuple(partings), noise, margins.median().item())
+
+
+def _measure(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[list[Tensor], Tensor, float]:
+    """Logits of each pair, the top-2 margins of all positions, and s."""
     rows = [logits(model, *pair) for pair in pairs]
     with moved_by_an_ulp(model):
         moved = [logits(model, *pair) for pair in pairs]
@@ -124,14 +153,7 @@ def compare(model: Any, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequ
         margins.append(top.values[:, 0] - top.values[:, 1])
         again = after.gather(-1, top.indices)
         changes.append(again[:, 0] - again[:, 1] - margins[-1])
-    noise = torch.cat(changes).square().mean().sqrt().item()
-    partings = [
-        parting
-        for i, (row, output) in enumerate(zip(rows, outputs, strict=True))
-        for parting in _partings(i, row, torch.tensor(output), noise)
-    ]
-    partings = [p if p.margin <= p.bound else _closest(model, pairs[p.prompt], p) for p in partings]
-    return Agreement(sum(map(len, outputs)), tuple(partings), noise, torch.cat(margins).median().item())
+    return rows, torch.cat(margins), torch.cat(changes).square().mean().sqrt().item()
 
 
 def _closest(model: Any, pair: tuple[Sequence[int], Sequence[int]], parting: Parting) -> Parting:
@@ -145,10 +167,15 @@ def _closest(model: Any, pair: tuple[Sequence[int], Sequence[int]], parting: Par
     return replace(parting, margin=margin)
 
 
-def _partings(prompt: int, row: Tensor, output: Tensor, noise: float) -> Iterator[Parting]:
+def _partings(prompt: int, row: Tensor, output: Tensor, noise: float, eps: float) -> Iterator[Parting]:
     best = row.max(dim=-1)
     for position in (best.indices != output).nonzero().flatten().tolist():
         token, top = int(output[position]), float(best.values[position])
-        bound = SIGMAS * noise + BF16_ULP * 2.0 ** torch.tensor(top).abs().log2().floor().item()
         margin = top - float(row[position, token])
+        bound = SIGMAS * noise + _ulp_of(top, eps)
         yield Parting(prompt, position, token, int(best.indices[position]), margin, bound)
+
+
+def _ulp_of(value: float, eps: float) -> float:
+    """Spacing of a dtype's numbers at `value`; eps is that at 1."""
+    return eps * 2.0 ** torch.tensor(value).abs().log2().floor().item()

@@ -27,12 +27,12 @@ EXPERT_PARTS = ("0.gate_proj", "0.up_proj", "0.down_proj")
 """What a recipe's patterns see of an experts module, below its own name."""
 
 
-def load_model(path: str | Path) -> Any:
-    """The bf16 model in the directory, ready for inference."""
+def load_model(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model in the directory, ready for inference."""
     declare_torchvision_ops()
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
 
 def declare_torchvision_ops() -> None:

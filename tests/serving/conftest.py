@@ -1,13 +1,18 @@
-"""Real servers: one at a time, always stopped, their log's last lines shown where a test fails."""
+"""Real servers: one at a time in each test process, always stopped, their log's last lines shown where a test fails."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from examples.fetch_gemma import DEFAULT_OUT, fetch
 from examples.server import Server
@@ -34,8 +39,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def gemma() -> Path:
-    """Gemma 3 270M, fetched on first use."""
-    fetch(DEFAULT_OUT)
+    """Gemma 3 270M, fetched on first use, by one test process where there are several."""
+    DEFAULT_OUT.parent.mkdir(exist_ok=True)
+    with FileLock(DEFAULT_OUT.with_suffix(".lock")):
+        fetch(DEFAULT_OUT)
     return DEFAULT_OUT.resolve()
 
 
@@ -74,6 +81,7 @@ def serve(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Any]:
 def prompts() -> Callable[[Path], list[list[int]]]:
     """Token ids of `PROMPTS` by a model's own tokenizer."""
 
+    @cache
     def ids(model: Path) -> list[list[int]]:
         from bench.hf_model import declare_torchvision_ops
 
@@ -99,3 +107,39 @@ def generate() -> Callable[[Server, Sequence[Sequence[int]]], list[list[int]]]:
         return outputs
 
     return ids
+
+
+@pytest.fixture(scope="session")
+def clients() -> type[Clients]:
+    return Clients
+
+
+class Clients:
+    """Programs that people use with a server."""
+
+    @staticmethod
+    def stream_a_chat(server: Server) -> None:
+        """The OpenAI client, streaming."""
+        import openai
+
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        question = [{"role": "user", "content": "Name three colours."}]
+        stream = client.chat.completions.create(
+            model="default", messages=question, max_tokens=16, temperature=0, stream=True
+        )
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+        assert len(pieces) > 4
+        assert "".join(pieces).strip()
+
+    @staticmethod
+    def bench_serving(server: Server, model: Path, folder: Path) -> None:
+        """SGLang's own load generator, offline."""
+        command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--dataset-name", "random-ids"]
+        command += ["--host", "127.0.0.1", "--port", str(server.port), "--model", str(model), "--tokenizer", str(model)]
+        command += ["--num-prompts", "8", "--random-input-len", "32", "--random-output-len", "16"]
+        command += ["--random-range-ratio", "1.0", "--max-concurrency", "4", "--output-file", "bench.jsonl"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        result = json.loads((folder / "bench.jsonl").read_text())
+        assert result["completed"] == 8
+        assert result["total_output_tokens"] == 8 * 16
