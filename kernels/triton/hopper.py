@@ -86,7 +86,8 @@ def hopper_gemm(
             x, x_factors, w.data, w.scales, w.factors, bias, y, routing.row_ids, routing.block_experts, row_weights,
             rows, w.n, w.k, k_tiles, groups, tiles_m, alpha, limit or 0.0, beta,
             w.x_format, w.w_format, top_k, activation, w.pairs == "interleaved", limit is not None,
-            config.block_m, config.block_n, config.block_k, config.num_stages, config.group_m, num_warps=config.num_warps,
+            config.block_m, config.block_n, config.block_k, config.num_stages, config.group_m,
+            num_warps=config.num_warps,
         )  # fmt: skip
     return y
 
@@ -151,3 +152,18 @@ def activations(
         return (x, None) if element is None else quant_mx(x, element, "bf16", mode, native=True)
     direct = element == "e4m3" and mode in (None, "rceil")
     return quant_mx(x, None if direct else element, "row", mode, native=True)
+
+
+def default_configs(
+    m: int, top_k: int, experts: int, x_format: str, w_format: str
+) -> tuple[HopperConfig, HopperConfig]:
+    """Configs for a shape that nobody tuned, of gate_up and down: block_m holds the rows that an expert gets."""
+    rows = max(1, m * top_k // experts)
+    block_m = min(max(16, triton.next_power_of_2(rows)), 64 if rows <= 64 else 128)
+    if block_m <= 64:
+        config = HopperConfig(block_m, 128, 128 if x_format == "e4m3" else 64, 4, 4)
+    elif x_format == "e4m3":
+        config = HopperConfig(block_m, 128, 128, 4, 4)
+    else:
+        config = HopperConfig(block_m, 128, 64, 4, 4)
+    return config, config

@@ -177,7 +177,7 @@ def start_copies(tile, stage, x_stages, w_stages, s_stages, x_pointers, w_pointe
     async_copy.commit_group()
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "k_tiles", "groups_n", "tiles_m"])
 def hopper_moe_kernel(
     x, x_factors, w, w_scales, w_factors, bias, y, row_ids, block_experts, row_weights,
     M, N, K, k_tiles, groups_n, tiles_m, alpha, limit, beta,

@@ -101,7 +101,7 @@ def activate(gate, up, ACTIVATION: tl.constexpr, CLAMP: tl.constexpr, alpha, lim
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def quant_mx_kernel(
     x, norm, data, scales, row_factors, M, K, alpha, limit, beta, epsilon,
     FRONT: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr,

@@ -63,7 +63,7 @@ def experts_of(ids, chunk, R, E, CHUNK: tl.constexpr):
     return tl.where((expert >= 0) & (expert < E), expert, E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "E", "places", "blocks"])
 def count_kernel(
     ids, counts, row_ids, block_experts, R, E, places, blocks, CHUNK: tl.constexpr, BINS: tl.constexpr
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def count_kernel(
     mark_empty(row_ids, block_experts, R, places, blocks, chunk, tl.num_programs(0), 1024)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "E", "places", "blocks"])
 def place_kernel(
     ids, counts, starts, row_ids, block_experts, totals, R, E, places, blocks,
     BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, ALONE: tl.constexpr,
