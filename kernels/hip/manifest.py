@@ -56,6 +56,16 @@ class CodeObject:
 _GEMV = ("x:ptr", "w:ptr", "scales:ptr", "bias:ptr", "y:ptr", "x_stride:i64", "y_stride:i64", "m:i32", "n:i32", "k:i32")
 _GEMV += ("slab:i32", "waves_k:i32", "waves_n:i32", "grid:i32")
 
+_DECODE = ("x:ptr", "w:ptr", "scales:ptr", "bias:ptr", "x_scale:ptr", "residual:ptr", "y:ptr", "row_ids:ptr")
+_DECODE += ("block_experts:ptr", "row_weights:ptr", "workspace:ptr", "x_stride:i64", "y_stride:i64", "m:i32", "n:i32")
+_DECODE += ("k:i32", "top_k:i32", "split:i32", "waves_k:i32", "waves_n:i32", "groups:i32", "depth:i32", "chunk:i32")
+_DECODE += ("carry:i32", "out:i32", "activation:i32", "alpha:f32", "limit:f32")
+
+DECODE_SCHEMES = ("mxfp8", "w4a8", "w4a16", "mxfp4", "w4a8_static", "mxfp8_static", "w8a16")
+DECODE_M = (2, 4, 8, 16, 32)
+MOE_DECODE_M = (4, 8, 16)
+"""Rows of activations that the dense and the grouped decode kernels are instantiated for."""
+
 CODE_OBJECTS = (
     CodeObject(
         name="gemv_mxfp4",
@@ -65,6 +75,20 @@ CODE_OBJECTS = (
             for out in ("bf16", "f32")
             for m in (1, 2, 4)
         ),
+    ),
+    *(
+        CodeObject(
+            name=f"decode_{scheme}",
+            source="decode_gemm.hip",
+            entry_points=tuple(
+                EntryPoint(f"{kind}_{scheme}_m{m}", _DECODE)
+                for kind, sizes in (("decode", DECODE_M), ("moe_decode", MOE_DECODE_M))
+                for m in sizes
+            ),
+            archs=("sm_90",),
+            defines=(f"DECODE_{scheme.upper()}=1",),
+        )
+        for scheme in DECODE_SCHEMES
     ),
 )
 

@@ -28,6 +28,15 @@ DEVICE Float2 fma2(Float2 a, Float2 b, Float2 c) {
 #endif
 }
 
+/// e^x, to a few ulp.
+DEVICE float exponential(float x) {
+#if TARGET_AMD
+    return __builtin_amdgcn_exp2f(x * 1.44269504f);
+#else
+    return exp2f(x * 1.44269504f);
+#endif
+}
+
 // ---- bf16 and half
 
 /// `bf16` in the low 16 bits (what lies above is dropped).

@@ -1,0 +1,109 @@
+// What the decode kernels of all targets agree on: formats, the arguments of a launch, who does what, and the epilogue.
+#pragma once
+#include "convert.h"
+#include "memory.h"
+
+enum class Weight { e4m3, e2m1 };
+enum class Act { bf16, e4m3, e2m1, fp8_static };
+
+constexpr int TILE_ROWS = 16;  // rows of weights that a wave takes together: one side of the matrix unit, everywhere
+
+/// Entries of `DecodeArgs::out` and `::activation`; sglang_amd_quant/runtime/decode_gemm.py has the same numbers.
+enum Out { OUT_BF16, OUT_FP16, OUT_FP32 };
+enum Activation { NO_ACTIVATION, SILU, SWIGLU_OAI };
+
+/// A launch. Grouped (a mixture of experts), `row_ids` and `block_experts` are those of
+/// sglang_amd_quant/ops/routing.py; dense, they are null.
+struct DecodeArgs {
+    const uint16_t* x;             // bf16, rows x_stride apart
+    const uint8_t *w, *scales;     // layouts of the target, one expert after the other
+    const uint16_t* bias;          // bf16 [experts][n], or null
+    const float* x_scale;          // fp8_static: the scale of x
+    const uint16_t* residual;      // bf16, added at the end, rows y_stride apart, or null
+    void* y;                       // rows y_stride apart
+    const int *row_ids, *block_experts;
+    const float* row_weights;      // of routed rows, or null
+    float* workspace;              // AMD with split > 1: partial sums, then counters that are zero between launches
+    int64_t x_stride, y_stride;
+    int m, n, k;                   // rows of y in all; rows of w; K
+    int top_k;                     // rows of y that share a row of x
+    int split;                     // blocks that share K
+    int waves_k, waves_n;          // waves of a block along K, and along N
+    int groups;                    // blocks (times split) that take the row groups round robin
+    int depth, chunk;              // tiles under way: `depth` chunks of `chunk` tiles
+    int carry;                     // rounds the activations' scales (formats/mx.py: Element.carry)
+    int out, activation;
+    float alpha, limit;            // of the activation; limit <= 0: no clamp
+};
+
+/// What this block and this wave have to do.
+struct Share {
+    int threads, wave_k, wave_n;
+    int rank;                          // in the blocks that share K
+    int tiles, row_tiles, row_groups;  // along K, along N, and of waves_n row tiles
+    int first_group;
+    int block_first, block_tiles;      // K of this block in tiles ...
+    int wave_first, wave_end;          // ... and of this wave
+
+    DEVICE Share(const DecodeArgs& a, int tile_k, int rank) : rank(rank) {
+        threads = a.waves_k * a.waves_n * WAVE;
+        wave_k = wave_index() % a.waves_k, wave_n = wave_index() / a.waves_k;
+        tiles = ceil_div(a.k, tile_k);
+        row_tiles = ceil_div(a.n, TILE_ROWS), row_groups = ceil_div(row_tiles, a.waves_n);
+        first_group = block_index() / a.split % a.groups;
+        block_first = tiles * rank / a.split;
+        block_tiles = tiles * (rank + 1) / a.split - block_first;
+        wave_first = block_first + block_tiles * wave_k / a.waves_k;
+        wave_end = block_first + block_tiles * (wave_k + 1) / a.waves_k;
+    }
+};
+
+/// Rows of activations that this block multiplies: `count` of them, row i of the block being row `out(i)` of y.
+template <bool Grouped>
+struct Rows {
+    const int* ids;
+    int count, expert, top_k;
+
+    template <int Room>
+    DEVICE static Rows of(const DecodeArgs& a) {
+        if constexpr (Grouped) {
+            const int block = block_index() / a.split / a.groups;
+            const int* ids = a.row_ids + block * Room;
+            int count = 0;
+            while (count < Room && ids[count] < a.m) count++;  // padding comes last
+            return {ids, count, a.block_experts[block], a.top_k};
+        }
+        return {nullptr, a.m, 0, 1};
+    }
+    DEVICE int out(int i) const { return Grouped ? ids[i] : i; }
+    DEVICE int in(int i) const { return Grouped ? ids[i] / top_k : i; }
+};
+
+/// gate's function times up; `a.activation` is not NO_ACTIVATION.
+DEVICE float activated(float gate, float up, const DecodeArgs& a) {
+    if (a.limit > 0) gate = __builtin_fminf(gate, a.limit), up = __builtin_fminf(__builtin_fmaxf(up, -a.limit), a.limit);
+    const float slope = a.activation == SILU ? 1.0f : a.alpha;
+    return gate / (1 + exponential(-slope * gate)) * (a.activation == SILU ? up : up + 1);
+}
+
+DEVICE void store_result(const DecodeArgs& a, int row, int column, float value) {
+    const int64_t at = row * a.y_stride + column;
+    if (a.row_weights != nullptr) value *= a.row_weights[row];
+    if (a.residual != nullptr) value += float_from_bf16(a.residual[at]);
+    if (a.out == OUT_BF16)
+        static_cast<uint16_t*>(a.y)[at] = bf16_from_float(value);
+    else if (a.out == OUT_FP16)
+        static_cast<uint16_t*>(a.y)[at] = static_cast<uint16_t>(half2_from_floats({value, 0}));
+    else
+        static_cast<float*>(a.y)[at] = value;
+}
+
+/// True if a scale of this row of weights is NaN (255). Kernels multiply by infinity then, so that only results that are
+/// not finite need to ask.
+template <typename ScaleAt>
+DEVICE float poisoned(float sum, int blocks, ScaleAt scale_at) {
+    if (__builtin_fabsf(sum) < __builtin_inff()) return sum;
+    for (int b = 0; b < blocks; b++)
+        if (scale_at(b) == 255) return bits<float>(0x7fc00000u);
+    return sum;
+}
