@@ -14,6 +14,9 @@ on fresh random inputs, into buffers of NaN; a peer's result with fp64 of the un
 
 from __future__ import annotations
 
+import bench.source_tree  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import statistics
@@ -37,7 +40,6 @@ from sglang_amd_quant.kernels.triton.quant_mx import quant_mx_torch
 from sglang_amd_quant.kernels.triton.routing import route
 from triton.errors import TritonError
 
-import bench.source_tree  # noqa: F401
 from bench.moe_problem import (
     SHAPES,
     Shape,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bench.source_tree  # noqa: F401
+
+# isort: split
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-import bench.source_tree  # noqa: F401
 from sglang_amd_quant.formats import dequantize_mx
 from sglang_amd_quant.ops.activation import Activation
 

@@ -7,6 +7,9 @@ fills Triton's cache with all kernels of a search beforehand, on as many cores.
 
 from __future__ import annotations
 
+import bench.source_tree  # noqa: F401
+
+# isort: split
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,8 +18,6 @@ from typing import Any
 import torch
 from sglang_amd_quant.kernels.triton.hopper import HopperConfig, activations
 from sglang_amd_quant.kernels.triton.routing import route
-
-import bench.source_tree  # noqa: F401
 
 SHARED_MEMORY = 227 << 10
 

@@ -5,6 +5,9 @@ triton_kernels (OpenAI) comes with sglang-kernel, `fused_experts` in bf16 with s
 
 from __future__ import annotations
 
+import bench.source_tree  # noqa: F401
+
+# isort: split
 import json
 from collections.abc import Callable
 from typing import Any, ClassVar
