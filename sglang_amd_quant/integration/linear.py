@@ -12,9 +12,9 @@ from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.integration import loading
-from sglang_amd_quant.layouts.names import STRIDED
 from sglang_amd_quant.ops.layout import lay_out
 from sglang_amd_quant.ops.linear import QuantizedLinear
+from sglang_amd_quant.ops.operand import DTYPES
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.runtime.detect import CPU, cu_count, current_arch
 from sglang_amd_quant.schemes import MX_BLOCK, Scheme
@@ -70,7 +70,7 @@ class AmdMxLinearMethod(LinearMethodBase):
             layer.register_parameter(
                 "input_scale", PerTensorScaleParameter(data=scale, weight_loader=self._load_input_scale)
             )
-        self._input_size = input_size
+        self._input_size, self._dtype = input_size, DTYPES.get(params_dtype, "bf16")
 
     def _load(
         self,
@@ -119,18 +119,18 @@ class AmdMxLinearMethod(LinearMethodBase):
             tp=getattr(layer, "tp_size", 1) or 1,
             act="" if static is None else "fp8_static",
             epilogue=Epilogue(bias=layer.bias is not None),
+            out_dtype=self._dtype,
         )
         weight = lay_out(MxTensor.canonical(data, scales, self.scheme), problem)
         values = loading.Dequantized(data, scales, self.scheme.weight) if current_arch() == CPU else None
-        layer.weight.data, layer.weight_scale.data = weight.data, weight.scales
+        layer.weight.data, layer.weight_scale.data = weight.tensors[:2]
         act = ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static)
         layer.amd_mx = QuantizedLinear(problem, weight, act, values)
         layer.amd_mx.prepare()
 
     def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
         """Weights as a checkpoint has them again, for new ones to be loaded over."""
-        weight = layer.amd_mx.weight.to_layout(STRIDED)
-        layer.weight.data, layer.weight_scale.data = weight.data, weight.scales
+        layer.weight.data, layer.weight_scale.data = loading.restored(layer.amd_mx.weight)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x[..., K] -> [..., N] in x's dtype."""

@@ -13,7 +13,10 @@ import torch
 
 from sglang_amd_quant.errors import CheckpointError, ShapeError
 from sglang_amd_quant.formats import dequantize_mx, quantize_mx
+from sglang_amd_quant.layouts.names import STRIDED
+from sglang_amd_quant.ops.packed import Weight
 from sglang_amd_quant.schemes import MX_BLOCK, ScaleMode, Scheme
+from sglang_amd_quant.tensor import MxTensor
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +90,14 @@ def loading(layer: str, tensor: torch.Tensor, load: Callable[..., None], *args: 
             "does not fit the model's parameter" + (f" ({detail[0]})" if detail else ""),
             "check config.json against the checkpoint (`amd-mx inspect`)",
         ) from error
+
+
+def restored(weight: Weight) -> list[torch.Tensor]:
+    """Data and scales in a checkpoint's order again; unloaded where a kernel packed them: all of it must come anew."""
+    if isinstance(weight, MxTensor):
+        return weight.to_layout(STRIDED).tensors
+    with weight.tensors[0].device:
+        return list(new_storage(weight.scheme, *weight.shape))
 
 
 def check_loaded(layer: str, scales: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ from sglang.srt.utils import set_weight_attrs
 
 from sglang_amd_quant.errors import ShapeError, UnsupportedError
 from sglang_amd_quant.integration import loading
-from sglang_amd_quant.layouts.names import STRIDED
 from sglang_amd_quant.ops.activation import Activation
-from sglang_amd_quant.ops.layout import lay_out
+from sglang_amd_quant.ops.layout import lay_out_experts
 from sglang_amd_quant.ops.moe import QuantizedMoe
+from sglang_amd_quant.ops.operand import DTYPES
 from sglang_amd_quant.ops.reference import ActQuant, MoeProblem
 from sglang_amd_quant.runtime.detect import CPU, cu_count, current_arch
 from sglang_amd_quant.schemes import MX_BLOCK, Scheme
@@ -67,6 +67,7 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
         loading.check_blocks(self.prefix, "intermediate size", full)
         per_rank = -(-full // MX_BLOCK // ranks) * MX_BLOCK
         self._intermediate, self._padded = full, per_rank * ranks
+        self._dtype = DTYPES.get(params_dtype, "bf16")
         rows = (2 if layer.moe_runner_config.is_gated else 1) * per_rank
         load = partial(self._load, layer, weight_loader)
         attrs = {"weight_loader": load, "quant_method": FusedMoeWeightScaleSupported.BLOCK.value}
@@ -161,10 +162,9 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
         """Check that all of it came, lay it out as its kernels read it; forget copies of earlier weights."""
         run = layer.moe_runner_config
         activation = activation_of(run)
-        laid_out, kept, acts, gemms = [], [], [], []
+        weights, kept, acts, gemms = [], [], [], []
         for name, op in (("w13", "moe_gate_up"), ("w2", "moe_down")):
-            weight, scale = getattr(layer, f"{name}_weight"), getattr(layer, f"{name}_weight_scale")
-            data, scales = weight.data, scale.data
+            data, scales = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale").data
             if loading.is_dummy_load():
                 loading.fill_dummy(data, scales)
             loading.check_loaded(f"{self.prefix}.{name}", scales)
@@ -172,8 +172,9 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             kept.append(loading.Dequantized(data, scales, self.scheme.weight))
             acts.append(ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static))
             gemms.append(self._gemm(layer, op, data, activation, static is not None))
-            laid_out.append(lay_out(MxTensor.canonical(data, scales, self.scheme), gemms[-1]))
-            weight.data, scale.data = laid_out[-1].data, laid_out[-1].scales
+            weights.append(MxTensor.canonical(data, scales, self.scheme))
+        w13, w2 = lay_out_experts(weights[0], weights[1], gemms[0], gemms[1])
+        self._set(layer, w13.tensors, w2.tensors)
         problem = MoeProblem(
             num_experts=layer.num_local_experts,
             activation=activation,
@@ -188,8 +189,8 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             gate_up=gemms[0],
             down=gemms[1],
             problem=problem,
-            w13=laid_out[0],
-            w2=laid_out[1],
+            w13=w13,
+            w2=w2,
             b13=getattr(layer, "w13_weight_bias", None),
             b2=getattr(layer, "w2_weight_bias", None),
             values=(kept[0], kept[1]) if current_arch() == CPU else None,
@@ -198,10 +199,13 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
 
     def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
         """Weights as a checkpoint has them again, for new ones to be loaded over."""
-        for name in ("w13", "w2"):
-            weight = getattr(layer.amd_mx, name).to_layout(STRIDED)
-            getattr(layer, f"{name}_weight").data = weight.data
-            getattr(layer, f"{name}_weight_scale").data = weight.scales
+        self._set(layer, *(loading.restored(weight) for weight in (layer.amd_mx.w13, layer.amd_mx.w2)))
+
+    def _set(self, layer: torch.nn.Module, w13: Sequence[torch.Tensor], w2: Sequence[torch.Tensor]) -> None:
+        """Let the layer's parameters hold these: what they held is freed."""
+        for name, tensors in (("w13", w13), ("w2", w2)):
+            for suffix, tensor in zip(("weight", "weight_scale"), tensors, strict=False):
+                getattr(layer, f"{name}_{suffix}").data = tensor
 
     def _gemm(
         self, layer: torch.nn.Module, op: str, data: torch.Tensor, activation: Activation, static: bool
@@ -230,7 +234,9 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
                 interleaved=activation.interleaved and gate_up,
                 limit=activation.limit if gate_up else None,
                 alpha=activation.alpha if gate_up and activation.kind == "swigluoai" else None,
+                clamp=activation.clamp if gate_up else "before",
             ),
+            out_dtype=self._dtype,
         )
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: MoeRunnerConfig) -> None:

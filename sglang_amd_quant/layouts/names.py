@@ -23,6 +23,8 @@ class Role(StrEnum):
     SCALE = "scale"
     SOURCE = "source"
     """A checkpoint's own order: read and written, never served from."""
+    PACKED = "packed"
+    """A kernel's own form of values and scales together: made after loading, read by that kernel alone, not undone."""
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -159,10 +161,21 @@ SOURCE_LAYOUTS: Mapping[str, LayoutSpec] = {
     )
 }
 
+PACKED_LAYOUTS: Mapping[str, LayoutSpec] = {
+    spec.name: spec
+    for spec in (
+        LayoutSpec(
+            "hopper_bf16", Role.PACKED, ("e2m1",), about="wgmma fragments of bf16: kernels/triton/hopper_pack.py"
+        ),
+        LayoutSpec("hopper_e4m3", Role.PACKED, _MX, about="wgmma fragments of e4m3: kernels/triton/hopper_pack.py"),
+    )
+}
+"""What `ops/packed.py` makes. Such a name is a whole `TensorLayout`: it goes with no other."""
+
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """How a quantized tensor lies: the name of its value layout and of its scale layout.
+    """How a quantized tensor lies: the name of its value layout and of its scale layout, or one of a packed layout.
 
     Raises:
         SchemeError: no layout has such a name.
@@ -172,6 +185,8 @@ class TensorLayout:
     scale: str = "strided"
 
     def __post_init__(self) -> None:
+        if self.packed and self.scale == self.value:
+            return
         for name, known in ((self.value, VALUE_LAYOUTS), (self.scale, SCALE_LAYOUTS)):
             if name not in known:
                 raise SchemeError(f"layout {name!r}", "unknown", f"use one of {', '.join(known)}")
@@ -179,6 +194,8 @@ class TensorLayout:
     @classmethod
     def parse(cls, name: str) -> TensorLayout:
         """Read a name such as `strided`, `cdna4_scale`, `preshuffle` or `preshuffle+cdna4_scale_256`."""
+        if name in PACKED_LAYOUTS:
+            return cls(name, name)
         value, scale = "strided", "strided"
         for part in name.split("+"):
             if part in VALUE_LAYOUTS and value == "strided":
@@ -191,13 +208,22 @@ class TensorLayout:
         return cls(value, scale)
 
     @property
+    def packed(self) -> bool:
+        """Whether a kernel packed values and scales together: such a weight is no `MxTensor`."""
+        return self.value in PACKED_LAYOUTS
+
+    @property
     def name(self) -> str:
         """The shortest name that `parse` reads back to this layout."""
+        if self.packed:
+            return self.value
         return "+".join(part for part in (self.value, self.scale) if part != "strided") or "strided"
 
     @property
     def specs(self) -> tuple[LayoutSpec, LayoutSpec]:
         """The value layout and the scale layout."""
+        if self.packed:
+            return PACKED_LAYOUTS[self.value], PACKED_LAYOUTS[self.value]
         return VALUE_LAYOUTS[self.value], SCALE_LAYOUTS[self.scale]
 
     def min_block(self, scheme: Scheme) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from sglang_amd_quant.kernels.hip import manifest
+from sglang_amd_quant.ops.packed import as_mx
 from sglang_amd_quant.runtime.device import Gpu, gpu
 from sglang_amd_quant.runtime.gemv_mxfp4 import gemv_mxfp4
 from sglang_amd_quant.runtime.launch import LaunchDescription
@@ -81,10 +82,10 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 
 def run_gemv_mxfp4(call: LinearCall) -> None:
     """`kernels/hip/gemv_mxfp4.hip`: MXFP4 x bf16, M of 1 to 4."""
-    device = device_of(call.x)
+    device, w = device_of(call.x), as_mx(call.weight)
     device.start(
         gemv_mxfp4(
-            aligned(call.x), call.weight.data, call.weight.scales, call.y,
+            aligned(call.x), w.data, w.scales, call.y,
             arch=device.arch_name, cu_count=device.cu_count, bias=call.bias,
         )
     )  # fmt: skip

@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from sglang_amd_quant.layouts.names import STRIDED, TensorLayout
+from sglang_amd_quant.ops import linear, moe
+from sglang_amd_quant.ops.packed import Weight, pack
 from sglang_amd_quant.runtime.detect import current_arch, launchable
-from sglang_amd_quant.selection import GemmProblem, choose_layout
-from sglang_amd_quant.selection.choose import process_selector
+from sglang_amd_quant.selection import GemmProblem, KernelChoice, Selector, choose_layout
+from sglang_amd_quant.selection.choose import REFERENCE, process_selector
+from sglang_amd_quant.selection.layout_choice import SAMPLE_MS
 from sglang_amd_quant.tensor import MxTensor
 
 
-def lay_out(weight: MxTensor, problem: GemmProblem) -> MxTensor:
-    """The weight in the layout that selection picks for all M, among the kernels that this device can launch.
+def lay_out(weight: MxTensor, problem: GemmProblem) -> Weight:
+    """A linear layer's weight in the layout that selection picks for all M, among what this device can launch.
 
     On a CPU, and wherever no kernel is for a problem, that is the order of a checkpoint: the tensor itself.
     """
-    return weight.to_layout(choose_layout(problem, process_selector(launchable(current_arch()))).layout)
+    mine = launchable(current_arch()).intersection(linear.KERNELS) | {REFERENCE}
+    return _laid_out(weight, TensorLayout.parse(choose_layout(problem, process_selector(mine)).layout), problem)
+
+
+def lay_out_experts(w13: MxTensor, w2: MxTensor, gate_up: GemmProblem, down: GemmProblem) -> tuple[Weight, Weight]:
+    """The same for an MoE's two weights. One launcher runs both GEMMs, so layouts that no pair of kernels reads at
+    every M are not taken: then both stay strided."""
+    here = launchable(current_arch())
+    chosen = [
+        TensorLayout.parse(choose_layout(problem, process_selector(names)).layout)
+        for problem, names in zip((gate_up, down), moe.sides(here), strict=True)
+    ]
+    if any(layout != STRIDED for layout in chosen) and not _paired(gate_up, down, chosen, here):
+        chosen = [STRIDED, STRIDED]
+    return _laid_out(w13, chosen[0], gate_up), _laid_out(w2, chosen[1], down)
+
+
+def _paired(gate_up: GemmProblem, down: GemmProblem, layouts: list[TensorLayout], here: frozenset[str]) -> bool:
+    """Whether kernels for both GEMMs are a pair at every sample M. Nothing is recorded: no call is made."""
+
+    def choose(problem: GemmProblem, available: frozenset[str]) -> KernelChoice:
+        return Selector(available=available).decide(problem)
+
+    first, second = (replace(p, layout=layout.name) for p, layout in zip((gate_up, down), layouts, strict=True))
+    pairs = (moe.decide(replace(first, m=m), replace(second, m=m), here, choose) for m in SAMPLE_MS)
+    return all(pair.kernels in moe.KERNELS for pair in pairs)
+
+
+def _laid_out(weight: MxTensor, layout: TensorLayout, problem: GemmProblem) -> Weight:
+    return pack(weight, layout, problem) if layout.packed else weight.to_layout(layout)

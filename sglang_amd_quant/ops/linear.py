@@ -12,12 +12,12 @@ import torch
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.ops import hip, reference, triton_mx
 from sglang_amd_quant.ops.operand import Operand, dtype_name
+from sglang_amd_quant.ops.packed import Weight, unpacked
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.runtime.detect import launchable
 from sglang_amd_quant.selection import BoundChoices, Config, GemmProblem, KernelChoice
 from sglang_amd_quant.selection.choose import REFERENCE
 from sglang_amd_quant.selection.specs import kernel
-from sglang_amd_quant.tensor import MxTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class LinearCall:
     """
 
     x: torch.Tensor
-    weight: MxTensor
+    weight: Weight
     bias: torch.Tensor | None
     y: torch.Tensor
     act: ActQuant
@@ -80,11 +80,13 @@ class BoundLinear:
             self._choices[dtype] = BoundChoices(problem, self.available)
         return self._choices[dtype][m]
 
-    def run(self, x: torch.Tensor, weight: MxTensor, act: ActQuant, bias: torch.Tensor | None) -> torch.Tensor:
-        """x[M, K] -> [M, N] in x's dtype."""
+    def run(self, x: torch.Tensor, weight: Weight, act: ActQuant, bias: torch.Tensor | None) -> torch.Tensor:
+        """x[M, K] -> [M, N] in x's dtype. Raises UnsupportedError where packed weights are left to the reference."""
+        if not x.shape[0]:
+            return x.new_zeros(0, weight.n)
         choice = self.choice(x.shape[0], dtype_name(x))
         if choice.kernel == REFERENCE:
-            return reference.linear(x, weight.dequantize(), act, bias)
+            return reference.linear(x, unpacked(weight, choice).dequantize(), act, bias)
         launcher, spec = KERNELS[choice.kernel], kernel(choice.kernel)
         fused = bias is None or ("bias" not in choice.unfused and bias.dtype in launcher.bias_dtypes)
         wide = not fused and "fp32" in spec.out_dtypes
@@ -151,7 +153,7 @@ class QuantizedLinear:
     """
 
     problem: GemmProblem
-    weight: MxTensor
+    weight: Weight
     act: ActQuant
     values: Callable[[], torch.Tensor] | None = None
     text: str = field(init=False, repr=False)
@@ -162,7 +164,7 @@ class QuantizedLinear:
 
     def prepare(self) -> None:
         """Load what its kernels launch, ahead of graph captures."""
-        hip.preload(bound(self.text).available, self.weight.data)
+        hip.preload(bound(self.text).available, self.weight.tensors[0])
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x[..., K] -> [..., N] in x's dtype."""

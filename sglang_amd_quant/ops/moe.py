@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.ops import hip, reference, triton_mx
+from sglang_amd_quant.ops import hip, reference, triton_hopper, triton_mx
 from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.ops.operand import Operand, dtype_name
+from sglang_amd_quant.ops.packed import Weight, unpacked
 from sglang_amd_quant.ops.reference import MoeProblem
 from sglang_amd_quant.runtime.detect import launchable
 from sglang_amd_quant.selection import Config, GemmProblem, KernelChoice, choose
 from sglang_amd_quant.selection.choose import REFERENCE
-from sglang_amd_quant.tensor import MxTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,26 +32,33 @@ class MoeCall:
         b13, b2: biases [E, N] and [E, H] of any float dtype, or None.
         problem: what is computed besides.
         config13, config2: parameters of the two kernels; the same block_m.
-        arch: family name.
+        gate_up, down: the GEMMs at this M.
     """
 
     x: torch.Tensor
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
-    w13: MxTensor
-    w2: MxTensor
+    w13: Weight
+    w2: Weight
     b13: torch.Tensor | None
     b2: torch.Tensor | None
     problem: MoeProblem
     config13: Config
     config2: Config
-    arch: str
+    gate_up: GemmProblem
+    down: GemmProblem
 
+
+Chooser = Callable[[GemmProblem, frozenset[str]], KernelChoice]
 
 MoeKernel = Callable[[MoeCall], torch.Tensor]
 """Gives [M, H], or [M, top_k, H] where nothing is combined, in x's dtype."""
 
-KERNELS: dict[tuple[str, str], MoeKernel] = {("triton_mx_moe", "triton_mx_moe"): triton_mx.run_mx_moe}
+KERNELS: dict[tuple[str, str], MoeKernel] = {
+    ("triton_mx_moe", "triton_mx_moe"): triton_mx.run_mx_moe,
+    ("triton_hopper_bf16", "triton_hopper_bf16"): triton_hopper.run_hopper_moe,
+    ("triton_hopper_e4m3", "triton_hopper_e4m3"): triton_hopper.run_hopper_moe,
+}
 """Kernel names of gate_up and down -> what launches the pair. Selection chooses only among these and the reference."""
 
 
@@ -66,35 +73,45 @@ class Pair(NamedTuple):
         return self.gate_up.kernel, self.down.kernel
 
 
+def sides(launchable: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the kernels that gate_up, and down, may be given."""
+    gate_up, down = (frozenset(pair[side] for pair in KERNELS) & launchable | {REFERENCE} for side in (0, 1))
+    return gate_up, down
+
+
+def decide(gate_up: GemmProblem, down: GemmProblem, launchable: frozenset[str], choose: Chooser) -> Pair:
+    """The choices for two problems of one M. The down GEMM takes the blocks that gate_up routed.
+
+    One launcher runs both: where either GEMM has none, the other is the reference's too, and the trace says so.
+    """
+    mine = sides(launchable)
+    first = choose(gate_up, mine[0])
+    second = choose(replace(down, block_m=first.config.block_m or 0), mine[1])
+    if (first.kernel, second.kernel) in KERNELS:
+        return Pair(first, second)
+    return Pair(*(choose(problem, frozenset({REFERENCE})) for problem in (gate_up, down)))
+
+
 class BoundMoe:
     """A layer's two operands with their choices: what the custom op looks up by the layer's text."""
 
     def __init__(self, gate_up: Operand, down: Operand, plain: MoeProblem) -> None:
         self.gate_up, self.down, self._plain = gate_up, down, plain
-        here = launchable(gate_up.arch)
-        self._sides = tuple(frozenset(pair[side] for pair in KERNELS) & here | {REFERENCE} for side in (0, 1))
+        self._launchable = launchable(gate_up.arch)
         self._pairs: dict[tuple[int, str], Pair] = {}
 
     @property
     def available(self) -> frozenset[str]:
         """Names of the kernels that may be chosen."""
-        return self._sides[0] | self._sides[1]
+        return frozenset[str]().union(*sides(self._launchable))
 
     def pair(self, m: int, dtype: str) -> Pair:
-        """What runs at this M for a model of this dtype. The down GEMM takes the blocks that gate_up routed."""
+        """What runs at this M for a model of this dtype."""
         found = self._pairs.get((m, dtype))
         if found is None:
-            found = self._pairs[m, dtype] = self._decide(m, dtype)
+            problems = self.gate_up.problem_of(dtype, m), self.down.problem_of(dtype, m)
+            found = self._pairs[m, dtype] = decide(*problems, self._launchable, choose)
         return found
-
-    def _decide(self, m: int, dtype: str) -> Pair:
-        problems = self.gate_up.problem_of(dtype, m), self.down.problem_of(dtype, m)
-        gate_up = choose(problems[0], self._sides[0])
-        down = choose(replace(problems[1], block_m=gate_up.config.block_m or 0), self._sides[1])
-        if (gate_up.kernel, down.kernel) in KERNELS:
-            return Pair(gate_up, down)
-        # One launcher runs both: where either has none, the other is the reference's too, and the trace says so.
-        return Pair(*(choose(problem, frozenset({REFERENCE})) for problem in problems))
 
     def problem(self, scale13: torch.Tensor | None, scale2: torch.Tensor | None) -> MoeProblem:
         """What is computed, with the scales of static fp8 inputs."""
@@ -143,13 +160,17 @@ def _fused_moe(
     this = bound(layer)
     _check(x, topk_ids, topk_weights, this.gate_up.problem)
     gate_up, down = this.gate_up.form.bind(*w13), this.down.form.bind(*w2)
-    problem, pair = this.problem(act13_scale, act2_scale), this.pair(x.shape[0], dtype_name(x))
+    problem, m, dtype = this.problem(act13_scale, act2_scale), x.shape[0], dtype_name(x)
+    if not m:
+        return x.new_zeros(0, down.n) if problem.combine else x.new_zeros(0, topk_ids.shape[1], down.n)
+    pair = this.pair(m, dtype)
     if pair.kernels == (REFERENCE, REFERENCE):
-        values13, values2 = (lambda e, w=w: w.expert(e).dequantize() for w in (gate_up, down))
+        kept = unpacked(gate_up, pair.gate_up), unpacked(down, pair.down)
+        values13, values2 = (lambda e, w=w: w.expert(e).dequantize() for w in kept)
         return reference.fused_moe(x, topk_ids, topk_weights, problem, values13, values2, b13, b2)
     call = MoeCall(
         x, topk_ids, topk_weights, gate_up, down, b13, b2, problem, pair.gate_up.config, pair.down.config,
-        this.gate_up.problem.arch,
+        this.gate_up.problem_of(dtype, m), this.down.problem_of(dtype, m),
     )  # fmt: skip
     return KERNELS[pair.kernels](call)
 
@@ -198,8 +219,8 @@ class QuantizedMoe:
     gate_up: GemmProblem
     down: GemmProblem
     problem: MoeProblem
-    w13: MxTensor
-    w2: MxTensor
+    w13: Weight
+    w2: Weight
     b13: torch.Tensor | None = None
     b2: torch.Tensor | None = None
     values: tuple[Callable[[int], torch.Tensor], Callable[[int], torch.Tensor]] | None = None
@@ -213,7 +234,7 @@ class QuantizedMoe:
 
     def prepare(self) -> None:
         """Load what its kernels launch, ahead of graph captures."""
-        hip.preload(bound(self.text).available, self.w13.data)
+        hip.preload(bound(self.text).available, self.w13.tensors[0])
 
     def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """x[M, H], local ids and weights [M, top_k] -> [M, H], or [M, top_k, H] where nothing is combined."""

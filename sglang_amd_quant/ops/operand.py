@@ -11,13 +11,14 @@ import torch
 
 from sglang_amd_quant.errors import SchemeError, ShapeError, UnsupportedError
 from sglang_amd_quant.layouts.names import TensorLayout
+from sglang_amd_quant.ops.packed import PackedForm, Weight
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import ScaleMode
 from sglang_amd_quant.schemes import scheme as scheme_named
 from sglang_amd_quant.selection import GemmProblem
 from sglang_amd_quant.selection.arch import canonical
-from sglang_amd_quant.tensor import MxForm, MxTensor, PadPlan
+from sglang_amd_quant.tensor import MxForm, PadPlan
 
 DTYPES: dict[torch.dtype, str] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 """Dtypes of a model -> names in `GemmProblem.out_dtype`."""
@@ -40,7 +41,7 @@ class Operand:
     mode: ScaleMode | None = None
 
     @classmethod
-    def of(cls, problem: GemmProblem, weight: MxTensor, act: ActQuant) -> Operand:
+    def of(cls, problem: GemmProblem, weight: Weight, act: ActQuant) -> Operand:
         """The operand that a layer's weights are, on this device if that is of the problem's family.
 
         Raises:
@@ -64,11 +65,12 @@ class Operand:
         return cls(replace(problem, m=0, layout=weight.layout.name), arch, weight.pad, act.mode)
 
     @cached_property
-    def form(self) -> MxForm:
-        """What the op binds data and scales to."""
+    def form(self) -> MxForm | PackedForm:
+        """What the op binds the weight's tensors to."""
         p = self.problem
         shape = (p.e_local, p.n, p.k) if p.moe else (p.n, p.k)
-        return MxForm(scheme_named(p.scheme), shape, TensorLayout.parse(p.layout or "strided"), self.pad)
+        scheme, layout = scheme_named(p.scheme), TensorLayout.parse(p.layout or "strided")
+        return PackedForm(scheme, shape, layout) if layout.packed else MxForm(scheme, shape, layout, self.pad)
 
     def act(self, scale: torch.Tensor | None) -> ActQuant:
         """How the input is quantized; `scale` is that of static fp8."""

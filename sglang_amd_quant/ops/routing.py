@@ -103,7 +103,13 @@ def route_torch(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Routi
     return Routing(row_ids[:places], block_experts, counts[:-1].int(), block_m, rows)
 
 
-def combine(routed: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, scale: float = 1.0) -> torch.Tensor:
+def combine(
+    routed: torch.Tensor,
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """scale times the sum over each token's slots, in fp32 and in slot order; dropped slots are not read.
 
     Args:
@@ -111,17 +117,18 @@ def combine(routed: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, scal
         topk_ids: [M, top_k].
         num_experts: ids outside [0, num_experts) are dropped.
         scale: `routed_scaling_factor`.
+        dtype: of the result.
 
     Returns:
-        fp32 [M, N].
+        [M, N].
     """
     m, n = topk_ids.shape[0], routed.shape[1]
     if has_triton(routed):
         from sglang_amd_quant.kernels.triton import combine as kernel
 
-        y = torch.empty(m, n, dtype=torch.float32, device=routed.device)
+        y = torch.empty(m, n, dtype=dtype, device=routed.device)
         return kernel.combine(routed, topk_ids.contiguous(), num_experts, y, scale)
-    return slots(routed, topk_ids, num_experts).sum(dim=1) * scale
+    return slots(routed, topk_ids, num_experts).sum(dim=1).mul(scale).to(dtype)
 
 
 def slots(routed: torch.Tensor, topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_amd_quant.ops.packed import Weight, as_mx
 from sglang_amd_quant.ops.quantize import Quantized, quantize_activation
 from sglang_amd_quant.ops.routing import Routing, combine, route, slots
 from sglang_amd_quant.selection import Config
-from sglang_amd_quant.tensor import MxTensor
 
 if TYPE_CHECKING:
     from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig
@@ -30,7 +30,7 @@ def run_mx_gemm(call: LinearCall) -> None:
     """`kernels/triton/mx_gemm.py`, dense: quantize x, multiply."""
     from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm
 
-    x, w, tile = quantize_activation(call.x, call.act), call.weight, tile_of(call.config)
+    x, w, tile = quantize_activation(call.x, call.act), as_mx(call.weight), tile_of(call.config)
     if x.factor is None:
         mx_gemm(x.data, x.scales, w.data, w.scales, call.y, tile, call.problem.arch, bias=call.bias)
         return
@@ -50,19 +50,19 @@ def run_mx_moe(call: MoeCall) -> torch.Tensor:
     x = (call.x.float() * weights[:, :1]).to(call.x.dtype) if problem.weight_on_input else call.x
     routing = route(call.topk_ids, problem.num_experts, tile_of(call.config13).block_m)
     first = _grouped(
-        quantize_activation(x, problem.act13), call.w13, call.b13, call.config13, call.arch, routing, top_k
+        quantize_activation(x, problem.act13), call.w13, call.b13, call.config13, call.gate_up.arch, routing, top_k
     )  # fmt: skip
     hidden = quantize_activation(problem.activation(first).to(x.dtype), problem.act2)
     weighted = weights.reshape(-1) if problem.weight_output and not problem.weight_on_input else None
-    out = _grouped(hidden, call.w2, call.b2, call.config2, call.arch, routing, 1, weighted)
+    out = _grouped(hidden, call.w2, call.b2, call.config2, call.down.arch, routing, 1, weighted)
     if problem.combine:
-        return combine(out, call.topk_ids, problem.num_experts, problem.scale).to(x.dtype)
+        return combine(out, call.topk_ids, problem.num_experts, problem.scale, x.dtype)
     return slots(out, call.topk_ids, problem.num_experts).to(x.dtype)
 
 
 def _grouped(
     x: Quantized,
-    w: MxTensor,
+    w: Weight,
     bias: torch.Tensor | None,
     config: Config,
     arch: str,
@@ -73,6 +73,7 @@ def _grouped(
     """x times the weights of each row's expert: fp32 [rows, N]; undefined in rows that no expert here takes."""
     from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm
 
+    w = as_mx(w)
     y = torch.empty(routing.rows, w.n, dtype=torch.float32, device=x.data.device)
     # The kernel adds the bias and weights rows after the product, so a factor of the product goes before both.
     fused = x.factor is None

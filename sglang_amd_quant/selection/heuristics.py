@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.buckets import next_pow2, routed_block_m
 from sglang_amd_quant.selection.lds import fitting_stages
-from sglang_amd_quant.selection.legality import MX_OUT_COLUMNS, operand_bits
+from sglang_amd_quant.selection.legality import MX_OUT_COLUMNS, lds_need, operand_bits
 from sglang_amd_quant.selection.problem import MX_OUT, Config, GemmProblem
 from sglang_amd_quant.selection.rule_types import TileRule
 from sglang_amd_quant.selection.rules import TILE_RULES
@@ -79,6 +80,11 @@ def fit(problem: GemmProblem, kernel: KernelSpec, config: Config, why: str) -> I
 
 
 def _stages(problem: GemmProblem, kernel: KernelSpec, config: Config, at_most: int) -> int:
+    arch = ARCHES.get(problem.arch)
+    if kernel.lds is not None and arch is not None:
+        tried = (config._replace(num_stages=stages) for stages in range(at_most, 0, -1))
+        fits = (c for c in tried if c.num_stages in kernel.space["num_stages"])
+        return next((c.num_stages or 0 for c in fits if lds_need(problem, kernel, c) <= arch.lds_bytes), 0)
     return fitting_stages(problem.arch, *config.tile, *operand_bits(problem, kernel), at_most)
 
 

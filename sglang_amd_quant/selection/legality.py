@@ -73,6 +73,14 @@ def operand_bits(problem: GemmProblem, kernel: KernelSpec) -> tuple[int, int]:
     return problem.act_bits, problem.weight_bits
 
 
+def lds_need(problem: GemmProblem, kernel: KernelSpec, config: Config) -> int:
+    """LDS bytes of a Triton kernel's tile: by the kernel's own formula, else as `lds_bytes` estimates."""
+    if kernel.lds is not None:
+        return kernel.lds(problem, config)
+    arch = ARCHES[problem.arch]
+    return lds_bytes(*config.tile, *operand_bits(problem, kernel), config.num_stages or 1, arch.async_copy)
+
+
 Found = Iterator[Refusal]
 
 
@@ -110,6 +118,15 @@ def _layout_reasons(name: str, n: int, k: int, scheme: str) -> tuple[str, ...]:
     return tuple(TensorLayout.parse(name).reasons(n, k, scheme_named(scheme)))
 
 
+def _activation(p: GemmProblem, kernel: KernelSpec) -> Found:
+    e = p.epilogue
+    if not kernel.activations or e.activation is None:
+        return
+    if e.activation not in kernel.activations or not e.gated or (e.limit is not None and e.clamp != "before"):
+        asked = f"{e.activation}{'' if e.gated else ' without gate'}{'' if e.limit is None else f', clamped {e.clamp}'}"
+        yield Refusal("activation", f"fuses gated {'/'.join(kernel.activations)}, clamped before, not {asked}")
+
+
 def _dimensions(p: GemmProblem, kernel: KernelSpec) -> Found:
     if kernel.m_max and p.m > kernel.m_max:
         yield Refusal("m", f"M={p.m} is above {kernel.m_max}")
@@ -118,6 +135,8 @@ def _dimensions(p: GemmProblem, kernel: KernelSpec) -> Found:
     if p.k % kernel.k_multiple and p.k not in kernel.k_also:
         also = f" nor {'/'.join(map(str, kernel.k_also))}" if kernel.k_also else ""
         yield Refusal("k", f"K={p.k} is no multiple of {kernel.k_multiple}{also}")
+    if p.n % kernel.n_multiple:
+        yield Refusal("n", f"N={p.n} is no multiple of {kernel.n_multiple}")
     if kernel.a_divs and p.a_div not in kernel.a_divs:
         yield Refusal("a_div", f"a_div={p.a_div} is none of {', '.join(map(str, kernel.a_divs))}")
     if p.block_m % kernel.block_m_multiple:
@@ -208,13 +227,19 @@ def _lds(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:
     arch = ARCHES.get(p.arch)
     if not kernel.triton or arch is None or not arch.lds_bytes:
         return
-    need = lds_bytes(*c.tile, *operand_bits(p, kernel), c.num_stages or 1, arch.async_copy)
+    need = lds_need(p, kernel, c)
     if need > arch.lds_bytes:
         text = f"LDS estimate {need:,} B at BLOCK_M={c.block_m}, {c.num_stages} stages is above {arch.lds_bytes:,} B"
         yield Refusal("lds", text, estimate=True)
 
 
-_PROBLEM_CHECKS: tuple[Callable[[GemmProblem, KernelSpec], Found], ...] = (_formats, _layout, _dimensions, _index_width)
+_PROBLEM_CHECKS: tuple[Callable[[GemmProblem, KernelSpec], Found], ...] = (
+    _formats,
+    _layout,
+    _activation,
+    _dimensions,
+    _index_width,
+)
 _CONFIG_CHECKS: tuple[Callable[[GemmProblem, KernelSpec, Config], Found], ...] = (
     _routing,
     _tile_n,

@@ -38,6 +38,7 @@ class Epilogue:
         gated: the activation takes gate and up and halves N; meaningless without one.
         interleaved: columns alternate gate, up (gpt-oss); otherwise all gates come first.
         limit, alpha: clamp and slope of the activation, None where it has none.
+        clamp: whether the gate is clamped `before` its function or `after_silu` (`ops.activation.Activation`).
     """
 
     bias: bool = False
@@ -46,6 +47,7 @@ class Epilogue:
     interleaved: bool = False
     limit: float | None = None
     alpha: float | None = None
+    clamp: str = "before"
 
 
 NO_EPILOGUE = Epilogue()

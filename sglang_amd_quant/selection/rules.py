@@ -45,12 +45,16 @@ HIP_MARGIN = 1.03
 """#3783 keeps a HIP kernel only where t_triton / t_hip is above this (`use_hip`); an entry that names the Triton kernel
 is its `use_hip=0`. A tuner for these packs applies it; lookup only reads the winner."""
 
+_FRAGMENTS = "kernels/triton/hopper_moe.py: weights go from memory to wgmma without a way back through it"
+
 _GROUPED = ("moe_gate_up", "moe_down")
 
 # fmt: off
 LAYOUT_RULES: tuple[LayoutRule, ...] = (
     LayoutRule("gfx950", "w4a8", _GROUPED, "cdna4_scale", "vllm#44804: swizzled scales win at TP1 and TP2", 2),
     LayoutRule("gfx950", "w4a8", _GROUPED, "strided", "vllm#44804: strided scales win 23 of 28 cells at TP4 and TP8"),
+    LayoutRule("sm_90", "w4a16", _GROUPED, "hopper_bf16", _FRAGMENTS),
+    *(LayoutRule("sm_90", s, _GROUPED, "hopper_e4m3", _FRAGMENTS) for s in ("mxfp8", "w4a8", "mxfp4")),
     LayoutRule("gfx11", "int4_w4a16", _GROUPED, "exllama", "ROCm/vllm #1015 reads ExLlama order"),
 )
 # fmt: on

@@ -6,6 +6,8 @@ What launches each is in `ops/hip.py` and `ops/triton_mx.py`, under the same nam
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sglang_amd_quant.selection.buckets import routed_block_m
 from sglang_amd_quant.selection.problem import Config, GemmProblem
 from sglang_amd_quant.selection.specs import SHIPPED, KernelSpec, register
@@ -58,6 +60,51 @@ def _mx_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
     )
 
 
+def _hopper_tile(problem: GemmProblem) -> Config:
+    """Four stages; at the largest tile they are half of the shared memory."""
+    return Config(routed_block_m(problem), 128, 64, num_warps=4, num_stages=4)
+
+
+def _hopper_lds(x_bytes: int) -> Callable[[GemmProblem, Config], int]:
+    """Every stage holds a tile of x, and one of weights with, for e2m1, a scale byte a block (`HopperConfig`)."""
+
+    def need(problem: GemmProblem, config: Config) -> int:
+        block_m, block_n, block_k = config.tile
+        w = block_k * 17 // 32 if problem.weight_bits == 4 else block_k
+        return (config.num_stages or 1) * (block_m * block_k * x_bytes + block_n * w)
+
+    return need
+
+
+def _hopper(x_format: str, schemes: tuple[str, ...], acts: tuple[str, ...]) -> KernelSpec:
+    return KernelSpec(
+        f"triton_hopper_{x_format}",
+        SHIPPED,
+        "kernels/triton/hopper_moe.py",
+        archs=("sm_90",),
+        schemes=schemes,
+        ops=("moe_gate_up", "moe_down"),
+        layouts=(f"hopper_{x_format}",),
+        space={
+            "block_m": (16, 32, 64, 128, 256),
+            "block_n": (64, 128, 256),
+            "block_k": (64, 128),
+            "num_warps": (4, 8),
+            "num_stages": (3, 4, 5, 6),
+            "group_m": (1, 2, 4, 8, 16),
+        },
+        configure=_hopper_tile,
+        triton=True,
+        acts=acts,
+        fuses=("bias", "activation"),
+        activations=("silu", "swigluoai"),
+        lds=_hopper_lds(2 if x_format == "bf16" else 1),
+        x_dtypes=("bf16",),
+        k_multiple=32,
+        n_multiple=16,
+    )
+
+
 SHIPPED_KERNELS = (
     KernelSpec(
         "gemv_mxfp4",
@@ -75,6 +122,8 @@ SHIPPED_KERNELS = (
     ),
     _mx_gemm("triton_mx_gemm", ("linear",)),
     _mx_gemm("triton_mx_moe", ("moe_gate_up", "moe_down")),
+    _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1")),
+    _hopper("e4m3", ("mxfp8", "w4a8", "mxfp4"), ("e4m3", "e2m1", "fp8_static")),
 )
 
 for _spec in SHIPPED_KERNELS:

@@ -42,12 +42,15 @@ class KernelSpec:
         out_dtypes: what it can store without another pass.
         fuses: what it does itself: of the epilogue `bias`, `activation` and `quantize` (of its output), and before it
             `quantize_input`: activations come in the model's dtype. Otherwise the op quantizes them first.
+        activations: kinds of activation that it fuses, gated and clamped before; one that fuses them refuses others.
         x_dtypes: dtypes of activations that reach it unquantized (scheme with bf16 activations, or `quantize_input`);
             empty = any. A model's dtype is what the op hands on, `GemmProblem.out_dtype`.
         dequantizes: both operands are dequantized to bf16 where the matrix unit takes no scales: they fill LDS so.
+        lds: LDS bytes of a problem's tile, for a Triton kernel that lays its pipeline out itself; None = the estimate.
         code_objects: the code objects of `kernels/hip/manifest.py` that it launches; none for Triton and torch.
         m_max, m_values: largest M, and the only Ms, that it takes; 0 and empty = any.
         k_multiple, k_also: K must be a multiple of the first or one of the second.
+        n_multiple: N must be a multiple of it.
         n_whole: N must be whole BLOCK_Ns (tails are not masked).
         a_divs: values of `GemmProblem.a_div` it takes; empty = any.
         block_n_for: BLOCK_N that goes with an `a_div`, as pairs; empty = any.
@@ -69,13 +72,16 @@ class KernelSpec:
     groups: tuple[int, ...] = ()
     out_dtypes: tuple[str, ...] = ("bf16",)
     fuses: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
     x_dtypes: tuple[str, ...] = ()
     dequantizes: bool = False
+    lds: Callable[[GemmProblem, Config], int] | None = None
     code_objects: tuple[str, ...] = ()
     m_max: int = 0
     m_values: tuple[int, ...] = ()
     k_multiple: int = 1
     k_also: tuple[int, ...] = ()
+    n_multiple: int = 1
     n_whole: bool = False
     a_divs: tuple[int, ...] = ()
     block_n_for: tuple[tuple[int, int], ...] = ()

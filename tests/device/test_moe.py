@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from op_layers import MX, as_served_on_a_cpu, tokens
 
 from sglang_amd_quant.ops.activation import Activation
+from sglang_amd_quant.ops.layout import lay_out_experts
 from sglang_amd_quant.ops.moe import bound
 from sglang_amd_quant.ops.routing import route
 
@@ -39,6 +41,43 @@ def test_every_scheme(device_moe, needs, scheme, m, activation):
     given = cuda(tokens(m, H, E, TOP_K, dropped=0.2))
     assert bound(layer.text).pair(m, "bf16").kernels == ("triton_mx_moe", "triton_mx_moe")
     close(layer(*given), as_served_on_a_cpu(layer)(*given), scheme)
+
+
+def served(layer):
+    """The layer as after loading: weights laid out for the kernels that this device has."""
+    w13, w2 = lay_out_experts(layer.w13, layer.w2, layer.gate_up, layer.down)
+    return replace(layer, w13=w13, w2=w2)
+
+
+@pytest.mark.parametrize("scheme", MX)
+@pytest.mark.parametrize("activation", [Activation(), GPT_OSS], ids=lambda a: a.kind)
+def test_as_loaded(device_moe, captured, needs, scheme, activation):
+    """Whatever layout this device's kernels want; on sm_90 wgmma fragments. Eager against the reference, then a graph."""
+    needs("triton_hopper_bf16")
+    plain = device_moe(scheme, E, H, INTER, TOP_K, activation=activation, biases=activation is GPT_OSS, scale=1.5)
+    layer = served(plain)
+    assert layer.w13.layout.packed
+    layer.prepare()
+    for m in (1, 7, 64, 300):
+        given = cuda(tokens(m, H, E, TOP_K, dropped=0.2))
+        assert "reference" not in bound(layer.text).pair(m, "bf16").kernels
+        close(layer(*given), as_served_on_a_cpu(plain)(*given), scheme)
+        graph, out = captured(lambda given=given: layer(*given))
+        for target, new in zip(given, tokens(m, H, E, TOP_K, dropped=0.5), strict=True):
+            target.copy_(new)
+        graph.replay()
+        assert torch.equal(out, layer(*given))
+
+
+@pytest.mark.parametrize("options", [{"static": True}, {"combine": False}, {"weight_on_input": True}], ids="-".join)
+def test_as_loaded_does_what_sglang_asks(device_moe, needs, options):
+    needs("triton_hopper_e4m3")
+    top_k = 1 if "weight_on_input" in options else TOP_K
+    plain = device_moe("w4a8", E, H, INTER, top_k, **options)
+    layer = served(plain)
+    for m in (3, 90):
+        given = cuda(tokens(m, H, E, top_k, dropped=0.2))
+        close(layer(*given), as_served_on_a_cpu(plain)(*given), "w4a8")
 
 
 def test_skewed_routing(device_moe, needs):

@@ -290,6 +290,7 @@ def test_packed_experts_are_restored_for_new_ones(make_config, rank, as_gpu, mon
     from sglang_amd_quant.selection import LayoutChoice
 
     monkeypatch.setattr(layout, "choose_layout", lambda *_: LayoutChoice("cdna4_scale", "rule", ("test",)))
+    monkeypatch.setattr(layout, "_paired", lambda *_: True)
     with rank():
         layer, plain = build(make_config("w4a8")), build(make_config("w4a8"))
     fill(layer, weights())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from sglang_amd_quant.kernels.hip.manifest import AMD_ARCHS
 
-from sglang_amd_quant.ops import hip, linear, moe
+from sglang_amd_quant.ops import hip, layout, linear, moe, operand
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.runtime.code_objects import code_object
 from sglang_amd_quant.runtime.launch import LaunchDescription
@@ -90,7 +90,7 @@ def emulated(
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """These kernels, and no others, can be launched."""
-    for module in (linear, moe):
+    for module in (layout, linear, moe):
         monkeypatch.setattr(module, "launchable", lambda arch: frozenset(names))
     forget()
 
@@ -134,3 +134,55 @@ def _seeded() -> Iterator[None]:
     forget()
     yield
     forget()
+
+
+@pytest.fixture
+def hopper_twins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The Hopper kernels run as what they stand for, on weights that "packing" leaves as they are; gives the calls."""
+    pytest.importorskip("triton.experimental.gluon")
+    from sglang_amd_quant.kernels.triton import hopper, hopper_pack, quant_mx
+
+    from sglang_amd_quant import formats
+    from sglang_amd_quant.ops.activation import Activation
+
+    calls: list[str] = []
+
+    def pack(w, scales, x_format="bf16", pairs=None):  # type: ignore[no-untyped-def]
+        assert pairs is None or w.shape[-2] % 16 == 0
+        w_format = "e4m3" if w.dtype == torch.float8_e4m3fn else "e2m1"
+        n, k = w.shape[-2], scales.shape[-1] * 32
+        one = torch.ones(w.shape[0], n)
+        return hopper_pack.HopperWeights(w, scales, one, w_format, x_format, n, k, pairs, torch.tensor(3))
+
+    def activations(x, element, mode, x_format):  # type: ignore[no-untyped-def]
+        out = "bf16" if x_format == "bf16" else "row"
+        return (x, None) if element is None else quant_mx.quant_mx_torch(x, element, out, mode)
+
+    def gemm(x, factors, w, y, routing, config, *, top_k=1, bias=None, row_weights=None, activation="none", **f):  # type: ignore[no-untyped-def]
+        assert (factors is not None) == (w.x_format == "e4m3")
+        assert (x.dtype, config.block_m) == (
+            {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}[w.x_format],
+            routing.block_m,
+        )
+        assert (w.pairs is not None) == (activation != "none")
+        calls.append(w.x_format)
+        values = formats.dequantize_mx(w.data, w.scales, w.w_format, torch.float32)
+        left = x.float() if factors is None else x.float() * factors[:, None]
+        y.fill_(torch.nan)
+        for block, expert in enumerate(routing.block_experts.tolist()):
+            rows = routing.row_ids[block * config.block_m : (block + 1) * config.block_m].long()
+            rows = rows[rows < routing.rows]
+            if expert >= 0:
+                out = left[rows // top_k] @ values[expert].T + (0 if bias is None else bias[expert])
+                if activation != "none":
+                    out = Activation(activation, interleaved=w.pairs == "interleaved", **f)(out)
+                y[rows] = (out if row_weights is None else out * row_weights[rows, None]).to(y.dtype)
+        return y
+
+    monkeypatch.setattr(hopper_pack, "pack_hopper", pack)
+    monkeypatch.setattr(hopper, "activations", activations)
+    monkeypatch.setattr(hopper, "hopper_gemm", gemm)
+    for module in (layout, operand):
+        monkeypatch.setattr(module, "current_arch", lambda: "sm_90")
+    only(monkeypatch, "triton_mx_moe", "triton_hopper_bf16", "triton_hopper_e4m3")
+    return calls

@@ -63,6 +63,11 @@ def opchecks(scheme: str) -> tuple[str, ...]:
     return rest if scheme == "mxfp8" else ("test_schema", *rest)
 
 
+def epilogue_of(f: Activation, biases: bool) -> Epilogue:
+    """What a gate_up GEMM ends in."""
+    return Epilogue(biases, f.kind, f.gated, f.interleaved, f.limit, f.alpha, f.clamp)
+
+
 def make_moe(
     scheme: str,
     experts: int,
@@ -84,7 +89,7 @@ def make_moe(
         GemmProblem(
             op, scheme, arch, 0, *shape, e_local=experts, e_total=experts, top_k=top_k,
             act="fp8_static" if static else "", weighted=op == "moe_down",
-            epilogue=Epilogue(biases, activation.kind if op == "moe_gate_up" else None, activation.gated),
+            epilogue=epilogue_of(activation, biases) if op == "moe_gate_up" else Epilogue(biases),
         )
         for op, shape in shapes.items()
     ]  # fmt: skip

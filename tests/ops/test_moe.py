@@ -9,9 +9,10 @@ import pytest
 import torch
 from op_layers import MX, as_served_on_a_cpu, make_moe, opchecks, tokens
 
-from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.errors import ShapeError, UnsupportedError
 from sglang_amd_quant.ops import moe
 from sglang_amd_quant.ops.activation import Activation
+from sglang_amd_quant.ops.layout import lay_out_experts
 from sglang_amd_quant.ops.moe import KERNELS, bound
 from sglang_amd_quant.ops.operand import Operand
 from sglang_amd_quant.selection import kernels, shipped
@@ -121,6 +122,56 @@ def test_nothing_to_do(triton_twins, ids):
     out = layer(torch.randn(len(ids), H).bfloat16(), ids.int(), torch.rand(ids.shape))
     assert out.shape == (len(ids), H)
     assert not out.any()
+
+
+def packed(layer):
+    """The layer with its weights laid out as after loading, and the names of the layouts."""
+    w13, w2 = lay_out_experts(layer.w13, layer.w2, layer.gate_up, layer.down)
+    return replace(layer, w13=w13, w2=w2), [w13.layout.name, w2.layout.name]
+
+
+@pytest.mark.parametrize("scheme", MX)
+@pytest.mark.parametrize("activation", [Activation(), GPT_OSS], ids=lambda a: a.kind)
+def test_hopper_launcher(hopper_twins, scheme, activation):
+    plain = make_moe(scheme, E, H, INTER, TOP_K, "sm_90", activation, biases=activation is GPT_OSS, scale=1.5)
+    layer, names = packed(plain)
+    expected = "hopper_bf16" if scheme == "w4a16" else "hopper_e4m3"
+    assert names == [expected, expected]
+    for m in (1, 70):
+        given = tokens(m, H, E, TOP_K, dropped=0.25)
+        close(layer(*given), as_served_on_a_cpu(plain)(*given), scheme)
+    assert hopper_twins == [expected.removeprefix("hopper_")] * 4
+    assert layer(*tokens(0, H, E, TOP_K)).shape == (0, H)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"static": True}, {"combine": False}, {"combine": False, "weight_output": False}, {"weight_on_input": True}],
+    ids=lambda o: "-".join(o),
+)
+def test_hopper_launcher_does_what_sglang_asks(hopper_twins, options):
+    top_k = 1 if "weight_on_input" in options else TOP_K
+    plain = make_moe("w4a8", E, H, INTER, top_k, "sm_90", **options)
+    layer, _ = packed(plain)
+    given = tokens(9, H, E, top_k, dropped=0.25)
+    close(layer(*given), as_served_on_a_cpu(plain)(*given), "w4a8")
+    assert len(hopper_twins) == 2
+
+
+@pytest.mark.parametrize(
+    "activation", [Activation("gelu"), Activation("relu2", gated=False), Activation(limit=1.0, clamp="after_silu")],
+    ids=lambda a: a.kind,
+)  # fmt: skip
+def test_hopper_leaves_other_activations_to_strided_weights(hopper_twins, activation):
+    layer, names = packed(make_moe("w4a8", E, H, INTER, TOP_K, "sm_90", activation))
+    assert names == ["strided", "strided"]
+    assert bound(layer.text).pair(4, "bf16").kernels == ("triton_mx_moe", "triton_mx_moe")
+
+
+def test_packed_weights_serve_no_other_dtype(hopper_twins):
+    layer, _ = packed(make_moe("w4a16", E, H, INTER, TOP_K, "sm_90"))
+    with pytest.raises(UnsupportedError, match="packed as hopper_bf16: their kernel does not run this call.*fp16"):
+        layer(*tokens(3, H, E, TOP_K, dtype=torch.float16))
 
 
 def test_where_one_gemm_has_no_kernel_both_are_the_references(triton_twins, monkeypatch):

@@ -32,6 +32,8 @@ ON = {
     "triton_mx_gemm": ("gfx950", "gfx942", "gfx11", "sm_90"),
     "triton_mx_moe": ("gfx950", "gfx942", "gfx11", "sm_90"),
 }
+ON |= {"triton_hopper_bf16": ("sm_90",), "triton_hopper_e4m3": ("sm_90",)}
+HOPPER = ("triton_hopper_bf16", "triton_hopper_e4m3")
 OWN = ("gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe")
 
 
@@ -46,6 +48,13 @@ def lds(arch, c, bits_a, bits_b):
         by_row = n + n // c.block_k * 8 - (8 if n % c.block_k == 0 else 0)
         padded.append(max(by_32, by_row))
     return c.num_stages * (padded[0] * bits_a + padded[1] * bits_b) // 8
+
+
+def hopper_bytes(kernel, scheme, c):
+    """What its pipeline holds: each stage a tile of x, and one of weights with a scale byte a block of e2m1."""
+    x = c.block_m * (2 if kernel.endswith("bf16") else 1)
+    w = c.block_n if scheme == "mxfp8" else c.block_n * (1 / 2 + 1 / 32)
+    return c.num_stages * c.block_k * (x + w)
 
 
 def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
@@ -69,6 +78,17 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             bool(p.epilogue.activation) != ("activation" in choice.unfused)
             or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
         )
+    if choice.kernel in HOPPER:
+        e = p.epilogue
+        out += ["packed"] * (choice.layout != choice.kernel.removeprefix("triton_"))
+        out += ["operands"] * ((p.scheme, p.act) in (("mxfp8", "bf16"), ("w4a16", "e4m3")) or p.scheme == "int4_w4a16")
+        out += ["e4m3 weights"] * (choice.kernel == "triton_hopper_bf16" and p.scheme == "mxfp8")
+        out += ["unquantized x in e4m3"] * (choice.kernel == "triton_hopper_e4m3" and p.act == "bf16")
+        out += ["one scale for x in bf16"] * (choice.kernel == "triton_hopper_bf16" and p.act == "fp8_static")
+        out += ["op"] * (p.op == "linear")
+        out += ["rows"] * bool(p.n % 16)
+        out += ["dtype"] * (p.out_dtype in ("fp16", "fp32"))
+        out += ["activation"] * (e.activation not in (None, "silu", "swigluoai") or not e.gated)
     if choice.kernel == "gemv_mxfp4":
         out += ["gemv"] * (p.scheme != "w4a16" or not 1 <= p.m <= 4)
     if p.out_dtype in ("fp16", "fp32") and choice.kernel.startswith("hip"):
@@ -106,7 +126,9 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             bits = (BITS[p.act], WEIGHT_BITS[p.scheme])
             if choice.kernel in OWN and p.arch != "gfx950":
                 bits = (16, 16)  # dequantized before they are multiplied
-            out += ["LDS"] * (lds(p.arch, c, *bits) > LDS[p.arch])
+            hopper = choice.kernel in HOPPER
+            need = hopper_bytes(choice.kernel, p.scheme, c) if hopper else lds(p.arch, c, *bits)
+            out += ["LDS"] * (need > LDS[p.arch])
     return out
 
 
@@ -125,7 +147,7 @@ KERNELS = [spec for spec in kernels().values() if spec.schemes]
 
 def random_problem(rng: random.Random, arch: str) -> GemmProblem:
     """Mostly what some kernel is for, else anything."""
-    spec = rng.choice(KERNELS)
+    spec = rng.choice([spec for spec in KERNELS if arch in spec.archs] or KERNELS)
     usual = rng.random() < 0.85
     op, scheme = (rng.choice(spec.ops), rng.choice(spec.schemes)) if usual else (rng.choice(OPS), rng.choice(SCHEMES))
     int4 = scheme == "int4_w4a16"
@@ -134,13 +156,14 @@ def random_problem(rng: random.Random, arch: str) -> GemmProblem:
     linear = op == "linear"
     e_total = 1 if linear else rng.choice((8, 32, 64, 128, 129, 192, 256, 512))
     ep = 1 if linear else rng.choice((1, 1, 2, 4, 8))
+    packed = ("hopper_bf16", "hopper_e4m3")
     others = ("exllama",) if int4 else ("cdna4_scale", "cdna4_scale_256", "preshuffle")
     return GemmProblem(
         op, scheme, arch, rng.choice(MS), n, max(group, k // group * group), rng.choice((0, 0, 128)),
         -(-e_total // ep), e_total, 1 if linear else rng.choice((1, 4, 5, 8)), ep, ep,
         Epilogue(rng.random() < 0.3, rng.choice((None, "silu", "swigluoai"))),
         rng.choice(("bf16",) * 7 + ("fp16", "fp32", "mxfp8", "mxfp4")),
-        rng.choice((None, None, "strided", rng.choice(others))),
+        rng.choice((None, None, "strided", rng.choice(others), "hopper_bf16" if int4 else rng.choice(packed))),
         group, "fp8_static" if scheme == "w4a8" and rng.random() < 0.2 else "",
         rng.choice((0,) * 6 + (16, 32, 64, 128)), rng.random() < 0.5,
     )  # fmt: skip

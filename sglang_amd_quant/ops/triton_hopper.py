@@ -1,0 +1,74 @@
+"""Launcher of the grouped GEMM for Hopper (`kernels/triton/hopper_moe.py`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_amd_quant import formats
+from sglang_amd_quant.ops.packed import PackedWeight, Weight, pairs_of
+from sglang_amd_quant.ops.reference import ActQuant
+from sglang_amd_quant.ops.routing import combine, route, slots
+from sglang_amd_quant.selection import Config, GemmProblem
+
+if TYPE_CHECKING:
+    from sglang_amd_quant.kernels.triton.hopper import HopperConfig
+    from sglang_amd_quant.kernels.triton.hopper_pack import HopperWeights
+    from sglang_amd_quant.ops.moe import MoeCall
+
+
+def run_hopper_moe(call: MoeCall) -> torch.Tensor:
+    """Routing, gate_up with its activation, down with the routing weights, combine; products are rounded to bf16."""
+    from sglang_amd_quant.kernels.triton.hopper import hopper_gemm
+
+    p, top_k, f = call.problem, call.topk_ids.shape[1], call.problem.activation
+    weights = call.topk_weights.float().contiguous()
+    x = (call.x.float() * weights[:, :1]).to(call.x.dtype) if p.weight_on_input else call.x
+    w13, w2 = _weights(call.w13, call.gate_up), _weights(call.w2, call.down)
+    tile13, tile2 = _tile(call.config13), _tile(call.config2)
+    routing = route(call.topk_ids, p.num_experts, tile13.block_m)
+    left, factors = _input(x, p.act13, w13.x_format)
+    hidden = torch.empty(routing.rows, f.columns(w13.n), dtype=x.dtype, device=x.device)
+    hopper_gemm(
+        left, factors, w13, hidden, routing, tile13, top_k=top_k, bias=call.b13,
+        activation=f.kind, limit=f.limit, alpha=f.alpha, beta=f.beta,
+    )  # fmt: skip
+    left, factors = _input(hidden, p.act2, w2.x_format)
+    routed = torch.empty(routing.rows, w2.n, dtype=x.dtype, device=x.device)
+    weighted = weights.reshape(-1) if p.weight_output and not p.weight_on_input else None
+    hopper_gemm(left, factors, w2, routed, routing, tile2, bias=call.b2, row_weights=weighted)
+    if p.combine:
+        return combine(routed, call.topk_ids, p.num_experts, p.scale, x.dtype)
+    return slots(routed, call.topk_ids, p.num_experts).to(x.dtype)
+
+
+def _weights(weight: Weight, problem: GemmProblem) -> HopperWeights:
+    """A packed weight as the kernel's own class."""
+    from sglang_amd_quant.kernels.triton.hopper_pack import HopperWeights
+
+    assert isinstance(weight, PackedWeight)
+    data, factors, *scales = weight.tensors
+    return HopperWeights(
+        data=data, scales=scales[0] if scales else None, factors=factors, w_format=weight.scheme.weight,
+        x_format=weight.layout.name.removeprefix("hopper_"), n=weight.n, k=weight.k, pairs=pairs_of(problem),
+        rounded=factors.new_zeros(()),
+    )  # fmt: skip
+
+
+def _tile(config: Config) -> HopperConfig:
+    """A choice's parameters as the kernel takes them."""
+    from sglang_amd_quant.kernels.triton.hopper import HopperConfig
+
+    named = {name: value for name, value in config.items() if name != "nonkdim"}
+    return HopperConfig(**named)
+
+
+def _input(x: torch.Tensor, act: ActQuant, x_format: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x[M, K] as the kernel multiplies it: bf16, or e4m3 under one factor a row."""
+    from sglang_amd_quant.kernels.triton.hopper import activations
+
+    if act.scale is not None:
+        return formats.quantize_fp8_static(x, act.scale), act.scale.float().expand(x.shape[0]).contiguous()
+    element = None if act.scheme.act == "bf16" else act.scheme.act
+    return activations(x.contiguous(), element, None if act.mode is None else act.mode.value, x_format)
