@@ -68,6 +68,11 @@ class Variant:
         return tuple(n for n, t in self.signature.items() if t.startswith("*") or n in ("N", "K"))
 
     @property
+    def short(self) -> tuple[str, ...]:
+        """Pointers promised to be to less than 2 GiB."""
+        return tuple(n for n, t in self.signature.items() if t.startswith("*"))
+
+    @property
     def options(self) -> dict[str, int]:
         """Compile options."""
         return self.config.options(self.arch)

@@ -7,6 +7,8 @@ for AMD is assembly text with the same metadata as clang's. Every architecture h
 from __future__ import annotations
 
 import atexit
+import importlib
+import inspect
 import re
 import subprocess
 import tempfile
@@ -54,8 +56,89 @@ class Variant(Protocol):
         """Arguments promised to be multiples of 16."""
 
     @property
+    def short(self) -> tuple[str, ...]:
+        """Pointers promised to be to less than 2 GiB, which AMD's buffer instructions can address."""
+
+    @property
     def options(self) -> dict[str, int]:
         """Compile options, `num_warps` among them."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The variant that Triton's launcher would compile for one call of a kernel.
+
+    Attributes:
+        module, function: where the kernel is.
+        arch, signature, constants, divisible, short, options, claims: as of a `Variant`.
+    """
+
+    module: str
+    function: str
+    arch: str
+    signature: dict[str, str]
+    constants: dict[str, object]
+    divisible: tuple[str, ...]
+    short: tuple[str, ...]
+    options: dict[str, int]
+    claims: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The kernel's, and what tells its variants apart."""
+        return ", ".join([self.function, *(f"{k} {v}" for k, v in self.constants.items())])
+
+    @property
+    def kernel(self) -> Any:
+        """The `triton.jit` function."""
+        return getattr(importlib.import_module(self.module), self.function)
+
+
+def call(kernel: Any, arch: str, *args: Any, **kwargs: Any) -> tuple[Call, list[Any]]:
+    """What `kernel[grid](*args, **kwargs)` would compile on `arch`, and the arguments it would pass on.
+
+    As Triton's launcher does: None and the integer 1 become constants, integers and addresses that are multiples of 16
+    are promised to be, keywords that are no argument are compile options.
+    """
+    options: dict[str, int] = {"num_warps": 4}
+    options |= {name: kwargs.pop(name) for name in list(kwargs) if name not in kernel.arg_names}
+    bound = inspect.signature(kernel.fn).bind(*args, **kwargs)
+    bound.apply_defaults()
+    signature: dict[str, str] = {}
+    constants: dict[str, object] = {}
+    divisible, short, passed = [], [], []
+    for parameter in kernel.params:
+        name, value = parameter.name, bound.arguments[parameter.name]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
+            constants[name] = getattr(value, "value", value)
+            continue
+        passed.append(value)
+        signature[name] = _type(value)
+        number = value.data_ptr() if hasattr(value, "data_ptr") else value
+        if special and not isinstance(number, float) and number % 16 == 0:
+            divisible.append(name)
+        if hasattr(value, "untyped_storage") and value.untyped_storage().nbytes() < 1 << 31:
+            short.append(name)
+    module, function = kernel.fn.__module__, kernel.fn.__name__
+    made = Call(module, function, arch, signature, constants, tuple(divisible), tuple(short), options)
+    return made, passed
+
+
+_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "float8_e4m3fn": "fp8e4nv"}
+_TYPES |= {"float8_e5m2": "fp8e5", "bool": "u1", "uint8": "u8", "uint16": "u16", "uint32": "u32", "uint64": "u64"}
+_TYPES |= {"int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64"}
+
+
+def _type(value: Any) -> str:
+    """Triton's name of an argument's type."""
+    if hasattr(value, "data_ptr"):
+        return "*" + _TYPES[str(value.dtype).removeprefix("torch.")]
+    if isinstance(value, bool):
+        return "u1"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
 
 
 @dataclass(frozen=True)
@@ -120,13 +203,18 @@ def _compile(variant: Variant) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     arch = arch_facts(variant.arch)
     target = GPUTarget("hip", arch.name, arch.wave) if arch.vendor == "amd" else GPUTarget("cuda", 90, arch.wave)
     names = variant.kernel.arg_names
     signature = {n: variant.signature.get(n, "constexpr") for n in names}
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in variant.divisible}
-    source = ASTSource(variant.kernel, signature, constexprs=variant.constants, attrs=attributes)
+    attributes: dict[tuple[int], list[list[object]]] = {}
+    for promised, promise in ((variant.divisible, ["tt.divisibility", 16]), (variant.short, ["tt.pointer_range", 32])):
+        for n in promised if arch.vendor == "amd" or promise[0] == "tt.divisibility" else ():
+            attributes.setdefault((names.index(n),), []).append(list(promise))
+    source_of = GluonASTSource if variant.kernel.is_gluon() else ASTSource
+    source = source_of(variant.kernel, signature, constexprs=variant.constants, attrs=attributes)
     try:
         made = triton.compile(source, target=target, options=variant.options)
     except Exception as error:  # Triton raises whatever its passes raise
