@@ -106,7 +106,7 @@ def check_loaded(layer: str, scales: torch.Tensor) -> None:
     Raises:
         CheckpointError: there are NaN scale bytes: in the checkpoint, or because a tensor never came.
     """
-    missing = int((scales == UNLOADED_SCALE).sum())
+    missing = int(torch.count_nonzero(scales == UNLOADED_SCALE))  # sum() would widen all of them to int64
     if missing:
         raise CheckpointError(
             f"layer {layer}: {missing} of {scales.numel()} weight scales",
