@@ -81,7 +81,7 @@ class Variant:
 _TILES = {
     # arch: tiles for few rows and for many
     "gfx950": (MxGemmConfig(16, 64, 256, nonkdim=16), MxGemmConfig(64, 128, 256)),
-    "gfx942": (MxGemmConfig(16, 64, 128, nonkdim=16), MxGemmConfig(64, 64, 64)),
+    "gfx942": (MxGemmConfig(16, 32, 64, nonkdim=16), MxGemmConfig(64, 64, 64)),  # more than that spills a few scalars
     "gfx1100": (MxGemmConfig(16, 32, 64, num_stages=1), MxGemmConfig(32, 64, 64, num_stages=1)),
     "sm_90": (MxGemmConfig(16, 64, 128, num_stages=3), MxGemmConfig(64, 128, 128, num_warps=8, num_stages=3)),
 }
