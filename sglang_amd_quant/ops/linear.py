@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,7 @@ from sglang_amd_quant.ops.operand import Operand, dtype_name
 from sglang_amd_quant.ops.packed import Weight, unpacked
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.runtime.detect import launchable
-from sglang_amd_quant.selection import BoundChoices, Config, GemmProblem, KernelChoice
+from sglang_amd_quant.selection import Config, GemmProblem, KernelChoice, choose
 from sglang_amd_quant.selection.choose import REFERENCE
 from sglang_amd_quant.selection.specs import kernel
 
@@ -65,34 +66,55 @@ KERNELS: dict[str, LinearKernel] = {
 """Kernel name in selection -> its launcher. Selection chooses only among these and the reference."""
 
 
+class Plan(NamedTuple):
+    """What a layer does at one M, for a model of one dtype.
+
+    Attributes:
+        problem: the GEMM.
+        choice: selection's.
+        launcher: its kernel's; None for the reference.
+        fused_biases: dtypes of biases that the kernel adds.
+        unfused_dtype: what the kernel stores where the op is to add another bias.
+    """
+
+    problem: GemmProblem
+    choice: KernelChoice
+    launcher: LinearKernel | None
+    fused_biases: tuple[torch.dtype, ...]
+    unfused_dtype: torch.dtype
+
+
 class BoundLinear:
     """A layer's operand with its choices: what the custom op looks up by the layer's text."""
 
     def __init__(self, operand: Operand) -> None:
         self.operand = operand
         self.available = launchable(operand.arch).intersection(KERNELS) | {REFERENCE}
-        self._choices: dict[str, BoundChoices] = {}
+        self._plans: dict[tuple[int, torch.dtype], Plan] = {}
 
-    def choice(self, m: int, dtype: str) -> KernelChoice:
-        """What runs at this M for a model of this dtype."""
-        if dtype not in self._choices:
-            problem = self.operand.problem_of(dtype)
-            self._choices[dtype] = BoundChoices(problem, self.available)
-        return self._choices[dtype][m]
+    def plan(self, m: int, dtype: torch.dtype) -> Plan:
+        """What runs at this M for a model of this dtype. Raises SchemeError where no model has it."""
+        found = self._plans.get((m, dtype))
+        if found is None:
+            problem = self.operand.problem_of(dtype_name(dtype), m)
+            choice = choose(problem, self.available)
+            launcher, spec = KERNELS.get(choice.kernel), kernel(choice.kernel)
+            biases = launcher.bias_dtypes if launcher is not None and "bias" in spec.fuses else ()
+            wide = torch.float32 if "fp32" in spec.out_dtypes else dtype
+            found = self._plans[m, dtype] = Plan(problem, choice, launcher, biases, wide)
+        return found
 
     def run(self, x: torch.Tensor, weight: Weight, act: ActQuant, bias: torch.Tensor | None) -> torch.Tensor:
         """x[M, K] -> [M, N] in x's dtype. Raises UnsupportedError where packed weights are left to the reference."""
-        if not x.shape[0]:
+        m = x.shape[0]
+        if not m:
             return x.new_zeros(0, weight.n)
-        choice = self.choice(x.shape[0], dtype_name(x))
-        if choice.kernel == REFERENCE:
-            return reference.linear(x, unpacked(weight, choice).dequantize(), act, bias)
-        launcher, spec = KERNELS[choice.kernel], kernel(choice.kernel)
-        fused = bias is None or ("bias" not in choice.unfused and bias.dtype in launcher.bias_dtypes)
-        wide = not fused and "fp32" in spec.out_dtypes
-        y = torch.empty(x.shape[0], weight.n, dtype=torch.float32 if wide else x.dtype, device=x.device)
-        problem = self.operand.problem_of(dtype_name(x), x.shape[0])
-        launcher.run(LinearCall(x, weight, bias if fused else None, y, act, choice.config, problem))
+        plan = self.plan(m, x.dtype)
+        if plan.launcher is None:
+            return reference.linear(x, unpacked(weight, plan.choice).dequantize(), act, bias)
+        fused = bias is None or bias.dtype in plan.fused_biases
+        y = torch.empty(m, weight.n, dtype=x.dtype if fused else plan.unfused_dtype, device=x.device)
+        plan.launcher.run(LinearCall(x, weight, bias if fused else None, y, act, plan.choice.config, plan.problem))
         return y if fused or bias is None else (y + bias).to(x.dtype)
 
 
@@ -170,7 +192,7 @@ class QuantizedLinear:
         """x[..., K] -> [..., N] in x's dtype."""
         if self.values is not None:
             _check(x, self.problem)
-            bound(self.text).choice(x.shape[:-1].numel(), dtype_name(x))  # for its trace: only the reference is here
+            bound(self.text).plan(x.shape[:-1].numel(), x.dtype)  # for its trace: only the reference is here
             return reference.linear(x, self.values(), self.act, bias)
         return torch.ops.amd_mx.linear(  # type: ignore[no-any-return]
             x, self.weight.tensors, bias, self.act.scale, self.text

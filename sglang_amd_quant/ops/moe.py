@@ -63,10 +63,11 @@ KERNELS: dict[tuple[str, str], MoeKernel] = {
 
 
 class Pair(NamedTuple):
-    """The choices for both GEMMs: a pair in `KERNELS`, or both the reference."""
+    """The choices for both GEMMs: a pair in `KERNELS`, or both the reference. And the GEMMs that they are for."""
 
     gate_up: KernelChoice
     down: KernelChoice
+    problems: tuple[GemmProblem, GemmProblem]
 
     @property
     def kernels(self) -> tuple[str, str]:
@@ -88,8 +89,9 @@ def decide(gate_up: GemmProblem, down: GemmProblem, launchable: frozenset[str], 
     first = choose(gate_up, mine[0])
     second = choose(replace(down, block_m=first.config.block_m or 0), mine[1])
     if (first.kernel, second.kernel) in KERNELS:
-        return Pair(first, second)
-    return Pair(*(choose(problem, frozenset({REFERENCE})) for problem in (gate_up, down)))
+        return Pair(first, second, (gate_up, down))
+    first, second = (choose(problem, frozenset({REFERENCE})) for problem in (gate_up, down))
+    return Pair(first, second, (gate_up, down))
 
 
 class BoundMoe:
@@ -98,19 +100,19 @@ class BoundMoe:
     def __init__(self, gate_up: Operand, down: Operand, plain: MoeProblem) -> None:
         self.gate_up, self.down, self._plain = gate_up, down, plain
         self._launchable = launchable(gate_up.arch)
-        self._pairs: dict[tuple[int, str], Pair] = {}
+        self._pairs: dict[tuple[int, torch.dtype], Pair] = {}
 
     @property
     def available(self) -> frozenset[str]:
         """Names of the kernels that may be chosen."""
         return frozenset[str]().union(*sides(self._launchable))
 
-    def pair(self, m: int, dtype: str) -> Pair:
-        """What runs at this M for a model of this dtype."""
+    def pair(self, m: int, dtype: torch.dtype) -> Pair:
+        """What runs at this M for a model of this dtype. Raises SchemeError where no model has it."""
         found = self._pairs.get((m, dtype))
         if found is None:
-            problems = self.gate_up.problem_of(dtype, m), self.down.problem_of(dtype, m)
-            found = self._pairs[m, dtype] = decide(*problems, self._launchable, choose)
+            gate_up, down = (operand.problem_of(dtype_name(dtype), m) for operand in (self.gate_up, self.down))
+            found = self._pairs[m, dtype] = decide(gate_up, down, self._launchable, choose)
         return found
 
     def problem(self, scale13: torch.Tensor | None, scale2: torch.Tensor | None) -> MoeProblem:
@@ -160,17 +162,17 @@ def _fused_moe(
     this = bound(layer)
     _check(x, topk_ids, topk_weights, this.gate_up.problem)
     gate_up, down = this.gate_up.form.bind(*w13), this.down.form.bind(*w2)
-    problem, m, dtype = this.problem(act13_scale, act2_scale), x.shape[0], dtype_name(x)
+    problem, m = this.problem(act13_scale, act2_scale), x.shape[0]
     if not m:
         return x.new_zeros(0, down.n) if problem.combine else x.new_zeros(0, topk_ids.shape[1], down.n)
-    pair = this.pair(m, dtype)
+    pair = this.pair(m, x.dtype)
     if pair.kernels == (REFERENCE, REFERENCE):
         kept = unpacked(gate_up, pair.gate_up), unpacked(down, pair.down)
         values13, values2 = (lambda e, w=w: w.expert(e).dequantize() for w in kept)
         return reference.fused_moe(x, topk_ids, topk_weights, problem, values13, values2, b13, b2)
     call = MoeCall(
         x, topk_ids, topk_weights, gate_up, down, b13, b2, problem, pair.gate_up.config, pair.down.config,
-        this.gate_up.problem_of(dtype, m), this.down.problem_of(dtype, m),
+        *pair.problems,
     )  # fmt: skip
     return KERNELS[pair.kernels](call)
 
@@ -240,7 +242,7 @@ class QuantizedMoe:
         """x[M, H], local ids and weights [M, top_k] -> [M, H], or [M, top_k, H] where nothing is combined."""
         if self.values is not None:
             _check(x, topk_ids, topk_weights, self.gate_up)
-            bound(self.text).pair(x.shape[0], dtype_name(x))  # for its trace: only the reference is here
+            bound(self.text).pair(x.shape[0], x.dtype)  # for its trace: only the reference is here
             return reference.fused_moe(x, topk_ids, topk_weights, self.problem, *self.values, self.b13, self.b2)
         return torch.ops.amd_mx.fused_moe(  # type: ignore[no-any-return]
             x, topk_ids, topk_weights, self.w13.tensors, self.w2.tensors, self.b13, self.b2,

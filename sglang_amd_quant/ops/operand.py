@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class Operand:
 
     def problem_of(self, dtype: str, m: int = 0) -> GemmProblem:
         """The problem at an M for a model of this dtype, which is what the op hands on."""
-        return _at(self.problem, dtype, m)
+        return replace(self.problem, m=m, out_dtype=dtype)
 
     @cached_property
     def text(self) -> str:
@@ -101,18 +101,13 @@ class Operand:
         return cls(GemmProblem.from_json(data["problem"]), data["arch"], PadPlan(*data["pad"]), mode)
 
 
-@lru_cache(maxsize=4096)
-def _at(problem: GemmProblem, dtype: str, m: int) -> GemmProblem:
-    return replace(problem, m=m, out_dtype=dtype)
-
-
-def dtype_name(x: torch.Tensor) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """The name of a model's dtype.
 
     Raises:
         SchemeError: no op takes it.
     """
-    if x.dtype not in DTYPES:
-        known = ", ".join(str(dtype) for dtype in DTYPES)
-        raise SchemeError(f"activations of {x.dtype}", "no op takes them", f"use one of {known}")
-    return DTYPES[x.dtype]
+    if dtype not in DTYPES:
+        known = ", ".join(map(str, DTYPES))
+        raise SchemeError(f"activations of {dtype}", "no op takes them", f"use one of {known}")
+    return DTYPES[dtype]

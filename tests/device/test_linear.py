@@ -14,8 +14,8 @@ SHAPES = ((1, 32), (37, 2080), (130, 96), (2304, 6144))
 MS = (1, 2, 3, 4, 5, 16, 17, 64, 100, 300)
 
 
-def kernel_of(layer, m: int, dtype: str = "bf16") -> str:
-    return bound(layer.text).choice(m, dtype).kernel
+def kernel_of(layer, m: int, dtype: torch.dtype = torch.bfloat16) -> str:
+    return bound(layer.text).plan(m, dtype).choice.kernel
 
 
 @pytest.mark.parametrize("scheme", MX)
@@ -50,8 +50,7 @@ def test_models_in_other_dtypes(device_linear, needs, dtype):
         layer = device_linear(scheme, 130, 384)
         x, bias = torch.randn(2, 3, 384, dtype=dtype, device="cuda"), torch.randn(130, dtype=dtype, device="cuda")
         assert_close(layer(x, bias), exact_linear(layer, x, bias), 384)
-        name = "fp16" if dtype is torch.float16 else "fp32"
-        assert (kernel_of(layer, 6, name) == "reference") == (scheme == "w4a16")
+        assert (kernel_of(layer, 6, dtype) == "reference") == (scheme == "w4a16")
 
 
 @pytest.mark.parametrize("scheme", ["w4a8", "mxfp8"])

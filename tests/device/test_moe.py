@@ -39,7 +39,7 @@ def test_every_scheme(device_moe, needs, scheme, m, activation):
     layer = device_moe(scheme, E, H, INTER, TOP_K, activation=activation, biases=activation is GPT_OSS)
     layer.prepare()
     given = cuda(tokens(m, H, E, TOP_K, dropped=0.2))
-    assert bound(layer.text).pair(m, "bf16").kernels == ("triton_mx_moe", "triton_mx_moe")
+    assert bound(layer.text).pair(m, torch.bfloat16).kernels == ("triton_mx_moe", "triton_mx_moe")
     close(layer(*given), as_served_on_a_cpu(layer)(*given), scheme)
 
 
@@ -52,7 +52,7 @@ def served(layer):
 @pytest.mark.parametrize("scheme", MX)
 @pytest.mark.parametrize("activation", [Activation(), GPT_OSS], ids=lambda a: a.kind)
 def test_as_loaded(device_moe, captured, needs, scheme, activation):
-    """Whatever layout this device's kernels want; on sm_90 wgmma fragments. Eager against the reference, then a graph."""
+    """In the layout that this device's kernels want, on sm_90 wgmma fragments: eager, then a graph on other ids."""
     needs("triton_hopper_bf16")
     plain = device_moe(scheme, E, H, INTER, TOP_K, activation=activation, biases=activation is GPT_OSS, scale=1.5)
     layer = served(plain)
@@ -60,7 +60,7 @@ def test_as_loaded(device_moe, captured, needs, scheme, activation):
     layer.prepare()
     for m in (1, 7, 64, 300):
         given = cuda(tokens(m, H, E, TOP_K, dropped=0.2))
-        assert "reference" not in bound(layer.text).pair(m, "bf16").kernels
+        assert "reference" not in bound(layer.text).pair(m, torch.bfloat16).kernels
         close(layer(*given), as_served_on_a_cpu(plain)(*given), scheme)
         graph, out = captured(lambda given=given: layer(*given))
         for target, new in zip(given, tokens(m, H, E, TOP_K, dropped=0.5), strict=True):

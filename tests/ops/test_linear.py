@@ -95,7 +95,7 @@ def test_what_no_kernel_covers_is_the_references(emulated):
     for m, dtype, rule in ((5, torch.bfloat16, "M=5 is outside of 1...4"), (1, torch.float16, "the model's are fp16")):
         x = torch.randn(m, 64, dtype=dtype)
         assert_close(layer(x), exact_linear(layer, x), 64)
-        choice = bound(layer.text).choice(m, {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype])
+        choice = bound(layer.text).plan(m, dtype).choice
         assert choice.kernel == "reference"
         assert any(rule in reason for reason in choice.reasons), choice.reasons
     assert emulated.launched == []

@@ -68,7 +68,7 @@ def test_every_scheme(triton_twins, scheme, m):
 def test_both_gemms_take_the_blocks_that_were_routed(triton_twins, arch):
     layer = make_moe("w4a8", E, H, INTER, TOP_K, arch=arch)
     for m in (1, 60, 200, 1000):
-        pair = bound(layer.text).pair(m, "bf16")
+        pair = bound(layer.text).pair(m, torch.bfloat16)
         assert pair.kernels == ("triton_mx_moe", "triton_mx_moe")
         assert pair.gate_up.config.block_m == pair.down.config.block_m
 
@@ -165,7 +165,7 @@ def test_hopper_launcher_does_what_sglang_asks(hopper_twins, options):
 def test_hopper_leaves_other_activations_to_strided_weights(hopper_twins, activation):
     layer, names = packed(make_moe("w4a8", E, H, INTER, TOP_K, "sm_90", activation))
     assert names == ["strided", "strided"]
-    assert bound(layer.text).pair(4, "bf16").kernels == ("triton_mx_moe", "triton_mx_moe")
+    assert bound(layer.text).pair(4, torch.bfloat16).kernels == ("triton_mx_moe", "triton_mx_moe")
 
 
 def test_packed_weights_serve_no_other_dtype(hopper_twins):
@@ -177,7 +177,7 @@ def test_packed_weights_serve_no_other_dtype(hopper_twins):
 def test_where_one_gemm_has_no_kernel_both_are_the_references(triton_twins, monkeypatch):
     layer = make_moe("w4a8", E, H, INTER, TOP_K, "gfx950")
     monkeypatch.setattr(moe, "KERNELS", {("triton_mx_moe", "another"): KERNELS["triton_mx_moe", "triton_mx_moe"]})
-    pair = bound(layer.text).pair(4, "bf16")
+    pair = bound(layer.text).pair(4, torch.bfloat16)
     assert pair.kernels == ("reference", "reference")
     given = tokens(4, H, E, TOP_K)
     assert torch.equal(layer(*given), as_served_on_a_cpu(layer)(*given))
