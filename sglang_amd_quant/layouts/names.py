@@ -115,6 +115,16 @@ VALUE_LAYOUTS: Mapping[str, LayoutSpec] = {
             about="the 32 bytes that a lane of the 16x16x128 scaled MFMA takes, together: SGLang's gfx950 MXFP8",
         ),
         LayoutSpec(
+            "mma_tile",
+            Role.VALUE,
+            ("e4m3",),
+            tile_n=16,
+            tile_cols=64,
+            block_n=16,
+            block_cols=64,
+            about="1 KiB tiles of what the lanes of Hopper's 16x8x16 mma take, together",
+        ),
+        LayoutSpec(
             "exllama",
             Role.VALUE,
             ("int4",),
@@ -129,6 +139,17 @@ SCALE_LAYOUTS: Mapping[str, LayoutSpec] = {
     spec.name: spec
     for spec in (
         LayoutSpec("strided", Role.SCALE, _ALL, pad_byte=0x7F, about="rows one after the other"),
+        LayoutSpec(
+            "mma_scale",
+            Role.SCALE,
+            ("e4m3",),
+            tile_n=16,
+            tile_cols=2,
+            pad_byte=0x7F,
+            block_n=16,
+            block_cols=2,
+            about="scales of the tiles of mma_tile",
+        ),
         *(
             LayoutSpec(
                 name,

@@ -11,6 +11,7 @@ from sglang_amd_quant.layouts.base import Layout, SourceLayout
 from sglang_amd_quant.layouts.cdna4_scale import Cdna4Scale
 from sglang_amd_quant.layouts.exllama import ExLlama
 from sglang_amd_quant.layouts.gptq import Gptq
+from sglang_amd_quant.layouts.mma_tile import MmaScale, MmaTile
 from sglang_amd_quant.layouts.mxfp8_lane import Mxfp8Lane
 from sglang_amd_quant.layouts.names import Role
 from sglang_amd_quant.layouts.preshuffle import Preshuffle
@@ -18,9 +19,11 @@ from sglang_amd_quant.layouts.strided import Strided
 
 L = TypeVar("L", bound=Layout)
 
-VALUES: Mapping[str, Layout] = {item.name: item for item in (Strided(), Preshuffle(), Mxfp8Lane(), ExLlama())}
+VALUES: Mapping[str, Layout] = {
+    item.name: item for item in (Strided(), Preshuffle(), Mxfp8Lane(), MmaTile(), ExLlama())
+}
 SCALES: Mapping[str, Layout] = {
-    item.name: item for item in (Strided(Role.SCALE), Cdna4Scale(rows=32), Cdna4Scale(rows=256))
+    item.name: item for item in (Strided(Role.SCALE), Cdna4Scale(rows=32), Cdna4Scale(rows=256), MmaScale())
 }
 
 

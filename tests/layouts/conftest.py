@@ -1,7 +1,8 @@
 """Where each element of a matrix lies in storage, written down a second time: from the published closed forms.
 
 The formulas are those of aiter (shuffle_weight, e8m0_shuffle), triton_kernels (CDNA4_SCALE), SGLang 0.5.23
-(shuffle_mxfp8_weight), vLLM's ExLlama order, AutoAWQ and AutoGPTQ; none is derived from the code under test.
+(shuffle_mxfp8_weight), vLLM's ExLlama order, AutoAWQ and AutoGPTQ, and of mma's fragments (PTX ISA); none is derived
+from the code under test.
 """
 
 from collections.abc import Callable
@@ -27,6 +28,16 @@ BYTE_OFFSETS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
         + ((k // 64) % 2) * 16
         + k % 16
     ),
+    "mma_tile": lambda n, k, cols: (
+        (n // 16) * 16 * cols
+        + (k // 64) * 1024
+        + (n % 16 // 8) * 512
+        + (n % 8) * 64
+        + (k % 32 // 8) * 16
+        + (k % 64 // 32) * 8
+        + k % 8
+    ),
+    "mma_scale": lambda n, k, cols: (n // 16) * 16 * cols + (k // 2) * 32 + (n % 8) * 4 + (n % 16 // 8) * 2 + k % 2,
 }
 """Byte that holds (n, column) of a matrix whose rows have been padded to `cols` columns."""
 BYTE_OFFSETS["cdna4_scale_256"] = BYTE_OFFSETS["cdna4_scale"]
