@@ -1,5 +1,5 @@
 # make serve [MODEL=folder] [SCHEME=mxfp4|mxfp8|w4a8|w4a16] [PORT=30000]   serve a model on this machine's CPU
-# make stop                                                               stop it
+# make stop [PORT=30000]                                                   stop it
 # make test                                                               the whole test suite
 # make check                                                              linters, type checker, resources of kernels
 PYTHON ?= python3
@@ -18,7 +18,7 @@ serve: $(VENV)/.serve
 	$(BIN)/python -m examples.serve --port $(PORT) $(if $(MODEL),--model $(MODEL)) $(if $(SCHEME),--scheme $(SCHEME))
 
 stop:
-	$(BIN)/python -m examples.serve --stop
+	$(BIN)/python -m examples.serve --stop --port $(PORT)
 
 # Two stages: unit tests on both cores, then the servers, which are processes of their own, one after the other.
 test: $(VENV)/.test
