@@ -20,10 +20,11 @@ serve: $(VENV)/.serve
 stop:
 	$(BIN)/python -m examples.serve --stop --port $(PORT)
 
-# Two stages: unit tests on both cores, then the servers, which are processes of their own, one after the other.
+# Two stages: unit tests, then real servers. In each, two test processes share the cores, and whatever they start works
+# with one thread: two threads a process would wait for each other more than they compute.
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not serving"
-	$(PYTEST) -m serving
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal -m serving
 
 test-fast: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not serving"
