@@ -50,7 +50,7 @@ from bench.moe_problem import (
     relative,
     whole,
 )
-from bench.moe_tune import candidates, tune
+from bench.moe_tune import candidates, timings, tune
 from bench.peers_moe import PEERS
 
 # scheme -> (elements of weights and of activations, what the kernel multiplies activations as)
@@ -240,7 +240,8 @@ def measure(
             both = zip(routings, placed, strict=True)
             gemms = graph_us([partial(ours.gemms, x, i, w, configs, r) for (i, w), r in both])
             us = graph_us([partial(ours.whole, x, i, w, configs) for i, w in routings])
-            add(f"ours {scheme}", m, us, gemms=gemms, config13=vars(configs[0]), config2=vars(configs[1]))
+            add(f"ours {scheme}", m, us, gemms=gemms, config13=vars(configs[0]), config2=vars(configs[1]),
+                timings=list(timings))  # fmt: skip
         torch.cuda.empty_cache()
     for key in peers:
         try:

@@ -21,13 +21,16 @@ from sglang_amd_quant.kernels.triton.routing import route
 
 SHARED_MEMORY = 227 << 10
 
+timings: list[dict[str, Any]] = []
+"""What the last search timed."""
+
 
 def candidates(m: int, top_k: int, experts: int, x_format: str, w_format: str) -> dict[int, list[HopperConfig]]:
     """block_m -> configs that are legal and of a sensible size for so many rows an expert."""
     rows = m * top_k / experts
     space: dict[int, list[HopperConfig]] = {}
     for block_m in (16, 32, 64, 128, 256):
-        if block_m > max(16, 4 * rows) or block_m < min(128, rows / 3):
+        if block_m > max(16, 4 * rows) or block_m < min(64, rows / 3):
             continue
         tiles = [(64, 4), (128, 4)] if block_m <= 32 else [(128, 4), (128, 8), (256, 8)]
         if block_m == 256:
@@ -36,7 +39,7 @@ def candidates(m: int, top_k: int, experts: int, x_format: str, w_format: str) -
             if block_m * block_n // (32 * warps) > 128:  # accumulators a thread
                 continue
             for block_k in (64, 128):
-                for stages in (4, 5, 6):
+                for stages in (4, 6):
                     config = HopperConfig(block_m, block_n, block_k, warps, stages)
                     if config.shared_bytes(x_format, w_format) + 4096 <= SHARED_MEMORY:
                         space.setdefault(block_m, []).append(config)
@@ -57,12 +60,15 @@ def tune(
     left13 = activations(x, ours.element, None, xf)
     left2 = activations(torch.randn_like(hidden), ours.element, None, xf)
     best: tuple[float, HopperConfig, HopperConfig] | None = None
+    timings.clear()
     for block_m, configs in space.items():
         placed = [(route(i, ours.shape.experts, block_m), w) for i, w in routings]
         first, second = [], []
         for n, c in enumerate(configs):
             first.append((graph_us([partial(ours.gate_up, *left13, hidden, r, c) for r, _ in placed], 5), n, c))
             second.append((graph_us([partial(ours.down, *left2, routed, r, c, w) for r, w in placed], 5), n, c))
+        for gemm, timed in (("gate_up", first), ("down", second)):
+            timings.extend({"gemm": gemm, "us": us, **vars(c)} for us, _, c in timed)
         (us13, _, c13), (us2, _, c2) = min(first), min(second)
         if best is None or us13 + us2 < best[0]:
             best = (us13 + us2, c13, c2)

@@ -98,7 +98,10 @@ class SglangBf16:
 
     def __init__(self, shape: Shape, weights: Weights) -> None:
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+        from sglang.srt.runtime_context import publish
+        from sglang.srt.server_args import ServerArgs
 
+        publish(ServerArgs(model_path="dummy"), role="scheduler")
         self.shape, self.experts = shape, fused_moe.fused_experts_impl
         free = torch.cuda.mem_get_info()[0]
         if 6 * shape.experts * shape.hidden * shape.inter > 0.8 * free:

@@ -177,6 +177,19 @@ def start_copies(tile, stage, x_stages, w_stages, s_stages, x_pointers, w_pointe
     async_copy.commit_group()
 
 
+@gluon.jit
+def factors_of(places, row_ids, x_factors, row_weights, M, TOP_K: gl.constexpr):
+    """Factor of the row of x and routing weight at each place; 1 where there are none."""
+    rows = gl.load(row_ids + places)
+    x_factor = gl.full(places.shape, 1.0, gl.float32, places.type.layout)
+    row_weight = x_factor
+    if x_factors is not None:
+        x_factor = gl.load(x_factors + rows // TOP_K, mask=rows < M, other=0.0)
+    if row_weights is not None:
+        row_weight = gl.load(row_weights + rows, mask=rows < M, other=0.0)
+    return x_factor, row_weight
+
+
 @gluon.jit(do_not_specialize=["M", "k_tiles", "groups_n", "tiles_m"])
 def hopper_moe_kernel(
     x, x_factors, w, w_scales, w_factors, bias, y, row_ids, block_experts, row_weights,
@@ -211,16 +224,16 @@ def hopper_moe_kernel(
     height = gl.minimum(tiles_m - top, GROUP_M)
     tile_m = top + pid % band % height
     tile_n = pid % band // height
-    expert = gl.load(block_experts + tile_m)
-    if expert < 0:
-        return
-    expert = expert.to(gl.int64)
-
     # Where things come from: 16 bytes a thread, whole rows of x or groups of w to as few threads as it takes.
     vector: gl.constexpr = 8 if WIDE else 16
     x_threads: gl.constexpr = BLOCK_K // vector
     copy_x: gl.constexpr = gl.BlockedLayout([1, vector], [32 // x_threads, x_threads], [NUM_WARPS, 1], [1, 0])
     m_rows = gl.load(row_ids + tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, copy_x)))
+    expert = gl.load(block_experts + tile_m)
+    if expert < 0:
+        return
+    expert = expert.to(gl.int64)
+
     x_inside = gl.expand_dims(m_rows < M, 1)
     x_columns = gl.expand_dims(gl.arange(0, BLOCK_K, gl.SliceLayout(0, copy_x)), 0)
     x_pointers = x + gl.expand_dims((m_rows // TOP_K).to(gl.int64) * K, 1) + x_columns
@@ -252,6 +265,20 @@ def hopper_moe_kernel(
         start_copies(first, first, x_stages, w_stages, s_stages, x_pointers, w_pointers, s_pointers, x_inside,
                      w_groups < groups_n, s_groups < groups_n, x_columns, w_parts, s_parts, K, k_tiles, W_STEP, PARTS,
                      SCALED)  # fmt: skip
+    # What the sum is multiplied with and added to, while the first tiles come; few tokens at once, many later.
+    n_index = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma))
+    factor = gl.load(w_factors + expert * groups_n * 16 + n_index, mask=n_index < groups_n * 16, other=0.0)
+    if bias is not None:
+        column = n_index
+        if ACTIVATION != "none":
+            out = n_index // 16 * 8 + n_index % 8
+            half = n_index % 16 // 8
+            column = out * 2 + half if INTERLEAVED else out + half * (N // 2)
+        addend = gl.load(bias + expert * N + column, mask=n_index < N, other=0.0).to(gl.float32)
+    m_place = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
+    EARLY: gl.constexpr = BLOCK_M <= 32
+    if EARLY:
+        x_factor, row_weight = factors_of(m_place, row_ids, x_factors, row_weights, M, TOP_K)
     total = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, mma)
     tiles = (k_tiles + PARTS - 1) // PARTS
     # By twos, so that weights of the next tile go to other registers than those that a running wgmma reads. An odd
@@ -260,37 +287,25 @@ def hopper_moe_kernel(
         for second in gl.static_range(2):
             tile = 2 * pair + second
             async_copy.wait_group(STAGES - 3)
+            fence_async_shared()
             start_copies(tile + STAGES - 2, (tile + STAGES - 2) % STAGES, x_stages, w_stages, s_stages, x_pointers,
                          w_pointers, s_pointers, x_inside, w_groups < groups_n, s_groups < groups_n, x_columns, w_parts,
                          s_parts, K, k_tiles, W_STEP, PARTS, SCALED)  # fmt: skip
-            fence_async_shared()
             right = x_stages.index(tile % STAGES).permute((1, 0))
             running = multiply(total, w_stages.index(tile % STAGES), s_stages.index(tile % STAGES), right, W_FORMAT,
                                WIDE, PARTS, BLOCK_N, operand, w_registers, s_registers)  # fmt: skip
             total = warpgroup_mma_wait(PARTS * (4 if WIDE else 2), deps=(running,))
     total = warpgroup_mma_wait(0, deps=(total,))
 
-    n_index = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma))
-    m_place = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
-    m_row = gl.load(row_ids + m_place)
-    n_inside = n_index < groups_n * 16
-    factor = gl.load(w_factors + expert * groups_n * 16 + n_index, mask=n_inside, other=0.0)
+    if not EARLY:
+        x_factor, row_weight = factors_of(m_place, row_ids, x_factors, row_weights, M, TOP_K)
     total = total * gl.expand_dims(factor, 1)
     if x_factors is not None:
-        x_factor = gl.load(x_factors + m_row // TOP_K, mask=m_row < M, other=0.0)
         total = total * gl.expand_dims(x_factor, 0)
     if bias is not None:
-        column = n_index
-        if ACTIVATION != "none":
-            out = n_index // 16 * 8 + n_index % 8
-            second = n_index % 16 // 8
-            column = out * 2 + second if INTERLEAVED else out + second * (N // 2)
-            n_inside = out < N // 2
-        else:
-            n_inside = n_index < N
-        total += gl.expand_dims(gl.load(bias + expert * N + column, mask=n_inside, other=0.0).to(gl.float32), 1)
+        total += gl.expand_dims(addend, 1)
     if row_weights is not None:
-        total = total * gl.expand_dims(gl.load(row_weights + m_row, mask=m_row < M, other=0.0), 0)
+        total = total * gl.expand_dims(row_weight, 0)
     if ACTIVATION != "none":
         pairs = total.reshape((GROUPS, 2, 8, BLOCK_M)).permute((0, 2, 3, 1)).reshape((BLOCK_N // 2, BLOCK_M, 2))
         gate, up = gl.split(pairs)

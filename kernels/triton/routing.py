@@ -155,7 +155,7 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int) -> Routing:
         )  # fmt: skip
     place_kernel[(chunks,)](
         topk_ids, counts, starts, row_ids, block_experts, totals, rows, experts, places, blocks,
-        block_m, chunk, bins, chunks == 1,
+        block_m, chunk, bins, chunks == 1, num_warps=8 if bins > 512 else 4,
     )  # fmt: skip
     return Routing(row_ids, block_experts, totals, block_m)
 
