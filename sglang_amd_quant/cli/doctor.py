@@ -14,22 +14,24 @@ from typing import Any
 from sglang_amd_quant import __version__
 from sglang_amd_quant.recipe import default_recipe
 from sglang_amd_quant.schemes import SCHEMES
-from sglang_amd_quant.selection import GemmProblem, choose
+from sglang_amd_quant.selection import GemmProblem, KernelChoice, choose
+from sglang_amd_quant.selection.choose import REFERENCE
 
 DESCRIPTION = "Say what is installed, which architecture and kernels would serve here and why, and what is missing."
-EXAMPLE = "amd-mx doctor"
+EXAMPLE = "amd-mx doctor\namd-mx doctor --arch gfx950"
 
 PACKAGES = ("torch", "sglang", "triton", "transformers", "safetensors", "flashinfer-python", "aiter", "ziglang")
 
 ATTENTION = {"gfx9": "aiter or triton", "gfx1": "triton", "sm_": "flashinfer or triton", "cpu": "torch_native"}
 """Prefix of an arch -> values of SGLang's --attention-backend that go with this package there."""
 
-SAMPLES: dict[str, dict[str, Any]] = {
-    "linear": {"op": "linear", "n": 4096, "k": 4096},
-    "experts gate_up": {"op": "moe_gate_up", "n": 1536, "k": 2048, "e_local": 128, "e_total": 128, "top_k": 8},
-    "experts down": {"op": "moe_down", "n": 2048, "k": 768, "e_local": 128, "e_total": 128, "top_k": 8},
-}
-"""GEMMs of ordinary size to ask selection about (Qwen3-30B-A3B's experts)."""
+LINEAR: dict[str, Any] = {"op": "linear", "n": 4096, "k": 4096}
+EXPERTS: dict[str, Any] = {"e_local": 128, "e_total": 128, "top_k": 8}
+GATE_UP: dict[str, Any] = {"op": "moe_gate_up", "n": 1536, "k": 2048, **EXPERTS}
+DOWN: dict[str, Any] = {"op": "moe_down", "n": 2048, "k": 768, **EXPERTS}
+"""GEMMs of ordinary size to ask selection about (experts: Qwen3-30B-A3B's)."""
+
+SAMPLE_MS = (1, 64, 2048)
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Diagnosis:
         device: its name.
         plugins: SGLang entry points of this package that this environment offers.
         kernels: scheme, op, M, and the kernel that selection gives them, with its source and first reason.
+        not_launched: kernels of this package for the arch that cannot be launched here -> why, and the remedy.
         problems: (what, remedy) of everything that keeps this environment from serving.
         notes: what is worth knowing and no problem.
     """
@@ -53,27 +56,32 @@ class Diagnosis:
     default: str = ""
     attention: str = ""
     kernels: list[dict[str, Any]] = field(default_factory=list)
+    not_launched: dict[str, str] = field(default_factory=dict)
     problems: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", help="ask about another architecture, such as gfx950 (default: this machine's)")
     parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 where a server could start, 1 where something is missing."""
-    found = diagnose()
+    found = diagnose(args.arch)
     print(json.dumps(asdict(found), indent=1) if args.json else _text(found))
     return 1 if found.problems else 0
 
 
-def diagnose() -> Diagnosis:
-    """Look at this environment. Never raises for what is missing: that is the answer."""
+def diagnose(arch: str | None = None) -> Diagnosis:
+    """Look at this environment, for its own device or for an arch. Never raises for what is missing, but tells it."""
     found = Diagnosis({name: _version(name) for name in PACKAGES})
     _check_versions(found)
     _check_plugins(found)
-    _check_device(found)
+    if arch is None:
+        _check_device(found)
+    elif found.versions["torch"] is not None:
+        found.arch, found.device, found.attention = arch, "asked for", _attention(arch)
     if found.arch is not None:
         _ask_selection(found, found.arch)
     return found
@@ -123,7 +131,7 @@ def _check_device(found: Diagnosis) -> None:
     from sglang_amd_quant.runtime.detect import CPU, current_arch
 
     found.arch = current_arch()
-    found.attention = next((name for prefix, name in ATTENTION.items() if found.arch.startswith(prefix)), "triton")
+    found.attention = _attention(found.arch)
     if found.arch != CPU:
         found.device = torch.cuda.get_device_name()
         return
@@ -137,18 +145,29 @@ def _check_device(found: Diagnosis) -> None:
         )
 
 
+def _attention(arch: str) -> str:
+    return next((name for prefix, name in ATTENTION.items() if arch.startswith(prefix)), "triton")
+
+
 def _ask_selection(found: Diagnosis, arch: str) -> None:
+    from sglang_amd_quant.ops import linear, moe
     from sglang_amd_quant.runtime.detect import launchable, missing
 
-    found.notes += [f"{name} cannot be launched: {why}" for name, why in missing(arch).items()]
     found.default = str(default_recipe(arch).to_dict())
+    found.not_launched = dict(missing(arch))
+    here = launchable(arch)
     for scheme in (s.name for s in SCHEMES.values() if s.weight != "int4"):
-        for label, sample in SAMPLES.items():
-            for m in (1, 64, 2048):
-                choice = choose(GemmProblem(scheme=scheme, arch=arch, m=m, **sample), launchable(arch))
-                asked = {"scheme": scheme, "op": label, "M": m}
-                answer = {"kernel": choice.kernel, "source": choice.source, "reason": "; ".join(choice.reasons[:1])}
-                found.kernels.append(asked | answer)
+        for m in SAMPLE_MS:
+            dense, gate_up, down = (GemmProblem(scheme=scheme, arch=arch, m=m, **s) for s in (LINEAR, GATE_UP, DOWN))
+            pair = moe.decide(gate_up, down, here, choose)
+            choices = {"linear": choose(dense, here.intersection(linear.KERNELS) | {REFERENCE})}
+            choices |= {"experts gate_up": pair.gate_up, "experts down": pair.down}
+            found.kernels += [_row(scheme, label, m, choice) for label, choice in choices.items()]
+
+
+def _row(scheme: str, label: str, m: int, choice: KernelChoice) -> dict[str, Any]:
+    asked = {"scheme": scheme, "op": label, "M": m}
+    return asked | {"kernel": choice.kernel, "source": choice.source, "reason": "; ".join(choice.reasons[:1])}
 
 
 def _text(found: Diagnosis) -> str:
@@ -159,13 +178,28 @@ def _text(found: Diagnosis) -> str:
         lines += ["", f"serves on {found.arch} ({found.device})"]
         lines += [f"  --quantization amd_mx on bf16 weights: {found.default}"]
         lines += [f"  --attention-backend {found.attention}", "", "kernels for GEMMs of ordinary size"]
-        by_kernel: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in found.kernels:
-            by_kernel.setdefault((row["kernel"], row["source"]), []).append(row)
-        for (kernel, source), rows in by_kernel.items():
-            asked = (", ".join(dict.fromkeys(str(row[key]) for row in rows)) for key in ("scheme", "op", "M"))
-            lines.append(f"  {kernel} ({source}): {'; '.join(asked)}")
-            lines.append(f"    because {rows[0]['reason']}")
+        lines += _kernel_lines(found.kernels)
+        if found.not_launched:
+            lines += ["", "kernels that cannot be launched here"]
+            lines += [f"  {name}: {why}" for name, why in found.not_launched.items()]
     lines += [f"note: {note}" for note in found.notes]
     lines += [f"PROBLEM: {what}; {remedy}" for what, remedy in found.problems] or ["", "no problems found"]
     return "\n".join(lines)
+
+
+def _kernel_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a kernel, its source and op: which schemes it serves at which M; and below it why."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["kernel"], row["source"], row["op"]), []).append(row)
+    lines = []
+    for (kernel, source, op), mine in groups.items():
+        ms: dict[str, list[str]] = {}
+        for row in mine:
+            ms.setdefault(row["scheme"], []).append(str(row["M"]))
+        schemes: dict[str, list[str]] = {}
+        for scheme, at in ms.items():
+            schemes.setdefault(", ".join(at), []).append(scheme)
+        served = "; ".join(f"{', '.join(names)} at M {at}" for at, names in schemes.items())
+        lines += [f"  {op}: {kernel} ({source}): {served}", f"    because {mine[0]['reason']}"]
+    return lines

@@ -18,7 +18,8 @@ def test_this_environment_can_serve(capsys):
     assert "serves on cpu" in text
     assert "no problems found" in text
     assert "--attention-backend torch_native" in text
-    assert "reference (reference): mxfp4, mxfp8, w4a8, w4a16" in text
+    assert "linear: reference (reference): mxfp4, mxfp8, w4a8, w4a16 at M 1, 64, 2048" in text
+    assert "experts down: reference" in text
 
 
 def test_json(capsys):
@@ -27,6 +28,38 @@ def test_json(capsys):
     assert found["arch"] == "cpu"
     assert {row["scheme"] for row in found["kernels"]} == {"mxfp4", "mxfp8", "w4a8", "w4a16"}
     assert found["problems"] == []
+
+
+@pytest.fixture
+def without_code_objects(monkeypatch, tmp_path):
+    """An installation whose HIP kernels were not built."""
+    from sglang_amd_quant.runtime import detect
+
+    for function in (detect.launchable, detect.missing):
+        monkeypatch.setattr(function.__wrapped__, "__defaults__", (tmp_path,))
+        function.cache_clear()
+    yield
+    monkeypatch.undo()
+    for function in (detect.launchable, detect.missing):
+        function.cache_clear()
+
+
+def test_another_arch(capsys):
+    assert main(["doctor", "--arch", "gfx950"]) == 0
+    text = capsys.readouterr().out
+    assert "serves on gfx950 (asked for)" in text
+    assert "--attention-backend aiter or triton" in text
+    assert "linear: triton_mx_gemm (heuristic)" in text
+    assert "experts gate_up: triton_mx_moe (heuristic)" in text
+
+
+def test_kernels_that_were_not_built(without_code_objects, capsys):
+    assert main(["doctor", "--arch", "gfx950", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "amd-mx build --arch gfx950" in found["not_launched"]["gemv_mxfp4"]
+    assert {row["kernel"] for row in found["kernels"]} == {"triton_mx_gemm", "triton_mx_moe"}
+    assert main(["doctor", "--arch", "gfx950"]) == 0
+    assert "gemv_mxfp4: code object" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", ["torch", "sglang", "triton"])
