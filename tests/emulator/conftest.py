@@ -5,4 +5,4 @@ from pathlib import Path
 
 _HERE = str(Path(__file__).parent)
 if _HERE not in sys.path:
-    sys.path.append(_HERE)  # last: bench.py here must not hide the package `bench`
+    sys.path.insert(0, _HERE)

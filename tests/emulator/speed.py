@@ -1,4 +1,4 @@
-"""Speed of the emulator: `python tests/emulator/bench.py [--json]`.
+"""Speed of the emulator: `python tests/emulator/speed.py [--json]`.
 
 Prints, per workload, wave-instructions executed, seconds of CPU (one thread) with every check and counter on and with
 all off, and the rates. The figures of README.md come from here.
