@@ -68,7 +68,7 @@ _SGL = "sglang 0.5.23 native gfx95 MXFP8 MoE"
 _SWEEP = "static: compile sweep on gfx11, larger tiles spill registers"
 _ONE_M = "ROCm/vllm #1015: one BLOCK_M 32 for both GEMMs"
 
-_AOT = "kernels/triton/manifest.py: compiles without spills, untuned"
+_AOT = "static: compiles without spills (tests/selection/test_tile_rules.py), untuned"
 
 
 def _few(arch: str, block_n: int, block_k: int, num_stages: int | None = None) -> tuple[TileRule, ...]:
@@ -114,15 +114,15 @@ TILE_RULES: tuple[TileRule, ...] = (
     TileRule("triton_moe_w4a16", "gfx11", _ONE_M, 32, n_ladder=((None, 64),), block_k=64),
     *_few("gfx950", 64, 256),
     TileRule("triton_mx_moe", "gfx950", _AOT, 32, routed=True),
-    TileRule("triton_mx_moe", "gfx950", _AOT, 128, routed=True),
+    TileRule("triton_mx_moe", "gfx950", _AOT, 128, block_k=128, routed=True),
     *_many("gfx950", 64, 128, 256),
-    *_few("gfx942", 64, 128),
-    TileRule("triton_mx_moe", "gfx942", _AOT, 32, ((None, 64),), 64, routed=True),
-    *_many("gfx942", 64, 64, 64),
+    *_few("gfx942", 32, 64),
+    TileRule("triton_mx_moe", "gfx942", _AOT, 32, ((None, 64),), 64, num_warps=8, routed=True),
+    *_many("gfx942", 64, 64, 64, num_warps=8),
     *_few("gfx11", 32, 64, num_stages=1),
     *_many("gfx11", 32, 64, 64, num_stages=1),
     *_few("sm_90", 64, 128, num_stages=3),
-    TileRule("triton_mx_moe", "sm_90", _AOT, 32, block_k=128, num_stages=3, routed=True),
+    TileRule("triton_mx_moe", "sm_90", _AOT, 32, ((None, 64),), 128, num_stages=3, routed=True),
     TileRule("triton_mx_moe", "sm_90", _AOT, 128, block_k=128, num_warps=8, num_stages=3, routed=True),
     *_many("sm_90", 64, 128, 128, num_warps=8, num_stages=3),
 )

@@ -1,0 +1,43 @@
+"""Untuned tiles of our own Triton kernels: each compiles on its arch, in every scheme, without spills, as claimed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it is not said
+
+from sglang_amd_quant.kernels.triton.manifest import SCHEMES, Variant
+
+from sglang_amd_quant.ops.triton_mx import tile_of
+from sglang_amd_quant.selection import GemmProblem, Selector
+from sglang_amd_quant.toolchain.triton_aot import compile_variant
+
+MEMBER = {"gfx11": "gfx1100"}
+
+
+def tiles():
+    """(arch, scheme, tile): what every scheme's experts get, by the height that routing gives; dense tiles are among
+    them, and the grouped kernel needs more registers."""
+    here = Selector(available={"triton_mx_moe"})
+    for arch in ("gfx950", "gfx942", "gfx11", "sm_90"):
+        for scheme in SCHEMES:
+            problem = lambda bm, arch=arch, scheme=scheme: GemmProblem(
+                "moe_gate_up", scheme, arch, 64, 1536, 2048, 0, 64, 64, 8, layout="strided", block_m=bm
+            )
+            choices = [here.decide(problem(block_m)) for block_m in (16, 32, 64, 128)]
+            for config in dict.fromkeys(c.config for c in choices if c.source == "heuristic"):
+                yield pytest.param(arch, scheme, config, id=f"{arch}-{scheme}-{'x'.join(map(str, config.tile))}")
+
+
+@pytest.mark.parametrize(("arch", "scheme", "config"), tiles())
+def test_compiles_without_spills(arch, scheme, config):
+    x_format, w_format = SCHEMES[scheme]
+    claims = ("matrix",) if x_format == "bf16" else ("matrix", "scaled_mfma")
+    name = f"{scheme}_{config}"
+    variant = Variant(name, MEMBER.get(arch, arch), x_format, w_format, tile_of(config), True, True, claims)
+    report = compile_variant(variant).report
+    assert report.problems == []
