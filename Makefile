@@ -24,7 +24,7 @@ stop:
 # with one thread: two threads a process would wait for each other more than they compute.
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not serving"
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal -m serving
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal tests/serving
 
 test-fast: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not serving"
