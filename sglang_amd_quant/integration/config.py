@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 
 from sglang_amd_quant.checkpoints import READERS, Reader, reader_for
+from sglang_amd_quant.checkpoints.plan import TOWERS
 from sglang_amd_quant.errors import RecipeError, SchemeError, UnsupportedError
 from sglang_amd_quant.integration.plugin import METHODS, check_hooks
 from sglang_amd_quant.recipe import Recipe, Rule, default_recipe
@@ -159,7 +161,7 @@ class AmdMxConfig(QuantizationConfig):
         self._seen.update(names, [prefix])
         if not isinstance(layer, LinearBase | FusedMoE):
             return None
-        scheme = self.recipe.scheme_for(*names)
+        scheme = None if self._in_tower(names) else self.recipe.scheme_for(*names)
         if isinstance(layer, LinearBase):
             if scheme is None:
                 return UnquantizedLinearMethod()
@@ -169,6 +171,13 @@ class AmdMxConfig(QuantizationConfig):
             return UnquantizedFusedMoEMethod(layer.use_triton_kernels)
         self._quantized[prefix] = _served(scheme, prefix)
         return AmdMxMoEMethod(self, scheme, prefix)
+
+    def _in_tower(self, names: list[str]) -> bool:
+        """Whether a layer that is bf16 in the checkpoint stays so, as `amd-mx quantize` would leave it."""
+        if self.reader is not None and not self.check_patterns:  # what is stored decides
+            return False
+        named = any(rule.matches(name) for rule in self.recipe.rules for name in names)
+        return not named and any(fnmatchcase(name, tower) for tower in TOWERS for name in names)
 
     def _checkpoint_names(self, prefix: str, is_moe: bool) -> list[str]:
         stem, _, last = prefix.rpartition(".")

@@ -64,6 +64,16 @@ def test_always_bf16(make_config, linear, prefix):
     assert scheme_of(make_config("mxfp4"), linear, prefix) == "bf16"
 
 
+def test_encoders_of_other_modalities_stay_bf16_unless_a_rule_names_them(make_config, linear):
+    """As `amd-mx quantize` leaves them, so that both routes give one model."""
+    prefix = "model.visual.blocks.0.attn.qkv_proj"
+    assert scheme_of(make_config("mxfp8"), linear, prefix) == "bf16"
+    assert scheme_of(make_config(Recipe((Rule("*.visual.*", "mxfp8"),))), linear, prefix) == "mxfp8"
+    written = {"quant_method": "amd_mx", "version": 1, "recipe": {"default": "mxfp8"}}
+    assert scheme_of(make_config(quantization_config=written), linear, prefix) == "bf16"
+    assert scheme_of(make_config(quantization_config=written | {"checked": True}), linear, prefix) == "mxfp8"
+
+
 def test_embeddings_and_heads_get_no_method(make_config, rank):
     assert make_config("mxfp4").get_quant_method(torch.nn.Linear(4, 4), "lm_head") is None
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sglang_amd_quant.cli.main import main
 from sglang_amd_quant.errors import AmdMxError, RecipeError
 from sglang_amd_quant.formats import quantize_mx
 from sglang_amd_quant.schemes import ScaleMode
@@ -123,6 +124,23 @@ def test_online(originals, load_model, name, scheme):
     assert {n.rpartition(".")[2] for n in held} == attention | mlp
     stored = [p for n in held for part, p in model.get_submodule(n).named_parameters() if "bias" not in part]
     assert all(p.element_size() == 1 for p in stored)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("scheme", ["mxfp4", "mxfp8", "w4a8", "w4a16"])
+def test_written_by_amd_mx_quantize(originals, load_model, tmp_path, name, scheme):
+    """Needs no flag, and is bit for bit what online quantization of the source is: weights, methods and activations."""
+    written = tmp_path / "written"
+    assert main(["quantize", str(originals[name]), str(written), "--scheme", scheme]) == 0
+    got, want = load_model(written), load_model(originals[name], f"amd_{scheme}")
+    same(got, want)
+    assert schemes(got) == schemes(want)
+    assert set(schemes(want).values()) == {scheme}
+
+
+def schemes(model):
+    methods = {name: getattr(module, "quant_method", None) for name, module in model.named_modules()}
+    return {name: method.scheme.name for name, method in methods.items() if hasattr(method, "scheme")}
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "mixtral"])
