@@ -49,18 +49,18 @@ def run_mx_moe(call: MoeCall) -> torch.Tensor:
     weights = call.topk_weights.float().contiguous()
     x = (call.x.float() * weights[:, :1]).to(call.x.dtype) if problem.weight_on_input else call.x
     routing = route(call.topk_ids, problem.num_experts, tile_of(call.config13).block_m)
-    first = _grouped(
+    first = grouped(
         quantize_activation(x, problem.act13), call.w13, call.b13, call.config13, call.gate_up.arch, routing, top_k
     )  # fmt: skip
     hidden = quantize_activation(problem.activation(first).to(x.dtype), problem.act2)
     weighted = weights.reshape(-1) if problem.weight_output and not problem.weight_on_input else None
-    out = _grouped(hidden, call.w2, call.b2, call.config2, call.down.arch, routing, 1, weighted)
+    out = grouped(hidden, call.w2, call.b2, call.config2, call.down.arch, routing, 1, weighted)
     if problem.combine:
         return combine(out, call.topk_ids, problem.num_experts, problem.scale, x.dtype)
     return slots(out, call.topk_ids, problem.num_experts).to(x.dtype)
 
 
-def _grouped(
+def grouped(
     x: Quantized,
     w: Weight,
     bias: torch.Tensor | None,

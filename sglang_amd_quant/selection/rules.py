@@ -91,6 +91,22 @@ def _many(
     )
 
 
+def _moe(
+    arch: str, gate_up: tuple[int, int], down: tuple[int, int], heights: tuple[int, ...], stages: int | None = None
+) -> tuple[TileRule, ...]:
+    """Tiles of `triton_moe`, (BLOCK_N, BLOCK_K) of either GEMM; the last height serves all larger ones too."""
+    return tuple(
+        TileRule(
+            "triton_moe", arch, _MOE, height, ((None, block_n),), block_k, num_stages=stages, ops=(op,),
+            routed=height != heights[-1],
+        )
+        for height in heights
+        for op, (block_n, block_k) in (("moe_gate_up", gate_up), ("moe_down", down))
+    )  # fmt: skip
+
+
+_MOE = "kernels/triton/moe.py: compiles without spills, untuned"
+
 # fmt: off
 TILE_RULES: tuple[TileRule, ...] = (
     TileRule("triton_moe_a8w4", "gfx950", _A8W4, 16, routed=True, shrink=(128, 0)),
@@ -112,6 +128,10 @@ TILE_RULES: tuple[TileRule, ...] = (
     TileRule("triton_moe_a8w4", "gfx11", _SWEEP, 16, n_ladder=((None, 32),), block_k=64, num_stages=1, rows=(0, 16)),
     TileRule("triton_moe_a8w4", "gfx11", _SWEEP, 64, n_ladder=((None, 64),), block_k=64, num_stages=1),
     TileRule("triton_moe_w4a16", "gfx11", _ONE_M, 32, n_ladder=((None, 64),), block_k=64),
+    *_moe("gfx950", (64, 256), (128, 256), (16, 32, 64, 128)),
+    *_moe("gfx942", (32, 64), (64, 64), (16, 32, 64), stages=1),
+    *_moe("gfx11", (32, 64), (32, 64), (16, 32), stages=1),
+    *_moe("sm_90", (64, 64), (64, 64), (16, 32, 64), stages=3),
     *_few("gfx950", 64, 256),
     TileRule("triton_mx_moe", "gfx950", _AOT, 32, routed=True),
     TileRule("triton_mx_moe", "gfx950", _AOT, 128, block_k=128, routed=True),

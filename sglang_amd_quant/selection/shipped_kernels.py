@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.buckets import routed_block_m
+from sglang_amd_quant.selection.lds import lds_bytes
+from sglang_amd_quant.selection.legality import operand_bits
 from sglang_amd_quant.selection.problem import Config, GemmProblem
-from sglang_amd_quant.selection.specs import SHIPPED, KernelSpec, register
+from sglang_amd_quant.selection.specs import SHIPPED, KernelSpec, kernel, register
 
 GPUS = ("gfx950", "gfx942", "gfx11", "sm_90")
 
@@ -58,6 +61,41 @@ def _mx_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
         dequantizes=True,
         k_multiple=32,
     )
+
+
+def _moe_tile(problem: GemmProblem) -> Config:
+    block_m = routed_block_m(problem)
+    return Config(block_m, 32, 128, num_warps=4, num_stages=1, nonkdim=16 if problem.arch.startswith("gfx9") else None)
+
+
+def _moe_lds(problem: GemmProblem, config: Config) -> int:
+    """The estimate, with the weights of gate and of up for each of BLOCK_N columns."""
+    block_m, block_n, block_k = config.tile
+    paired = problem.op == "moe_gate_up" and problem.epilogue.activation is not None
+    bits = operand_bits(problem, kernel("triton_moe"))
+    asynchronous = problem.arch in ARCHES and ARCHES[problem.arch].async_copy
+    return lds_bytes(block_m, block_n * (2 if paired else 1), block_k, *bits, config.num_stages or 1, asynchronous)
+
+
+_MOE = KernelSpec(
+    "triton_moe",
+    SHIPPED,
+    "kernels/triton/moe_gemm.py",
+    archs=GPUS,
+    schemes=("mxfp8", "w4a8", "mxfp4", "w4a16"),
+    ops=("moe_gate_up", "moe_down"),
+    space=_TILE,
+    configure=_moe_tile,
+    triton=True,
+    acts=("e4m3", "e2m1", "bf16", "fp8_static"),
+    fuses=("bias", "activation"),
+    activations=("silu", "swigluoai"),
+    x_dtypes=("bf16",),
+    dequantizes=True,
+    lds=_moe_lds,
+    k_multiple=32,
+    n_multiple=32,
+)
 
 
 def _hopper_tile(problem: GemmProblem) -> Config:
@@ -121,6 +159,7 @@ SHIPPED_KERNELS = (
         k_multiple=32,
     ),
     _mx_gemm("triton_mx_gemm", ("linear",)),
+    _MOE,
     _mx_gemm("triton_mx_moe", ("moe_gate_up", "moe_down")),
     _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1")),
     _hopper("e4m3", ("mxfp8", "w4a8", "mxfp4"), ("e4m3", "e2m1", "fp8_static")),

@@ -31,7 +31,7 @@ def test_the_choice_its_config_its_source_and_what_this_build_has(capsys: Out) -
     assert code == 0
     assert "planned  triton_moe_a8w4   source: borrowed" in out
     assert "block_m=16 block_n=128 block_k=256" in out
-    assert "here     triton_mx_moe would run (heuristic): no kernel binary of triton_moe_a8w4 in this build" in out
+    assert "here     triton_moe would run (heuristic): no kernel binary of triton_moe_a8w4 in this build" in out
 
 
 def test_a_kernel_that_was_not_built_is_not_promised(capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ def test_json_says_the_same(capsys: Out) -> None:
     assert code == 0
     assert data["planned"]["kernel"] == "triton_moe_a8w4"
     assert data["planned"]["config"]["block_n"] == 128
-    assert (data["planned"]["in_build"], data["here"]["kernel"]) == (False, "triton_mx_moe")
+    assert (data["planned"]["in_build"], data["here"]["kernel"]) == (False, "triton_moe")
     assert data["problem"]["e_local"] == 128
     assert all(refused["why"] for refused in data["here"]["refused"])
 

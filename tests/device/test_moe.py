@@ -35,11 +35,11 @@ def close(got, want, scheme):
 @pytest.mark.parametrize("m", [1, 7, 64, 300])
 @pytest.mark.parametrize("activation", [Activation(), GPT_OSS], ids=lambda a: a.kind)
 def test_every_scheme(device_moe, needs, scheme, m, activation):
-    needs("triton_mx_moe")
+    needs("triton_moe")
     layer = device_moe(scheme, E, H, INTER, TOP_K, activation=activation, biases=activation is GPT_OSS)
     layer.prepare()
     given = cuda(tokens(m, H, E, TOP_K, dropped=0.2))
-    assert bound(layer.text).pair(m, torch.bfloat16).kernels == ("triton_mx_moe", "triton_mx_moe")
+    assert "reference" not in bound(layer.text).pair(m, torch.bfloat16).kernels
     close(layer(*given), as_served_on_a_cpu(layer)(*given), scheme)
 
 
@@ -82,7 +82,7 @@ def test_as_loaded_does_what_sglang_asks(device_moe, needs, options):
 
 def test_skewed_routing(device_moe, needs):
     """All tokens on one expert, all dropped, none at all."""
-    needs("triton_mx_moe")
+    needs("triton_moe")
     layer = device_moe("w4a8", E, H, INTER, TOP_K)
     x, ids, weights = cuda(tokens(150, H, E, TOP_K))
     one = torch.full_like(ids, -1)
@@ -95,7 +95,7 @@ def test_skewed_routing(device_moe, needs):
 @pytest.mark.parametrize("scheme", MX)
 @pytest.mark.parametrize("m", [1, 16, 200])
 def test_a_graph_replays_on_another_routing(device_moe, captured, needs, scheme, m):
-    needs("triton_mx_moe")
+    needs("triton_moe")
     layer = device_moe(scheme, E, H, INTER, TOP_K)
     x, ids, weights = cuda(tokens(m, H, E, TOP_K))
     graph, out = captured(lambda: layer(x, ids, weights))
@@ -107,7 +107,7 @@ def test_a_graph_replays_on_another_routing(device_moe, captured, needs, scheme,
 
 
 def test_compiled_is_eager(device_moe, needs):
-    needs("triton_mx_moe")
+    needs("triton_moe")
     layer = device_moe("w4a16", E, H, INTER, TOP_K)
     run = torch.compile(layer.__call__, backend="aot_eager", fullgraph=True, dynamic=True)
     for m in (2, 33):

@@ -137,6 +137,32 @@ def _seeded() -> Iterator[None]:
 
 
 @pytest.fixture
+def moe_twins(triton_twins: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """As `triton_twins`, with the MoE GEMM that has epilogues as well."""
+    from sglang_amd_quant.kernels.triton import moe_gemm
+
+    def twin(x, x_scales, w, w_scales, y, y_scales, routing, config, arch, **options):  # type: ignore[no-untyped-def]
+        for tensor in (x, x_scales, w, w_scales, y, y_scales, *options.values()):
+            assert not isinstance(tensor, torch.Tensor) or tensor.is_contiguous()
+        assert config.block_m == routing.block_m
+        triton_twins.append({"y": y, "config": config, "arch": arch, **options})
+        values, scales = moe_gemm.moe_gemm_torch(x, x_scales, w, w_scales, routing, **options)
+        written = routing.row_ids.long()
+        written = written[written < routing.rows]
+        if y_scales is None:
+            y.fill_(torch.nan)
+            y[written] = values.to(y.dtype)[written]
+        else:
+            y.fill_(0xFF), y_scales.fill_(255)  # NaN, or -6 times NaN
+            y[written], y_scales[written] = values.view(torch.uint8)[written], scales[written]
+        return y
+
+    monkeypatch.setattr(moe_gemm, "moe_gemm", twin)
+    only(monkeypatch, "triton_moe", "triton_mx_moe")
+    return triton_twins
+
+
+@pytest.fixture
 def hopper_twins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The Hopper kernels run as what they stand for, on weights that "packing" leaves as they are; gives the calls."""
     pytest.importorskip("triton.experimental.gluon")

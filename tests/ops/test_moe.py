@@ -19,6 +19,7 @@ from sglang_amd_quant.selection import kernels, shipped
 
 E, H, INTER, TOP_K = 6, 64, 96, 2
 GPT_OSS = Activation("swigluoai", interleaved=True, limit=7.0)
+OTHERS = [Activation("gelu"), Activation("relu2", gated=False), Activation(limit=1.0, clamp="after_silu")]
 STEP = {"w4a16": 0.0, "w4a8": 2**-3, "mxfp8": 2**-3, "mxfp4": 2**-1}
 
 
@@ -125,6 +126,39 @@ def test_nothing_to_do(triton_twins, ids):
     assert not out.any()
 
 
+@pytest.mark.parametrize("scheme", MX)
+@pytest.mark.parametrize("activation", [Activation(), GPT_OSS], ids=lambda a: a.kind)
+@pytest.mark.parametrize("arch", ["gfx950", "gfx942"])
+def test_fused_launcher(moe_twins, scheme, activation, arch):
+    layer = make_moe(scheme, E, H, INTER, TOP_K, arch, activation, biases=activation is GPT_OSS, scale=1.5)
+    for m in (1, 70, 700):
+        given = tokens(m, H, E, TOP_K, dropped=0.25)
+        assert bound(layer.text).pair(m, torch.bfloat16).kernels == ("triton_moe", "triton_moe")
+        close(layer(*given), as_served_on_a_cpu(layer)(*given), scheme)
+    assert [call.get("epilogue").activation for call in moe_twins] == [activation.kind, "none"] * 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"static": True}, {"combine": False}, {"combine": False, "weight_output": False}, {"weight_on_input": True}],
+    ids="-".join,
+)
+def test_fused_launcher_does_what_sglang_asks(moe_twins, options):
+    top_k = 1 if "weight_on_input" in options else TOP_K
+    layer = make_moe("w4a8", E, H, INTER, top_k, "gfx950", **options)
+    given = tokens(9, H, E, top_k, dropped=0.25)
+    close(layer(*given), as_served_on_a_cpu(layer)(*given), "w4a8")
+    assert len(moe_twins) == 2
+
+
+@pytest.mark.parametrize("activation", OTHERS, ids=lambda a: a.kind)
+def test_other_activations_run_between_two_kernels(moe_twins, activation):
+    layer = make_moe("mxfp8", E, H, INTER, TOP_K, "gfx950", activation, biases=True)
+    given = tokens(9, H, E, TOP_K, dropped=0.25)
+    assert bound(layer.text).pair(9, torch.bfloat16).kernels == ("triton_mx_moe", "triton_moe")
+    close(layer(*given), as_served_on_a_cpu(layer)(*given), "mxfp8")
+
+
 def packed(layer):
     """The layer with its weights laid out as after loading, and the names of the layouts."""
     w13, w2 = lay_out_experts(layer.w13, layer.w2, layer.gate_up, layer.down)
@@ -159,10 +193,7 @@ def test_hopper_launcher_does_what_sglang_asks(hopper_twins, options):
     assert len(hopper_twins) == 2
 
 
-@pytest.mark.parametrize(
-    "activation", [Activation("gelu"), Activation("relu2", gated=False), Activation(limit=1.0, clamp="after_silu")],
-    ids=lambda a: a.kind,
-)  # fmt: skip
+@pytest.mark.parametrize("activation", OTHERS, ids=lambda a: a.kind)
 def test_hopper_leaves_other_activations_to_strided_weights(hopper_twins, activation):
     layer, names = packed(make_moe("w4a8", E, H, INTER, TOP_K, "sm_90", activation))
     assert names == ["strided", "strided"]

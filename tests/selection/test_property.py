@@ -33,6 +33,7 @@ ON = {
     "triton_mx_moe": ("gfx950", "gfx942", "gfx11", "sm_90"),
 }
 ON |= {"triton_hopper_bf16": ("sm_90",), "triton_hopper_e4m3": ("sm_90",)}
+ON["triton_moe"] = ("gfx950", "gfx942", "gfx11", "sm_90")
 HOPPER = ("triton_hopper_bf16", "triton_hopper_e4m3")
 OWN = ("gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe")
 
@@ -78,6 +79,14 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             bool(p.epilogue.activation) != ("activation" in choice.unfused)
             or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
         )
+    if choice.kernel == "triton_moe":
+        e = p.epilogue
+        out += ["strided"] * (choice.layout != "strided")
+        out += ["op or scheme"] * (p.op == "linear" or p.scheme == "int4_w4a16")
+        out += ["dtype"] * (p.out_dtype in ("fp16", "fp32"))
+        out += ["activation"] * (e.activation not in (None, "silu", "swigluoai") or not e.gated)
+        out += ["whole blocks of output"] * bool(p.n % 32)
+        out += ["activation and bias are its own"] * bool({"activation", "bias"} & set(choice.unfused))
     if choice.kernel in HOPPER:
         e = p.epilogue
         out += ["packed"] * (choice.layout != choice.kernel.removeprefix("triton_"))
@@ -124,10 +133,12 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             out += ["32 columns"] * (columns < 32)
         if choice.source not in ("exact", "padded_m", "nearest_e"):  # those ran as they are
             bits = (BITS[p.act], WEIGHT_BITS[p.scheme])
-            if choice.kernel in OWN and p.arch != "gfx950":
+            if choice.kernel in (*OWN, "triton_moe") and p.arch != "gfx950":
                 bits = (16, 16)  # dequantized before they are multiplied
             hopper = choice.kernel in HOPPER
-            need = hopper_bytes(choice.kernel, p.scheme, c) if hopper else lds(p.arch, c, *bits)
+            pairs = choice.kernel == "triton_moe" and p.op == "moe_gate_up" and p.epilogue.activation
+            tile = c._replace(block_n=2 * c.block_n) if pairs else c  # gate and up of every column
+            need = hopper_bytes(choice.kernel, p.scheme, c) if hopper else lds(p.arch, tile, *bits)
             out += ["LDS"] * (need > LDS[p.arch])
     return out
 
