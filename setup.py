@@ -19,9 +19,12 @@ class BuildWithKernels(build_py):
     """
 
     def run(self) -> None:
-        super().run()
         if self.editable_mode:
+            super().run()
             return
+        # Kept between builds, with files that exist no more.
+        shutil.rmtree(Path(self.build_lib) / "sglang_amd_quant", ignore_errors=True)
+        super().run()
         sys.path.insert(0, str(ROOT))
         import sglang_amd_quant
 
@@ -32,7 +35,6 @@ class BuildWithKernels(build_py):
 
         archs = [*AMD_ARCHS, *available_archs([a for a in ARCHS if a not in AMD_ARCHS])]
         out = Path(self.build_lib) / "sglang_amd_quant/kernels/code_objects"
-        shutil.rmtree(out, ignore_errors=True)  # build_lib is kept between builds, and may hold what no longer exists
         for built in build(archs, out=out, reuse=ROOT / "kernels/code_objects"):
             problems = [f"{r.kernel} for {r.arch} {p}" for r in built.reports for p in r.problems]
             if problems:
