@@ -32,27 +32,32 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     block_barrier();
 
     for (int group = s.first_group; group < s.row_groups; group += a.groups) {
+        // The rows that this block finishes, and, loaded before it is needed, what one of them is multiplied by and added to.
+        const int first = group * a.waves_n * TILE_ROWS + s.rank * sums.owned, mine = first + thread_index();
+        float times = 1, plus = 0;
+        if (thread_index() < sums.owned && mine < a.n) {
+            times = row_factor<W, A, M>(a, s, rows.expert, mine);
+            if (a.bias != nullptr) plus = float_from_bf16(a.bias[static_cast<int64_t>(rows.expert) * a.n + mine]);
+        }
         Totals<W, A, M> totals;
         if (group * a.waves_n + s.wave_n < s.row_tiles)
             for (int tile = s.wave_first; tile < s.wave_end; tile += a.chunk) {
                 const int count = smaller(a.chunk, s.wave_end - tile);
                 stream.wait();
-#pragma unroll 1
+#pragma unroll(W == Weight::e2m1 && M != 8 ? 2 : 1)
                 for (int t = 0; t < count; t++) totals.add(stream, t, x, (tile + t - s.block_first) * Tile<W>::BLOCKS);
                 stream.release();
             }
         totals.join();
-        sums.hand_over(totals, rows.count, group == s.first_group);
+        sums.hand_over(totals, rows.count, group == s.first_group, times, plus);
 
-        // What this block finishes: rows from `first` on of the group, whose tiles alternate 8 gates and 8 ups if there is an
-        // activation between them.
+        // Kernels multiply by infinity where a scale is NaN, so that only sums that are not finite need to ask.
         const auto finished = [&](int at, int column) {
-            const int row = (group * a.waves_n * TILE_ROWS) + s.rank * sums.owned + at;
-            float sum = poisoned(sums.sum(at, column), a.k / MX_BLOCK, [&](int b) { return scale_byte<W>(a, s, rows.expert, row, b); });
-            if (a.bias != nullptr && row < a.n) sum += float_from_bf16(a.bias[static_cast<int64_t>(rows.expert) * a.n + row]);
-            return sum;
+            const float sum = sums.sum(at, column);
+            const bool finite = __builtin_fabsf(sum) < __builtin_inff();
+            return !finite && has_nan<W>(a, s, rows.expert, first + at) ? bits<float>(0x7fc00000u) : sum;
         };
-        const int first = group * a.waves_n * TILE_ROWS + s.rank * sums.owned;
+        // With an activation behind them, row tiles alternate 8 gates and 8 ups.
         const int outputs = a.activation == NO_ACTIVATION ? sums.owned : sums.owned / 2;
         for (int j = thread_index(); j < rows.count * outputs; j += s.threads) {
             const int at = j % outputs, column = j / outputs;
@@ -68,26 +73,31 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     }
 }
 
+// Threads of a block, by the registers that they leave a thread.
+constexpr int MANY = 512;
+template <Weight W>
+constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 384;
+
 #define DECODE(NAME, W, A, M, THREADS, BLOCKS, GROUPED)                                                                             \
     KERNEL(THREADS, BLOCKS)                                                                                                   \
-    NAME(const uint16_t* x, const uint8_t* w, const uint8_t* scales, const uint16_t* bias, const float* x_scale,            \
+    NAME(const uint16_t* x, const uint8_t* w, const uint8_t* scales, const float* factors, const uint16_t* bias, const float* x_scale, \
          const uint16_t* residual, void* y, const int* row_ids, const int* block_experts, const float* row_weights,         \
          float* workspace, int64_t x_stride, int64_t y_stride, int m, int n, int k, int top_k, int split, int waves_k,      \
          int waves_n, int groups, int depth, int chunk, int carry, int out, int activation, float alpha, float limit) {     \
-        decode_gemm<W, A, M, GROUPED>(DecodeArgs{x, w, scales, bias, x_scale, residual, y, row_ids, block_experts,          \
+        decode_gemm<W, A, M, GROUPED>(DecodeArgs{x, w, scales, factors, bias, x_scale, residual, y, row_ids, block_experts,          \
                                                  row_weights, workspace, x_stride, y_stride, m, n, k, top_k, split,         \
                                                  waves_k, waves_n, groups, depth, chunk, carry, out, activation, alpha,     \
                                                  limit});                                                                   \
     }
 #define SCHEME(NAME, W, A)                            \
-    DECODE(decode_##NAME##_m2, W, A, 2, 512, 2, false)     \
-    DECODE(decode_##NAME##_m4, W, A, 4, 512, 2, false)     \
-    DECODE(decode_##NAME##_m8, W, A, 8, 512, 2, false)     \
-    DECODE(decode_##NAME##_m16, W, A, 16, 512, 1, false)   \
-    DECODE(decode_##NAME##_m32, W, A, 32, 384, 1, false)   \
-    DECODE(moe_decode_##NAME##_m4, W, A, 4, 512, 2, true)  \
-    DECODE(moe_decode_##NAME##_m8, W, A, 8, 512, 2, true)  \
-    DECODE(moe_decode_##NAME##_m16, W, A, 16, 512, 1, true)
+    DECODE(decode_##NAME##_m2, W, A, 2, FEW<W>, 2, false)     \
+    DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)     \
+    DECODE(decode_##NAME##_m8, W, A, 8, FEW<W>, 2, false)     \
+    DECODE(decode_##NAME##_m16, W, A, 16, MANY, 1, false)   \
+    DECODE(decode_##NAME##_m32, W, A, 32, FEW<W>, 1, false)   \
+    DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW<W>, 2, true)  \
+    DECODE(moe_decode_##NAME##_m8, W, A, 8, FEW<W>, 2, true)  \
+    DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)
 
 // One code object a scheme: they compile in parallel, and a server loads the one that it uses.
 #if defined(DECODE_MXFP8)

@@ -56,7 +56,7 @@ class CodeObject:
 _GEMV = ("x:ptr", "w:ptr", "scales:ptr", "bias:ptr", "y:ptr", "x_stride:i64", "y_stride:i64", "m:i32", "n:i32", "k:i32")
 _GEMV += ("slab:i32", "waves_k:i32", "waves_n:i32", "grid:i32")
 
-_DECODE = ("x:ptr", "w:ptr", "scales:ptr", "bias:ptr", "x_scale:ptr", "residual:ptr", "y:ptr", "row_ids:ptr")
+_DECODE = ("x:ptr", "w:ptr", "scales:ptr", "factors:ptr", "bias:ptr", "x_scale:ptr", "residual:ptr", "y:ptr", "row_ids:ptr")
 _DECODE += ("block_experts:ptr", "row_weights:ptr", "workspace:ptr", "x_stride:i64", "y_stride:i64", "m:i32", "n:i32")
 _DECODE += ("k:i32", "top_k:i32", "split:i32", "waves_k:i32", "waves_n:i32", "groups:i32", "depth:i32", "chunk:i32")
 _DECODE += ("carry:i32", "out:i32", "activation:i32", "alpha:f32", "limit:f32")

@@ -51,6 +51,25 @@ DEVICE uint16_t bf16_from_float(float value) {
     return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
+DEVICE Bf16x2 bf16x2_from_floats(Float2 v) {
+#if TARGET_AMD
+    return bf16_from_float(v.x) | static_cast<uint32_t>(bf16_from_float(v.y)) << 16;
+#else
+    Bf16x2 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(v.y), "f"(v.x));
+    return pair;
+#endif
+}
+
+#if TARGET_SM90
+/// a * b, elementwise, rounded to bf16; subnormals count.
+DEVICE Bf16x2 times_bf16(Bf16x2 a, Bf16x2 b) {
+    Bf16x2 product;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+#endif
+
 /// The nearest halves, ties to even; what does not fit becomes infinity.
 DEVICE Half2 half2_from_floats(Float2 v) {
 #if TARGET_AMD

@@ -17,6 +17,7 @@ enum Activation { NO_ACTIVATION, SILU, SWIGLU_OAI };
 struct DecodeArgs {
     const uint16_t* x;             // bf16, rows x_stride apart
     const uint8_t *w, *scales;     // layouts of the target, one expert after the other
+    const float* factors;          // of weight rows, where the layout has them
     const uint16_t* bias;          // bf16 [experts][n], or null
     const float* x_scale;          // fp8_static: the scale of x
     const uint16_t* residual;      // bf16, added at the end, rows y_stride apart, or null
@@ -58,25 +59,24 @@ struct Share {
     }
 };
 
-/// Rows of activations that this block multiplies: `count` of them, row i of the block being row `out(i)` of y.
+/// Rows of activations that this block multiplies: `count` of them, at most Room, row i of the block being row `out(i)` of y.
 template <bool Grouped>
 struct Rows {
     const int* ids;
-    int count, expert, top_k;
+    int first, count, expert, top_k;
 
     template <int Room>
     DEVICE static Rows of(const DecodeArgs& a) {
+        const int block = block_index() / a.split / a.groups, first = block * Room;
         if constexpr (Grouped) {
-            const int block = block_index() / a.split / a.groups;
-            const int* ids = a.row_ids + block * Room;
             int count = 0;
-            while (count < Room && ids[count] < a.m) count++;  // padding comes last
-            return {ids, count, a.block_experts[block], a.top_k};
+            while (count < Room && a.row_ids[first + count] < a.m) count++;  // padding comes last
+            return {a.row_ids + first, first, count, a.block_experts[block], a.top_k};
         }
-        return {nullptr, a.m, 0, 1};
+        return {nullptr, first, smaller(Room, a.m - first), 0, 1};
     }
-    DEVICE int out(int i) const { return Grouped ? ids[i] : i; }
-    DEVICE int in(int i) const { return Grouped ? ids[i] / top_k : i; }
+    DEVICE int out(int i) const { return Grouped ? ids[i] : first + i; }
+    DEVICE int in(int i) const { return Grouped ? ids[i] / top_k : first + i; }
 };
 
 /// gate's function times up; `a.activation` is not NO_ACTIVATION.
@@ -96,14 +96,4 @@ DEVICE void store_result(const DecodeArgs& a, int row, int column, float value) 
         static_cast<uint16_t*>(a.y)[at] = static_cast<uint16_t>(half2_from_floats({value, 0}));
     else
         static_cast<float*>(a.y)[at] = value;
-}
-
-/// True if a scale of this row of weights is NaN (255). Kernels multiply by infinity then, so that only results that are
-/// not finite need to ask.
-template <typename ScaleAt>
-DEVICE float poisoned(float sum, int blocks, ScaleAt scale_at) {
-    if (__builtin_fabsf(sum) < __builtin_inff()) return sum;
-    for (int b = 0; b < blocks; b++)
-        if (scale_at(b) == 255) return bits<float>(0x7fc00000u);
-    return sum;
 }

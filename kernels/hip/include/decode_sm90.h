@@ -1,29 +1,34 @@
 // The decode kernels' target-specific half for sm_90: bulk copies into rings, mma.sync, clusters.
 //
-// Layout `mma_tile` of weights (sglang_amd_quant/layouts/mma_tile.py): tiles of 16 rows x 64 bytes, in which lane l finds
-// its part of rows l / 4 and l / 4 + 8 as 16 bytes each, eight codes of every MX block. Its q-th lane of four (q = l % 4) has
-// k = 8 q ... 8 q + 7 of a block, and so has B: which k an mma calls its own does not matter as long as both sides agree.
+// Weights lie in tiles of 16 rows x 64 of K, in which lane l = 4 g + q finds what the matrix unit wants of it of rows g and
+// g + 8 together. e4m3 (layout `mma_tile`, sglang_amd_quant/layouts/mma_tile.py): k = 8 q ... 8 q + 7 of every MX block. Which k
+// an mma calls its own does not matter as long as B agrees, so activations are held with that order in mind. e2m1 (layout
+// `hopper_bf16`, kernels/triton/hopper_pack.py, shared with the prefill kernels): k as in PTX's fragments, times four.
+//
+// Scales are applied to a block's sum (`AFTER`), where codes are multiplied as they are, or, for e2m1 and M > 8, to the
+// weights before: bf16 holds any code times any scale. That costs instructions a weight and saves them a sum, so it wins as M
+// grows. Either way all products are exact.
 #pragma once
 #include "decode.h"
 #include "matrix.h"
 #include "hopper.h"
 
+/// e4m3: layout `mma_tile`. e2m1: layout `hopper_bf16`, whose scales are relative to a row's largest, which `factors` keeps.
 template <Weight W>
 struct Tile {
-    static constexpr int BLOCKS = W == Weight::e4m3 ? 2 : 4;  // MX blocks of a row
+    static constexpr int BLOCKS = 2;  // MX blocks of a row
     static constexpr int K = BLOCKS * MX_BLOCK;
-    static constexpr int BYTES = TILE_ROWS * 64;
+    static constexpr int BYTES = TILE_ROWS * K / (W == Weight::e2m1 ? 2 : 1);
     static constexpr int SCALES = TILE_ROWS * BLOCKS;
-    static constexpr float UNIT = W == Weight::e2m1 ? 16384.0f : 1.0f;  // halves from codes are values divided by this
 };
 
-/// Eight codes of e2m1 in the bit order of `mma_tile` as four pairs of halves, times 2^-14: of each 16 bits, the magnitude of
-/// the first code is at bit 9, of the others at 6, 3 and 0; the signs at 15, 12, 14 and 13.
-DEVICE void halves_from_spread_e2m1(uint32_t word, Half2 (&h)[4]) {
-    h[0] = word & 0x8e008e00u;
-    h[1] = word << 3 & 0x8e008e00u;
-    h[2] = (word << 6 & 0x0e000e00u) | (word << 1 & 0x80008000u);
-    h[3] = (word << 9 & 0x0e000e00u) | (word << 2 & 0x80008000u);
+/// Eight e2m1 codes in the bit order of `hopper_bf16` as four pairs of bf16, times 2^-126. Of each 16 bits, the magnitude of the
+/// first code is at bit 6, where a bf16 reads it so; of the others at 3, 0 and 10; the signs are at 15, 13, 9 and 14.
+DEVICE void bf16_from_spread_e2m1(uint32_t word, Bf16x2 (&v)[4]) {
+    v[0] = word & 0x81c081c0u;
+    v[1] = (word << 3 & 0x01c001c0u) | (word << 2 & 0x80008000u);
+    v[2] = word << 6 & 0x81c081c0u;
+    v[3] = (word >> 4 & 0x01c001c0u) | (word << 1 & 0x80008000u);
 }
 
 DEVICE void halves_from_e4m3(uint32_t word, Half2& low, Half2& high) {
@@ -32,7 +37,8 @@ DEVICE void halves_from_e4m3(uint32_t word, Half2& low, Half2& high) {
         : "r"(word));
 }
 
-/// Byte `i` of a word of e8m0 codes as a float; 255 becomes infinity (see `poisoned`).
+/// Byte `i` of a word of e8m0 codes as a float; 255 becomes infinity (see `has_nan`). The relative scales of `hopper_bf16` (253
+/// for 1) come out as 2^126 times what they are, as the codes need it.
 DEVICE float scale_of_byte(uint32_t word, int i) {
     const uint32_t exponent = (i < 3 ? word << (23 - 8 * i) : word >> 1) & 0x7f800000u;
     return bits<float>(larger(exponent, 0x00400000u));
@@ -101,18 +107,69 @@ class Stream {
     uint32_t parity = 0;
 };
 
-/// The block's activations in shared memory as halves, and per MX block what products with them are to be multiplied by.
+/// A block of 32 activations, of which four neighbouring lanes have eight each (`v`), quantized as `A`: on return v holds
+/// codes times `factor`'s inverse, that is, elements of the format, and `factor` is the block's scale.
+template <Act A>
+DEVICE void quantize_activations(const Words& x, int carry, float static_scale, float (&v)[8], float& factor) {
+    uint32_t pair_max = 0;  // magnitudes of bf16 order as integers do
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const Float2 pair = floats_from_bf16x2(x.v[i]);
+        v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
+        pair_max = __vmaxu2(pair_max, x.v[i] & 0x7fff7fffu);
+    }
+    pair_max = __vmaxu2(pair_max, shuffle_xor(pair_max, 1));
+    pair_max = __vmaxu2(pair_max, shuffle_xor(pair_max, 2));
+    const uint32_t largest = larger(pair_max << 16, pair_max & 0xffff0000u);
+    if constexpr (A == Act::bf16) {
+        // Brought up to 2^14..2^15 for halves; a bf16 has 8 significant bits, so what lies within 2^-28 of the largest is exact.
+        const int biased = smaller(larger(static_cast<int>(largest >> 23), 15), 254);
+        factor = times_power_of_two(1.0f, biased - 127 - 14);
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] *= bits<float>(static_cast<uint32_t>(268 - biased) << 23);
+        return;
+    }
+    constexpr int EMAX = A == Act::e2m1 ? 2 : 8;
+    const int exponent = largest > 0x7f800000u ? 255 : larger(static_cast<int>((largest + carry) >> 23) - EMAX, 0);
+    const float up = exponent >= 254 ? 0x1p-127f : bits<float>(static_cast<uint32_t>(254 - exponent) << 23);
+    factor = A == Act::fp8_static ? static_scale : float_from_e8m0(exponent);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = A == Act::fp8_static ? v[i] / static_scale : v[i] * up;
+    if constexpr (A == Act::e2m1) {
+        float rounded[8];
+        floats_from_e2m1(e2m1_from_floats(v), rounded);
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = rounded[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+            float rounded[4];
+            floats_from_e4m3(e4m3_from_floats({v[i], v[i + 1], v[i + 2], v[i + 3]}), rounded);
+#pragma unroll
+            for (int j = 0; j < 4; j++) v[i + j] = rounded[j];
+        }
+    }
+}
+
+/// The block's activations in shared memory.
+///
+/// For e4m3 weights as halves in the order of K. For e2m1 weights as bf16, permuted within MX blocks so that lane q finds what
+/// two steps of 16 want of it as 16 bytes, its chunk; chunks are swizzled so that stores, too, meet no bank twice. With AFTER,
+/// elements of the format with a factor for every MX block; otherwise scales applied, but a static one, which waits for the end.
 template <Weight W, Act A, int M>
 struct Activations {
-    // Up to four rows leave columns of the matrix unit free: they are given to other MX blocks, so that the sums of GROUP
-    // blocks come out of one accumulator, each in columns of its own, and scales are applied once.
-    static constexpr int GROUP = M >= 8 ? 1 : 8 / M < Tile<W>::BLOCKS ? 8 / M : Tile<W>::BLOCKS;
+    static constexpr bool AFTER = W == Weight::e4m3 || M <= 8;
+    // Codes of e2m1 are subnormal bf16 (2^-126): activations go as far up, so that sums stay normal floats.
+    static constexpr float LIFT = W == Weight::e2m1 && AFTER ? 0x1p48f : 1.0f;
+    // Up to four rows leave columns of the matrix unit free: they are given to the other MX block of a tile, so
+    // that the sums of both come out of one accumulator, each in columns of its own, and scales are applied once.
+    static constexpr int GROUP = M < 8 ? 2 : 1;
     static constexpr int ROOM = 8 / GROUP > M ? 8 / GROUP : M;
     static constexpr int SETS = ROOM > 8 ? ROOM / 8 : 1;  // of eight columns
 
     uint16_t *zeros, *values;  // [ROOM][row]
-    float* factors;            // [MX block][ROOM]
-    int row;                   // halves; 64 bytes beyond a multiple of 128, so that two rows share no bank
+    float* factors;            // [MX block][ROOM], with AFTER
+    int row;                   // 16-bit values; 64 bytes beyond a multiple of 128, so that two rows share no bank
 
     DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) {
         const int most = ceil_div(s.tiles, a.split);
@@ -123,7 +180,7 @@ struct Activations {
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) {
         const int most = ceil_div(s.tiles, a.split);
-        return 16 + ROOM * ((most * Tile<W>::K + 32) * 2 + most * Tile<W>::BLOCKS * 4);
+        return 16 + ROOM * ((most * Tile<W>::K + 32) * 2 + (AFTER ? most * Tile<W>::BLOCKS * 4 : 0));
     }
 
     /// All threads: quantizes the block's part of x. Visible to the block after its next barrier.
@@ -131,7 +188,7 @@ struct Activations {
     DEVICE void stage(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows) {
         if (thread_index() < 4) reinterpret_cast<uint32_t*>(zeros)[thread_index()] = 0;
         const float static_scale = A == Act::fp8_static ? *a.x_scale : 1.0f;
-        constexpr int BATCH = M <= 2 ? 2 : 4;  // loads of a thread that are under way together
+        constexpr int BATCH = M <= 4 ? 2 : 4;  // loads of a thread that are under way together
         const int pieces = s.block_tiles * Tile<W>::K / 8, base = s.block_first * Tile<W>::K;
         if (pieces == 0) return;
         const int step_i = s.threads / pieces, step_j = s.threads % pieces;
@@ -149,61 +206,36 @@ struct Activations {
                 if (j >= pieces) j -= pieces, i++;
             }
 #pragma unroll
-            for (int u = 0; u < BATCH; u++) {
-                float factor;
-                const Words halves = quantize(eight[u], a.carry, static_scale, factor);
-                if (is[u] >= rows.count) continue;
-                store_words(values + is[u] * row + 8 * js[u], halves);
-                if (js[u] % 4 == 0) factors[(js[u] >> 2) * ROOM + is[u]] = factor * Tile<W>::UNIT;
-            }
+            for (int u = 0; u < BATCH; u++) keep(eight[u], is[u], js[u], is[u] < rows.count, a.carry, static_scale);
         }
     }
 
+    /// Column `m`'s 16-bit values of MX block `block` that lane q multiplies: for W = e2m1, of two steps of 16.
+    DEVICE const uint16_t* at(int m, int block, int q) const {
+        return values + m * row + block * MX_BLOCK + 8 * (W == Weight::e2m1 ? q ^ (block >> 1 & 3) : q);
+    }
+
    private:
-    /// Eight activations, whose block's other 24 the three neighbouring lanes have, as halves of their codes.
-    DEVICE static Words quantize(const Words& x, int carry, float static_scale, float& factor) {
-        float v[8];
-        uint32_t pair_max = 0;  // magnitudes of bf16 order as integers do
+    DEVICE void keep(const Words& x, int i, int j, bool wanted, int carry, float static_scale) {
+        const int block = j >> 2, quarter = j & 3;
+        float factor = 1, v[8];
+        Words out = x;
+        if constexpr (AFTER || A != Act::bf16) quantize_activations<A>(x, carry, static_scale, v, factor);
+        if (!wanted) return;
+        if constexpr (AFTER)
+            if (quarter == 0) factors[block * ROOM + i] = factor / LIFT;
+        if constexpr (W == Weight::e4m3) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const Float2 pair = floats_from_bf16x2(x.v[i]);
-            v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
-            pair_max = __vmaxu2(pair_max, x.v[i] & 0x7fff7fffu);
-        }
-        pair_max = __vmaxu2(pair_max, shuffle_xor(pair_max, 1));
-        pair_max = __vmaxu2(pair_max, shuffle_xor(pair_max, 2));
-        const uint32_t largest = larger(pair_max << 16, pair_max & 0xffff0000u);
-        float up;  // what brings the block into the format's range
-        if constexpr (A == Act::fp8_static) {
-            factor = static_scale;
-        } else if constexpr (A == Act::bf16) {
-            // Brought up to 2^14..2^15; a bf16 has 8 significant bits, so what lies within 2^-28 of the largest stays exact.
-            const int biased = smaller(larger(static_cast<int>(largest >> 23), 15), 254);
-            up = bits<float>(static_cast<uint32_t>(268 - biased) << 23);
-            factor = times_power_of_two(1.0f, biased - 127 - 14);
+            for (int p = 0; p < 4; p++) out.v[p] = half2_from_floats({v[2 * p], v[2 * p + 1]});
+            store_words(values + i * row + 8 * j, out);
         } else {
-            constexpr int EMAX = A == Act::e4m3 ? 8 : 2;
-            const int exponent = largest > 0x7f800000u ? 255 : larger(static_cast<int>((largest + carry) >> 23) - EMAX, 0);
-            factor = float_from_e8m0(exponent);
-            up = exponent >= 254 ? 0x1p-127f : bits<float>(static_cast<uint32_t>(254 - exponent) << 23);
+            const float scale = AFTER ? LIFT : A == Act::fp8_static ? 1.0f : factor;
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                if constexpr (AFTER || A != Act::bf16) out.v[q] = bf16x2_from_floats({v[2 * q] * scale, v[2 * q + 1] * scale});
+                *reinterpret_cast<uint32_t*>(values + i * row + block * MX_BLOCK + 8 * (q ^ (block >> 1 & 3)) + 2 * quarter) = out.v[q];
+            }
         }
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = A == Act::fp8_static ? v[i] / static_scale : v[i] * up;
-        Words halves;
-        if constexpr (A == Act::e4m3 || A == Act::fp8_static) {
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                halves_from_e4m3(e4m3_from_floats({v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]}), halves.v[2 * i],
-                                 halves.v[2 * i + 1]);
-        } else {
-            float rounded[8];
-            if constexpr (A == Act::e2m1)
-                floats_from_e2m1(e2m1_from_floats(v), rounded);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                halves.v[i] = half2_from_floats(A == Act::e2m1 ? Float2{rounded[2 * i], rounded[2 * i + 1]} : Float2{v[2 * i], v[2 * i + 1]});
-        }
-        return halves;
     }
 };
 
@@ -216,56 +248,49 @@ struct Totals {
     /// Adds tile `t` of the stream's chunk; `block` is its first MX block in the activations.
     DEVICE void add(const Stream<W>& stream, int t, const X& x, int block) {
         const int g = lane_index() / 4, q = lane_index() % 4;
-        const Words top = load_words(stream.codes(t) + lane_index() * 16);
-        const Words bottom = load_words(stream.codes(t) + 512 + lane_index() * 16);
-        constexpr int SCALE_WORDS = Tile<W>::BLOCKS / 2;  // of rows g and g + 8
-        uint32_t scale_words[SCALE_WORDS];
+        const uint32_t scales = stream.scale_words(t)[g];  // bytes: row g, blocks 0 and 1; row g + 8
+        uint32_t fragments[4][4];                          // of A, for each step of 16 along K
+        load(stream.codes(t), scales, fragments);
+        Accumulator part[2][X::SETS] = {};
 #pragma unroll
-        for (int i = 0; i < SCALE_WORDS; i++)  // shifted so that this lane's columns find their block of a group
-            scale_words[i] = stream.scale_words(t)[g * SCALE_WORDS + i] >> 8 * (2 * q / X::ROOM);
-        const uint16_t* values = x.values + g % X::ROOM * x.row + block * MX_BLOCK + 8 * q;
-        const float* factors = x.factors + block * X::ROOM + 2 * q;
-#pragma unroll
-        for (int first = 0; first < Tile<W>::BLOCKS; first += X::GROUP) {
-            constexpr int CHAINS = X::GROUP > 1 ? 2 : 1;  // with one, each product would wait for the one before
-            Accumulator part[CHAINS][X::SETS] = {};
-#pragma unroll
-            for (int b = first; b < first + X::GROUP; b++) {
-                Half2 up[4], down[4];
-                if constexpr (W == Weight::e4m3) {
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        halves_from_e4m3(top.v[2 * b + i], up[2 * i], up[2 * i + 1]);
-                        halves_from_e4m3(bottom.v[2 * b + i], down[2 * i], down[2 * i + 1]);
-                    }
-                } else {
-                    halves_from_spread_e2m1(top.v[b], up);
-                    halves_from_spread_e2m1(bottom.v[b], down);
-                }
-#pragma unroll
-                for (int set = 0; set < X::SETS; set++) {
-                    const uint16_t* at = values + set * 8 * x.row + b * MX_BLOCK;
-                    const Words v = load_words(X::GROUP == 1 || g / X::ROOM == b - first ? at : x.zeros);
-                    Accumulator& p = part[b % CHAINS][set];
-                    p = matrix_half({up[0], down[0], up[1], down[1]}, {v.v[0], v.v[1]}, p);
-                    p = matrix_half({up[2], down[2], up[3], down[3]}, {v.v[2], v.v[3]}, p);
-                }
-            }
-            const float scale_up = scale_of_byte(scale_words[0], first);
-            const float scale_down = W == Weight::e4m3 ? scale_of_byte(scale_words[0], 2 + first) : scale_of_byte(scale_words[SCALE_WORDS - 1], first);
+        for (int b = 0; b < 2; b++)
 #pragma unroll
             for (int set = 0; set < X::SETS; set++) {
-                const float2 factor = *reinterpret_cast<const float2*>(factors + first * X::ROOM + set * 8);
+                const uint16_t* at = x.at(8 * set + g % X::ROOM, block + b, q);
+                const Words v = load_words(X::GROUP == 1 || g / X::ROOM == b ? at : x.zeros);
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float p = CHAINS == 2 ? part[0][set].v[i] + part[CHAINS - 1][set].v[i] : part[0][set].v[i];
-                    sum[set][i] = fmaf(p * (i < 2 ? scale_up : scale_down), i % 2 ? factor.y : factor.x, sum[set][i]);
+                for (int half = 0; half < 2; half++) {
+                    const uint32_t(&f)[4] = fragments[2 * b + half];
+                    const Packed<2> column = {v.v[2 * half], v.v[2 * half + 1]};
+                    if constexpr (W == Weight::e4m3)
+                        part[b][set] = matrix_half({f[0], f[1], f[2], f[3]}, column, part[b][set]);
+                    else
+                        part[b][set] = matrix_bf16({f[0], f[1], f[2], f[3]}, column, part[b][set]);
                 }
             }
-        }
+        const float* factors = x.factors + block * X::ROOM + 2 * q;
+        const uint32_t mine = scales >> 8 * (2 * q / X::ROOM);  // this lane's columns belong to that block of a group
+#pragma unroll
+        for (int b = 0; b < 2; b += X::GROUP)
+#pragma unroll
+            for (int set = 0; set < X::SETS; set++) {
+                Accumulator p = part[b][set];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    if (X::GROUP == 2) p.v[i] += part[1][set].v[i];
+                    if constexpr (!X::AFTER) sum[set][i] += p.v[i];
+                }
+                if constexpr (X::AFTER) {
+                    const float up = scale_of_byte(mine, b), down = scale_of_byte(mine, 2 + b);
+                    const float2 factor = *reinterpret_cast<const float2*>(factors + b * X::ROOM + set * 8);
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        sum[set][i] = fmaf(p.v[i] * (i < 2 ? up : down), i % 2 ? factor.y : factor.x, sum[set][i]);
+                }
+            }
     }
 
-    /// Adds up the columns that belong to the same row of activations.
+    /// Adds up what belongs to the same row of activations.
     DEVICE void join() {
 #pragma unroll
         for (int mask = X::ROOM / 2; mask < 4; mask *= 2)
@@ -284,6 +309,33 @@ struct Totals {
                 if (8 * set + 2 * q < smaller(columns, X::ROOM))
                     store(g + 8 * half, 8 * set + 2 * q, sum[set][2 * half], sum[set][2 * half + 1]);
     }
+
+   private:
+    /// This lane's part of A of a tile: of each step of 16 along K, rows g and g + 8 by turns, lower K first.
+    DEVICE static void load(const uint8_t* codes, uint32_t scales, uint32_t (&fragments)[4][4]) {
+        const int lane = lane_index();
+        if constexpr (W == Weight::e4m3) {
+#pragma unroll
+            for (int row = 0; row < 2; row++) {
+                const Words words = load_words(codes + row * 512 + lane * 16);
+#pragma unroll
+                for (int step = 0; step < 4; step++)
+                    halves_from_e4m3(words.v[step], fragments[step][row], fragments[step][row + 2]);
+            }
+        } else {
+            const Words words = load_words(codes + lane * 16);
+#pragma unroll
+            for (int part = 0; part < 4; part++) {  // a word has one part of all four steps, two of each MX block
+                Bf16x2 steps[4];
+                bf16_from_spread_e2m1(words.v[part], steps);
+#pragma unroll
+                for (int step = 0; step < 4; step++) {
+                    const uint32_t scale = scales >> (16 * (part % 2) + 8 * (step / 2)) & 0xff;
+                    fragments[step][part] = X::AFTER ? steps[step] : times_bf16(steps[step], scale * 0x00800080u);
+                }
+            }
+        }
+    }
 };
 
 /// Partial sums of a row group on their way to the block that finishes their rows: [rank][wave_k][owned row][column].
@@ -293,19 +345,22 @@ struct Totals {
 template <int Room>
 class Sums {
    public:
-    int owned;  // rows of a group that this block finishes, from owned * rank on
+    int owned;            // rows of a group that this block finishes, from owned * rank on
+    float *times, *plus;  // of every owned row: what its sums are multiplied by, and what is added then
 
     DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier) : a(a), s(s), barrier(barrier) {
-        partial = reinterpret_cast<float*>(lds);
         owned = a.waves_n * TILE_ROWS / a.split;
+        times = reinterpret_cast<float*>(lds);
+        plus = times + owned;
+        partial = plus + owned;
         if (a.split == 1) return;
         if (thread_index() == 0) barrier_init(barrier), barriers_are_ready();
         cluster_arrive();
     }
-    DEVICE static int bytes(const DecodeArgs& a) { return a.waves_k * a.waves_n * TILE_ROWS * Room * 4; }
 
+    /// All threads: sums up, and tells every thread of the block `t` and `p` of the owned row that the calling thread is for.
     template <typename T>
-    DEVICE void hand_over(const T& totals, int columns, bool first_group) {
+    DEVICE void hand_over(const T& totals, int columns, bool first_group, float t, float p) {
         if (a.split > 1) {
             cluster_wait();  // all ranks have started, and are done with the sums of the group before
             if (thread_index() == 0)
@@ -322,18 +377,17 @@ class Sums {
             else
                 *reinterpret_cast<float2*>(to) = {first, second};
         });
-        if (a.split > 1)
-            barrier_wait(barrier, parity), parity ^= 1;
-        else
-            block_barrier();
+        if (thread_index() < owned) times[thread_index()] = t, plus[thread_index()] = p;
+        block_barrier();
+        if (a.split > 1) barrier_wait(barrier, parity), parity ^= 1;
     }
 
-    /// The sum of an owned row, in an order that never changes.
+    /// The finished sum of an owned row, in an order that never changes.
     DEVICE float sum(int row, int column) const {
         float total = 0;
 #pragma unroll 4
         for (int i = 0; i < a.split * a.waves_k; i++) total += partial[(i * owned + row) * Room + column];
-        return total;
+        return total * times[row] + plus[row];
     }
 
     /// After the last `sum` of a group that another follows.
@@ -349,11 +403,23 @@ class Sums {
     uint32_t parity = 0;
 };
 
-/// Scale byte of weight row `row` and MX block `block`, for `poisoned`.
+/// What the sums of weight row `row` are multiplied by.
+template <Weight W, Act A, int M>
+DEVICE float row_factor(const DecodeArgs& a, const Share& s, int expert, int row) {
+    if constexpr (W == Weight::e4m3) return 1.0f;
+    const float factor = a.factors[static_cast<int64_t>(expert) * s.row_tiles * TILE_ROWS + row];
+    return A == Act::fp8_static && !Activations<W, A, M>::AFTER ? factor * *a.x_scale : factor;
+}
+
+/// Whether weight row `row` has a scale that is NaN. The factors of e2m1 know, so nobody asks.
 template <Weight W>
-DEVICE int scale_byte(const DecodeArgs& a, const Share& s, int expert, int row, int block) {
-    const int64_t tile = (static_cast<int64_t>(expert) * s.row_tiles + row / TILE_ROWS) * s.tiles + block / Tile<W>::BLOCKS;
-    return a.scales[tile * Tile<W>::SCALES + (row % 8 * 2 + row % TILE_ROWS / 8) * Tile<W>::BLOCKS + block % Tile<W>::BLOCKS];
+DEVICE bool has_nan(const DecodeArgs& a, const Share& s, int expert, int row) {
+    if constexpr (W == Weight::e2m1) return false;
+    const int64_t row_tile = static_cast<int64_t>(expert) * s.row_tiles + row / TILE_ROWS;
+    const uint8_t* from = a.scales + row_tile * s.tiles * Tile<W>::SCALES + (row % 8 * 2 + row % TILE_ROWS / 8) * 2;
+    for (int block = 0; block < a.k / MX_BLOCK; block++)
+        if (from[block / 2 * Tile<W>::SCALES + block % 2] == 255) return true;
+    return false;
 }
 
 DEVICE int share_rank(const DecodeArgs& a) { return a.split > 1 ? cluster_rank() : 0; }

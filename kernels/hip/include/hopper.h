@@ -48,8 +48,14 @@ DEVICE int cluster_rank() {
 
 /// All threads of all blocks of the cluster arrive before any leaves `cluster_wait`. Orders no memory accesses but a
 /// thread's own: what others wrote is announced by barriers in memory (`cluster_store`).
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+DEVICE void cluster_arrive() {
+    __syncwarp();  // `aligned` wants whole warps
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+DEVICE void cluster_wait() {
+    __syncwarp();
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 /// Where, in block `rank`, that lies which in this block lies at `local`.
 DEVICE uint32_t address_in(const void* local, int rank) {
