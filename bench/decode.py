@@ -1,0 +1,252 @@
+"""Small-M dense GEMMs on this machine's GPU beside their peers: correctness against fp64, then time in CUDA graphs.
+
+    python -m bench.decode [--schemes mxfp8,w4a8] [--shapes 6144x2304,...] [--m 1,16] [--peers cublas_bf16,humming_bf16]
+                           [--explore 40] [--out FOLDER]
+
+Measured: microseconds, and the read bandwidth that `floor` (bytes of weights and scales) is taken with. Quantizing
+activations is part of every time. `us` is a chain of launches that may begin before the one in front has ended
+(programmatic dependent launch), as a server's graph runs them; `alone` is without.
+
+Method: a graph launches the kernel once for each of several sets of weights that together exceed the L2 twice; it is
+replayed, the time between events divided by the launches, the median taken. Before that, each result is compared
+with fp64 of the same quantized operands, on fresh random inputs, into a buffer of NaN. Peers see the same weights.
+"""
+
+from __future__ import annotations
+
+import bench.source_tree  # noqa: F401
+
+# isort: split
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang_amd_quant.kernels.hip.manifest import find
+from sglang_amd_quant.kernels.triton.hopper_pack import pack_hopper
+
+from bench.decode_peers import FOR, PEERS
+from bench.timing import graph_us, read_bandwidth
+from sglang_amd_quant import formats
+from sglang_amd_quant.errors import AmdMxError
+from sglang_amd_quant.formats.mx import ELEMENTS
+from sglang_amd_quant.layouts.mma_tile import MmaScale, MmaTile
+from sglang_amd_quant.runtime.decode_gemm import DecodePlan, decode_gemm, plans
+from sglang_amd_quant.runtime.device import Gpu, gpu
+from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES
+
+SEED_SHAPES = "6144x2304,2048x6144,6144x1536,1536x6144"
+"""K x N of aiter #3783: qkv, o_proj, gate_up and mlp_down of MiniMax-M3 at TP4."""
+
+
+class Problem:
+    """Weights for one (scheme, N, K), in several sets.
+
+    Attributes:
+        codes, scales: [sets, N, ...] as formats have them.
+        packed: (data, scales, factors) of each set.
+    """
+
+    def __init__(self, scheme: str, k: int, n: int, seed: int) -> None:
+        self.scheme, self.k, self.n = SCHEMES[scheme], k, n
+        element, generator = self.scheme.weight, torch.Generator("cuda").manual_seed(seed)
+        columns = k * self.scheme.weight_bits // 8
+        self.sets = max(2, min(40, -(-(1 << 28) // (n * columns))))
+        codes = torch.randint(0, 256, (self.sets, n, columns), dtype=torch.uint8, device="cuda", generator=generator)
+        self.codes = torch.where(codes & 0x7F == 0x7F, 0x31, codes).to(torch.uint8) if element == "e4m3" else codes
+        self.scales = torch.randint(
+            110, 126, (self.sets, n, k // 32), dtype=torch.uint8, device="cuda", generator=generator
+        )
+        self.packed = [self._pack(c, s) for c, s in zip(self.codes, self.scales, strict=True)]
+        self.bytes = n * columns + n * k // 32
+
+    def _pack(
+        self, codes: torch.Tensor, scales: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        if self.scheme.weight == "e4m3":
+            return MmaTile().pack(codes), MmaScale().pack(scales), None
+        made = pack_hopper(codes[None], scales[None])
+        assert made.scales is not None
+        return made.data, made.scales, made.factors
+
+    def values(self, i: int) -> torch.Tensor:
+        """Weights of a set, fp32 [N, K]."""
+        codes = self.codes[i].view(torch.float8_e4m3fn) if self.scheme.weight == "e4m3" else self.codes[i]
+        return formats.dequantize_mx(codes, self.scales[i], self.scheme.weight)
+
+    def activations(self, m: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x bf16 [M, K], and what the scheme makes of it, fp64."""
+        x = torch.randn(m, self.k, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).bfloat16()
+        exact = x.float() if self.scheme.act == "bf16" else formats.fake_quantize_mx(x.float(), self.scheme.act)
+        return x, exact.double()
+
+
+def carry(act: str) -> int:
+    """What rounds the scales of activations of this format."""
+    return 0 if act == "bf16" else ELEMENTS[act].carry(DEFAULT_SCALE_MODE[act])
+
+
+def launch(
+    device: Gpu, p: Problem, i: int, x: torch.Tensor, y: torch.Tensor, plan: DecodePlan, overlap: bool = True
+) -> None:
+    """One launch with set i of the weights."""
+    description = decode_gemm(
+        x, *p.packed[i], y, scheme=p.scheme.name, n=p.n, cu_count=device.cu_count, carry=carry(p.scheme.act), plan=plan
+    )
+    device.launch(replace(description, overlap=overlap), torch.cuda.current_stream().cuda_stream)
+
+
+def check(device: Gpu, p: Problem, m: int, plan: DecodePlan, seed: int) -> float:
+    """Relative error against fp64 of the same quantized operands, fp32 out. Raises AssertionError beyond the bound."""
+    x, exact = p.activations(m, seed)
+    y = torch.full((m, p.n), torch.nan, device="cuda")
+    launch(device, p, 0, x, y, plan)
+    values = p.values(0).double()
+    want = exact @ values.T
+    # Products are exact; the matrix unit truncates its sums to fp32, so each of K additions costs at most an ulp of the
+    # running sum, which |x| |w|^T bounds.
+    bound = p.k * 2.0**-23 * (exact.abs() @ values.abs().T) + 1e-30
+    error = (y.double() - want).abs()
+    assert y.isfinite().all(), f"{p.scheme.name} M={m} N={p.n} K={p.k} {plan}: not every output is finite"
+    assert (error <= bound).all(), f"{p.scheme.name} M={m} N={p.n} K={p.k} {plan}: {(error / bound).max():.2f} x bound"
+    return float(error.norm() / want.norm())
+
+
+def measure(device: Gpu, p: Problem, m: int, bandwidth: float, explore: int) -> dict[str, Any]:
+    """The best plan by the model, or with `explore` the best measured of that many; all of them checked."""
+    x, _ = p.activations(m, 7)
+    y = torch.empty(m, p.n, dtype=torch.bfloat16, device="cuda")
+    ours = plans(p.scheme.name, m, p.n, p.k, device.cu_count)
+    tried = []
+    for plan in (
+        dict.fromkeys((*ours[: max(1, explore // 2)], *ours[:: max(1, 2 * len(ours) // max(1, explore))][1:]))
+        if explore
+        else ours[:1]
+    ):
+        error = check(device, p, m, plan, len(tried))
+        us = graph_us([partial(launch, device, p, i, x, y, plan) for i in range(p.sets)])
+        tried.append((us, error, plan))
+    us, error, plan = min(tried, key=lambda t: t[0])
+    alone = graph_us([partial(launch, device, p, i, x, y, plan, False) for i in range(p.sets)])
+    floor = p.bytes / bandwidth
+    row = {"scheme": p.scheme.name, "K": p.k, "N": p.n, "M": m, "us": us, "alone": alone, "floor_us": floor}
+    row |= {"GB/s": p.bytes / us / 1e3, "of_floor": floor / us, "error": error, "plan": asdict(plan), "peers": {}}
+    if explore:
+        row["tried"] = [[t[0], asdict(t[2])] for t in tried]
+    return row
+
+
+def measure_peers(p: Problem, names: list[str], rows: list[dict[str, Any]]) -> None:
+    """Adds every peer's time, or why it has none, to the rows of this problem."""
+    for name in names:
+        if name not in FOR[p.scheme.weight]:
+            continue
+        try:
+            count = min(p.sets, 8 if name == "cublas_bf16" else p.sets)
+            made = [PEERS[name](p.codes[i], p.scales[i], p.scheme.weight, p.values(i).bfloat16()) for i in range(count)]
+            for row in rows:
+                x, exact = p.activations(row["M"], 7)
+                want = exact @ p.values(0).double().T
+                error = float((made[0](x).double() - want).norm() / want.norm())
+                us = graph_us([partial(run, x) for run in made])
+                # fp8 activations under one scale a token, or unrounded ones, differ from MX by up to 2^-4 of each value
+                row["peers"][name] = (
+                    {"us": us, "error": error} if error < 0.1 else {"why": f"relative error {error:.2f}"}
+                )
+        except Exception as reason:
+            for row in rows:
+                row["peers"].setdefault(name, {"why": f"{type(reason).__name__}: {str(reason)[:120]}"})
+        torch.cuda.empty_cache()
+
+
+def table(result: dict[str, Any]) -> str:
+    """Rows as text."""
+    lines = [
+        f"{result['device']}, torch {result['torch']}; read bandwidth {result['read_bandwidth_GB_s']:.0f} GB/s, measured"
+    ]
+    lines.append("scheme      K      N   M      us   alone   floor  % of floor   best peer              x")
+    for r in result["rows"]:
+        timed = {name: peer["us"] for name, peer in r["peers"].items() if "us" in peer}
+        best = min(timed, key=timed.__getitem__) if timed else ""
+        peer = f"{best:14} {timed[best]:7.2f} {timed[best] / r['us']:6.2f}" if best else ""
+        lines.append(
+            f"{r['scheme']:6} {r['K']:6} {r['N']:6} {r['M']:3} {r['us']:7.2f} {r['alone']:7.2f} {r['floor_us']:7.2f}"
+            f" {100 * r['of_floor']:11.0f}   {peer}"
+        )
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], file: Path) -> None:
+    """% of floor over M, a line a shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    schemes = list(dict.fromkeys(r["scheme"] for r in result["rows"]))
+    figure, axes = pyplot.subplots(1, len(schemes), figsize=(5 * len(schemes), 4), sharey=True, squeeze=False)
+    for axis, scheme in zip(axes[0], schemes, strict=True):
+        for k, n in dict.fromkeys((r["K"], r["N"]) for r in result["rows"] if r["scheme"] == scheme):
+            rows = [r for r in result["rows"] if (r["scheme"], r["K"], r["N"]) == (scheme, k, n)]
+            axis.plot([r["M"] for r in rows], [100 * r["of_floor"] for r in rows], "o-", label=f"{k} to {n}")
+        axis.set(title=scheme, xlabel="M", xscale="log", ylim=(0, 105))
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0][0].set_ylabel("% of the memory floor")
+    figure.suptitle(result["device"])
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> int:
+    """Check, measure, print. Returns 0, or 1 on a wrong result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schemes", default="mxfp8,w4a8,w4a16", help="comma-separated")
+    parser.add_argument("--shapes", default=SEED_SHAPES + ",8192x28672", help="KxN, comma-separated")
+    parser.add_argument("--m", default="1,2,4,8,16,32,64", help="rows of activations, comma-separated")
+    parser.add_argument("--peers", default="cublas_bf16", help=f"comma-separated, of {', '.join(PEERS)}; empty: none")
+    parser.add_argument(
+        "--explore", type=int, default=0, metavar="N", help="time N plans a problem instead of the model's best"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--out", type=Path, help="write decode.json and decode.png into this folder")
+    args = parser.parse_args()
+
+    device = gpu(0)
+    for scheme in args.schemes.split(","):
+        device.load(*(e.name for e in find(f"decode_{scheme}_m2")[0].entry_points))
+    bandwidth = read_bandwidth()
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    result |= {"read_bandwidth_GB_s": bandwidth / 1e3, "rows": []}
+    for scheme in args.schemes.split(","):
+        for k, n in (map(int, shape.split("x")) for shape in args.shapes.split(",")):
+            problem = Problem(scheme, k, n, seed=k + n)
+            rows = [measure(device, problem, m, bandwidth, args.explore) for m in map(int, args.m.split(","))]
+            measure_peers(problem, [name for name in args.peers.split(",") if name], rows)
+            result["rows"] += rows
+            print(f"{scheme} {k} to {n} done", file=sys.stderr, flush=True)
+            del problem
+            torch.cuda.empty_cache()
+            if args.out:
+                (args.out / "decode.json").write_text(json.dumps(result, indent=1))
+    if args.out:
+        plot(result, args.out / "decode.png")
+    print(json.dumps(result, indent=1) if args.json else table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (AssertionError, AmdMxError) as error:
+        print(f"bench.decode: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,40 @@
+"""Time of launches in CUDA graphs, and the bandwidth that floors are taken with."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def graph_us(launches: Sequence[Callable[[], object]], replays: int = 20, at_least: int = 30) -> float:
+    """Median microseconds a launch, of replays of a graph that holds all launches, over and over up to `at_least`.
+
+    Launches should use weights of their own that together exceed the L2, or the cache is what is measured.
+    """
+    for launch in launches[:2]:
+        launch()
+    torch.cuda.synchronize()
+    rounds = max(1, at_least // len(launches))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for launch in launches:
+                launch()
+    times = []
+    for i in range(replays + 2):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if i >= 2:
+            times.append(begin.elapsed_time(end) * 1e3 / (rounds * len(launches)))
+    return statistics.median(times)
+
+
+def read_bandwidth() -> float:
+    """Bytes a microsecond that torch reads when it sums up 4 GiB."""
+    data = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
+    return data.nbytes / graph_us([lambda: torch.sum(data)] * 2, 10, 2)

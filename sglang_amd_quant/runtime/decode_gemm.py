@@ -1,0 +1,298 @@
+"""How `kernels/hip/decode_gemm.hip` is launched on sm_90: the split of a problem over clusters, blocks and waves.
+
+AMD targets have plans of their own, in `decode_gemm_amd.py`. The sizes of tiles and of shared memory repeat those of
+`kernels/hip/include/decode_sm90.h`; `tests/device` holds the two together by running plans of many shapes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.kernels.hip.manifest import DECODE_M, MOE_DECODE_M
+from sglang_amd_quant.runtime.arch import arch_facts
+from sglang_amd_quant.runtime.launch import LaunchDescription
+from sglang_amd_quant.schemes import MX_BLOCK
+
+OUTS = {"bf16": 0, "fp16": 1, "fp32": 2}
+ACTIVATIONS = {None: 0, "silu": 1, "swigluoai": 2}
+"""Numbers of `enum Out` and `enum Activation` in include/decode.h."""
+
+E4M3_SCHEMES = ("mxfp8", "mxfp8_static", "w8a16")
+TILE_ROWS, TILE_K = 16, 64
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """A launch but for its pointers; names as in `struct DecodeArgs` (include/decode.h).
+
+    Attributes:
+        rows: of activations that the entry point is instantiated for.
+        split: blocks, a cluster, that share K.
+        waves_k, waves_n: waves of a block along K, and along N.
+        groups: clusters that take the row groups (waves_n tiles of 16 rows) round robin.
+        depth, chunk: `depth` bulk copies of `chunk` tiles are under way for every wave.
+        lds: bytes of shared memory a block.
+    """
+
+    rows: int
+    split: int
+    waves_k: int
+    waves_n: int
+    groups: int
+    depth: int
+    chunk: int
+    lds: int
+
+    @property
+    def waves(self) -> int:
+        """Waves of a block."""
+        return self.waves_k * self.waves_n
+
+
+def room(e4m3: bool, rows: int) -> int:
+    """Columns of the matrix unit that activations are given (Activations::ROOM)."""
+    return max(4, rows) if rows < 8 else rows
+
+
+def lds_bytes(e4m3: bool, rows: int, tiles: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int) -> int:
+    """Shared memory of a block: barriers, rings, activations with their factors, row factors and partial sums."""
+    waves, most, columns = waves_k * waves_n, -(-tiles // split), room(e4m3, rows)
+    barriers = -(-(8 + waves * depth * 8) // 128) * 128
+    ring = waves * depth * chunk * ((1024 if e4m3 else 512) + 32)
+    factors = most * 2 * 4 if e4m3 or rows <= 8 else 0
+    activations = 16 + columns * ((most * TILE_K + 32) * 2 + factors)
+    sums = 2 * 4 * waves_n * TILE_ROWS // split + 4 * waves * TILE_ROWS * columns
+    return barriers + ring + activations + sums
+
+
+def max_waves(e4m3: bool, rows: int) -> int:
+    """Waves that a block may have: `KERNEL(...)` in decode_gemm.hip."""
+    return 16 if rows == 16 else 10 if e4m3 else 12
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Microseconds, fitted to 1,700 measured plans of 14 dense problems on an H100 80GB HBM3, M of 1 to 32.
+
+    The best plan by this model took 1.7 % longer than the best of those measured, in the geometric mean.
+
+    Attributes:
+        start: from launch to the first product, and from the last to the end.
+        stage, piece: quantizing activations, and every eight of them that a thread takes.
+        tile, tile_latency: a tile in a wave, when all waves of a multiprocessor are busy, and when one is alone.
+        column: what every further eight columns add to a tile.
+        sum, partial: summing up, and each partial sum that a thread adds.
+        flight: bytes a multiprocessor that keep memory busy.
+        bandwidth: bytes a microsecond.
+    """
+
+    start: float = 2.3
+    stage: float = 0.31
+    piece: float = 0.0055
+    tile: float = 0.0046
+    tile_latency: float = 0.104
+    column: float = 1.75
+    sum: float = 0.22
+    partial: float = 0.059
+    flight: float = 29e3
+    bandwidth: float = 3.05e6
+
+    def of(self, p: DecodePlan, m: int, n: int, k: int, cu_count: int, e4m3: bool) -> float:
+        """Time of one launch."""
+        tiles, row_groups = -(-k // TILE_K), -(-n // (TILE_ROWS * p.waves_n))
+        rounds = -(-row_groups // p.groups)
+        blocks = -(-p.groups * p.split // cu_count)  # of the busiest multiprocessor
+        mine = -(-tiles // (p.split * p.waves_k))
+        here = min(m, p.rows)
+        stage = self.stage + self.piece * here * k / p.split / 8 / (p.waves * 32) * max(1.0, blocks * p.waves / 8)
+        work = rounds * mine * p.waves * blocks * self.tile * (1 + self.column * max(0, p.rows - 8) / 8)
+        dot = max(work, rounds * mine * self.tile_latency)
+        summing = self.sum + self.partial * p.split * p.waves_k * here * p.waves_n * TILE_ROWS / p.split / (
+            p.waves * 32
+        )
+        tile_bytes = (1024 if e4m3 else 512) + 32
+        flight = p.groups * p.split * p.waves * p.depth * p.chunk * tile_bytes / cu_count
+        load = n * k * tile_bytes / (TILE_ROWS * TILE_K) / self.bandwidth * max(1.0, self.flight / flight)
+        if rounds == 1:
+            return self.start + max(load, stage + dot) + summing
+        return self.start + max(load, dot) + stage + 0.6 * rounds * summing
+
+
+@cache
+def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = False) -> tuple[DecodePlan, ...]:
+    """Every legal dense plan of [m, k] x [n, k], best first by `_Cost`.
+
+    Args:
+        scheme: one of the manifest's `DECODE_SCHEMES`.
+        pairs: an activation follows: gate and up tiles must have one owner.
+
+    Raises:
+        ShapeError: no such problem, or none that shared memory holds.
+    """
+    _check(m, n, k)
+    e4m3 = scheme in E4M3_SCHEMES
+    rows = next((r for r in DECODE_M if m <= r), DECODE_M[-1])
+    found = _enumerate(e4m3, rows, n, k, cu_count, pairs, -(-m // rows))
+    if not found:
+        raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
+    return tuple(sorted(found, key=lambda p: _Cost().of(p, m, n, k, cu_count, e4m3)))
+
+
+@cache
+def grouped_plan(scheme: str, block_m: int, blocks: int, n: int, k: int, cu_count: int, pairs: bool) -> DecodePlan:
+    """The plan for `blocks` routed blocks of `block_m` rows, most of which have work. Raises ShapeError as `plans`."""
+    _check(block_m, n, k)
+    if block_m not in MOE_DECODE_M:
+        raise ShapeError(f"blocks of {block_m} routed rows", "no such kernel", f"use one of {MOE_DECODE_M}")
+    e4m3 = scheme in E4M3_SCHEMES
+    share = max(1, cu_count // max(1, blocks))  # of the multiprocessors, to one block
+    found = _enumerate(e4m3, block_m, n, k, share, pairs, 1, splits=(1,) if blocks * 4 >= cu_count else (1, 2, 4))
+    if not found:
+        raise ShapeError(f"MoE decode N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
+    return min(found, key=lambda p: _Cost(bandwidth=3.05e6 * share / cu_count).of(p, block_m, n, k, share, e4m3))
+
+
+def _enumerate(
+    e4m3: bool,
+    rows: int,
+    n: int,
+    k: int,
+    cu_count: int,
+    pairs: bool,
+    row_blocks: int,
+    splits: tuple[int, ...] = (1, 2, 4, 8),
+) -> list[DecodePlan]:
+    facts = arch_facts("sm_90")
+    tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
+    most = max_waves(e4m3, rows)
+    found = []
+    for waves_k, waves_n, split in itertools.product(range(1, most + 1), (1, 2, 3, 4, 5, 6, 8, 10, 12, 16), splits):
+        mine = tiles / split / waves_k
+        if waves_k * waves_n > most or waves_k * waves_n < min(4, row_tiles) or (mine < 1 and waves_k > 1):
+            continue
+        owned, uneven = divmod(waves_n * TILE_ROWS, split)
+        if uneven or (pairs and owned % TILE_ROWS) or split > tiles:
+            continue
+        row_groups = -(-row_tiles // waves_n)
+        for chunk, depth in itertools.product((1, 2, 3, 4, 6, 8, 12), (2, 3, 4)):
+            if chunk > -(-tiles // (split * waves_k)) or (chunk * (depth - 1) > 2 * mine and depth > 2):
+                continue
+            lds = lds_bytes(e4m3, rows, tiles, split, waves_k, waves_n, depth, chunk)
+            resident = min((facts.lds_bytes + 1024) // (lds + 1024), (24 if rows <= 8 else 16) // (waves_k * waves_n))
+            if not resident:
+                continue
+            groups = min(row_groups, max(1, cu_count * resident // (split * row_blocks)))
+            found.append(DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds))
+    return found
+
+
+def _check(m: int, n: int, k: int) -> None:
+    if m < 1 or n < 1 or k < MX_BLOCK or k % MX_BLOCK:
+        raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "needs M, N >= 1 and K a multiple of 32", "use the GEMM")
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to sums before they are stored.
+
+    Attributes:
+        bias: [N] or [E, N] bf16, in the packed order of rows, or None.
+        residual: bf16 of y's shape and strides, added last, or None.
+        activation: `silu`, `swigluoai` or None; halves N.
+        alpha, limit: of the activation; limit None = no clamp.
+        row_weights: fp32, one for each row of y, multiplied before the residual, or None.
+    """
+
+    bias: Any = None
+    residual: Any = None
+    activation: str | None = None
+    alpha: float = 1.702
+    limit: float | None = None
+    row_weights: Any = None
+
+
+NOTHING = Epilogue()
+
+
+def decode_gemm(
+    x: Any,
+    data: Any,
+    scales: Any,
+    factors: Any,
+    y: Any,
+    *,
+    scheme: str,
+    n: int,
+    cu_count: int,
+    carry: int = 0,
+    x_scale: Any = None,
+    epilogue: Epilogue = NOTHING,
+    row_ids: Any = None,
+    block_experts: Any = None,
+    block_m: int = 0,
+    top_k: int = 1,
+    plan: DecodePlan | None = None,
+) -> LaunchDescription:
+    """Describe y = x w^T, dense or grouped by expert, on sm_90.
+
+    Args:
+        x: [M / top_k, K] bf16, rows 16-byte aligned, last dimension contiguous.
+        data, scales, factors: weights in `mma_tile` + `mma_scale` (e4m3; factors None) or packed as `hopper_bf16`.
+        y: [M, N], or [M, N / 2] after an activation; bf16, fp16 or fp32, last dimension contiguous.
+        scheme: one of the manifest's `DECODE_SCHEMES`.
+        n: rows of the weights (of one expert).
+        cu_count: multiprocessors.
+        carry: rounds the activations' scales (`formats.mx.Element.carry`).
+        x_scale: fp32 scalar on the device, the scale of static fp8 activations.
+        epilogue: what is fused behind.
+        row_ids, block_experts, block_m: routing (`ops/routing.py`); None and 0: dense.
+        top_k: rows of y that share a row of x.
+        plan: instead of the best by the model.
+
+    Raises:
+        ShapeError: shapes, strides or dtypes that do not fit each other or the kernel.
+    """
+    m, k = y.shape[0], x.shape[1]
+    grouped = row_ids is not None
+    columns = n // 2 if epilogue.activation else n
+    shapes = f"x {tuple(x.shape)}, y {tuple(y.shape)}, N {n}"
+    if y.shape[1] != columns or x.shape[0] * top_k != m or (epilogue.activation and n % TILE_ROWS):
+        raise ShapeError(
+            shapes, f"want [M / top_k, K] and [M, {columns}], N in 16s with an activation", "check the layer"
+        )
+    if x.stride(1) != 1 or x.stride(0) % 8 or y.stride(1) != 1:
+        raise ShapeError(
+            f"{shapes}, strides {x.stride()}, {y.stride()}", "rows must be 16-byte aligned", "make x contiguous"
+        )
+    pairs = epilogue.activation is not None
+    if plan is None and grouped:
+        plan = grouped_plan(scheme, block_m, len(block_experts), n, k, cu_count, pairs)
+    elif plan is None:
+        plan = plans(scheme, m, n, k, cu_count, pairs)[0]
+    row_blocks = len(block_experts) if grouped else -(-m // plan.rows)
+    return LaunchDescription(
+        kernel=f"{'moe_decode' if grouped else 'decode'}_{scheme}_m{plan.rows}",
+        grid=row_blocks * plan.groups * plan.split,
+        block=plan.waves * 32,
+        lds=plan.lds,
+        args=(
+            x, data, scales, factors, epilogue.bias, x_scale, epilogue.residual, y, row_ids, block_experts,
+            epilogue.row_weights, None, x.stride(0), y.stride(0), m, n, k, top_k, plan.split, plan.waves_k,
+            plan.waves_n, plan.groups, plan.depth, plan.chunk, carry, OUTS[_dtype(y)], ACTIVATIONS[epilogue.activation],
+            epilogue.alpha, epilogue.limit or 0.0,
+        ),
+        cluster=plan.split,
+        overlap=True,
+    )  # fmt: skip
+
+
+def _dtype(y: Any) -> str:
+    name = str(y.dtype).removeprefix("torch.")
+    known = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+    if name not in known:
+        raise ShapeError(f"y of {name}", "the kernel stores bf16, fp16 or fp32", "pass one of those")
+    return known[name]
