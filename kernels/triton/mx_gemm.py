@@ -21,29 +21,41 @@ import triton.language as tl
 
 
 @triton.jit
-def e2m1_to_bf16(packed):
-    """[R, C] bytes of two e2m1 codes, low nibble first -> [R, 2 C] bf16."""
-    codes = tl.interleave(packed & 15, packed >> 4).to(tl.uint16)
-    magnitude = codes & 7
-    # From 1 upwards: exponent bias 1 -> 127, one mantissa bit. Below: 0 and 1/2 (0x3f00).
-    bits = tl.where(magnitude < 2, magnitude * 0x3F00, ((magnitude >> 1) + 126) << 7 | (magnitude & 1) << 6)
-    return (bits | (codes >> 3) << 15).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+def e2m1_to_fp32(packed):
+    """[R, C] bytes of two e2m1 codes, low nibble first -> [R, 2 C] fp32.
+
+    Where fp32 keeps the last two bits of its exponent and the first of its mantissa, the three magnitude bits are
+    2^-126 times the value, a subnormal for 1/2.
+    """
+    codes = tl.interleave(packed & 15, packed >> 4).to(tl.uint32)
+    return ((codes & 7) << 22 | (codes & 8) << 28).to(tl.float32, bitcast=True) * 8.507059173023462e37
 
 
 @triton.jit
-def e8m0_to_bf16(scales):
-    """Bytes -> bf16 of the same shape: 2^(byte - 127); 0 is a subnormal and 255 NaN, which both have bit 6 set."""
-    wide = scales.to(tl.uint16)
-    ends = tl.where((wide == 0) | (wide == 255), 0x40, 0).to(tl.uint16)
-    return (wide << 7 | ends).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+def e4m3_to_fp32(data):
+    """e4m3 -> fp32 of the same shape: likewise, its bits are 2^-120 times the value."""
+    codes = data.to(tl.uint8, bitcast=True).to(tl.uint32)
+    values = ((codes & 0x7F) << 20 | (codes & 0x80) << 24).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where(codes & 0x7F == 0x7F, float("nan"), values)
+
+
+@triton.jit
+def e8m0_to_fp32(scales):
+    """Bytes -> fp32 of the same shape: 2^(byte - 127); 0 is a subnormal, 255 NaN."""
+    bits = tl.maximum(scales.to(tl.int32) << 23, 1 << 22)
+    return tl.where(scales == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def dequantize(data, scales, FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Codes [ROWS, BLOCK_K (/ 2)] and scales [ROWS, BLOCK_K / 32] -> bf16 [ROWS, BLOCK_K]."""
-    values = e2m1_to_bf16(data) if FORMAT == "e2m1" else data.to(tl.bfloat16)
-    blocks = values.reshape(ROWS, BLOCK_K // 32, 32) * e8m0_to_bf16(scales)[:, :, None]
-    return blocks.reshape(ROWS, BLOCK_K)
+    """Codes [ROWS, BLOCK_K (/ 2)] and scales [ROWS, BLOCK_K / 32] -> bf16 [ROWS, BLOCK_K].
+
+    The product has 4 significant bits at most, so the upper half of an fp32 is all of it: no rounding to do.
+    """
+    values = e2m1_to_fp32(data) if FORMAT == "e2m1" else e4m3_to_fp32(data)
+    blocks = values.reshape(ROWS, BLOCK_K // 32, 32) * e8m0_to_fp32(scales)[:, :, None]
+    bits = blocks.reshape(ROWS, BLOCK_K).to(tl.uint32, bitcast=True) >> 16
+    return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

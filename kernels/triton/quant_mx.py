@@ -176,14 +176,14 @@ class Front:
     epsilon: float = 1e-6
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The twin in plain torch: x[M, K or 2 K] -> [M, K] in x's dtype."""
-        wide = x.float()
+        """The twin in plain torch: x[M, K or 2 K] -> [M, K] in x's dtype, computed in fp32, or fp64 for fp64."""
+        wide = x if x.dtype == torch.float64 else x.float()
         if self.kind == "none":
             return x
         if self.kind == "rmsnorm":
             assert self.weight is not None
             inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-            return (wide * inverse * self.weight.float()).to(x.dtype)
+            return (wide * inverse * self.weight.to(wide.dtype)).to(x.dtype)
         gate, up = (wide[:, 0::2], wide[:, 1::2]) if self.interleaved else wide.chunk(2, -1)
         if self.limit is not None:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)

@@ -1,0 +1,295 @@
+"""Grouped MX GEMM of a fused MoE on AMD and wherever else Triton runs, with what surrounds it in its epilogue.
+
+Where the hardware multiplies MX blocks (gfx950), `tl.dot_scaled` becomes scaled MFMA; elsewhere both sides are
+dequantized to bf16, which is exact (`mx_gemm.py`). Gate and up columns of one output column belong to one tile: two
+accumulators, fed from rows 2 j and 2 j + 1 of the weights or j and j + I, so weights stay as checkpoints have them.
+The result may leave as MX blocks, quantized for the next GEMM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .mx_gemm import MxGemmConfig, dequantize, element_of, mx_gemm_torch, tile_of_program
+from .quant_mx import (
+    CARRY,
+    DEFAULT_MODE,
+    Front,
+    activate,
+    encode_e2m1,
+    encode_e4m3,
+    largest_bits,
+    power_of_two,
+    quant_mx_torch,
+    scale_byte,
+)
+from .routing import Routing
+
+
+@triton.jit
+def weight_step(
+    total, left, x_tile, x_scale, w, w_scales, w_rows, inside, k, K,
+    X_FORMAT: tl.constexpr, W_FORMAT: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """total + x times BLOCK_K of K of the weight rows given. `left`: x dequantized, unless SCALED."""
+    W_PACK: tl.constexpr = 2 if W_FORMAT == "e2m1" else 1
+    w_k = k // W_PACK + tl.arange(0, BLOCK_K // W_PACK)[None, :]
+    s_k = k // 32 + tl.arange(0, BLOCK_K // 32)[None, :]
+    w_mask, s_mask = inside, inside
+    if MASKED:
+        w_mask = inside & (w_k < K // W_PACK)
+        s_mask = inside & (s_k < K // 32)
+    w_tile = tl.load(w + w_rows * (K // W_PACK) + w_k, mask=w_mask, other=0.0)
+    w_scale = tl.load(w_scales + w_rows * (K // 32) + s_k, mask=s_mask, other=127)
+    if SCALED:
+        total = tl.dot_scaled(x_tile, x_scale, X_FORMAT, w_tile.T, w_scale, W_FORMAT, total)
+    else:
+        total = tl.dot(left, dequantize(w_tile, w_scale, W_FORMAT, BLOCK_N, BLOCK_K).T, total)
+    return total
+
+
+@triton.jit
+def k_step(
+    first, second, x, x_scales, x_rows, x_inside, w, w_scales, w_rows, w_rows2, w_inside, k, K,
+    X_FORMAT: tl.constexpr, W_FORMAT: tl.constexpr, PAIRED: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One step along K of the accumulators of gate and up, or of the first alone."""
+    X_PACK: tl.constexpr = 2 if X_FORMAT == "e2m1" else 1
+    x_k = k // X_PACK + tl.arange(0, BLOCK_K // X_PACK)[None, :]
+    s_k = k // 32 + tl.arange(0, BLOCK_K // 32)[None, :]
+    x_mask, s_mask = x_inside, x_inside
+    if MASKED:
+        x_mask = x_inside & (x_k < K // X_PACK)
+        s_mask = x_inside & (s_k < K // 32)
+    x_tile = tl.load(x + x_rows * (K // X_PACK) + x_k, mask=x_mask, other=0.0)
+    x_scale = None
+    left = x_tile
+    if x_scales is not None:
+        x_scale = tl.load(x_scales + x_rows * (K // 32) + s_k, mask=s_mask, other=127)
+        if not SCALED:
+            left = dequantize(x_tile, x_scale, X_FORMAT, BLOCK_M, BLOCK_K)
+    elif not SCALED:
+        left = x_tile.to(tl.bfloat16)
+    first = weight_step(
+        first, left, x_tile, x_scale, w, w_scales, w_rows, w_inside, k, K, X_FORMAT, W_FORMAT, SCALED, MASKED, BLOCK_N,
+        BLOCK_K,
+    )  # fmt: skip
+    if PAIRED:
+        second = weight_step(
+            second, left, x_tile, x_scale, w, w_scales, w_rows2, w_inside, k, K, X_FORMAT, W_FORMAT, SCALED, MASKED,
+            BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    return first, second
+
+
+@triton.jit(do_not_specialize=["M", "tiles_m"])
+def moe_gemm_kernel(
+    x, x_scales, x_scale, w, w_scales, bias, y, y_scales, row_ids, block_experts, row_weights,
+    M, N, K, tiles_m, alpha, limit, beta,
+    X_FORMAT: tl.constexpr, W_FORMAT: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
+    INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr, OUT: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, XCDS: tl.constexpr,
+    SCALED: tl.constexpr, NATIVE: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M routed rows and BLOCK_N columns of the result; see `moe_gemm` for the arguments.
+
+    M: routed rows. N: columns of the result, so half the weights' rows with an activation. OUT: `e4m3`, `e2m1` or
+        `none`: y is what it is. EVEN_K: BLOCK_K divides K; else the last step stands behind the loop, with masks.
+    """
+    PAIRED: tl.constexpr = ACTIVATION != "none"
+    W_PACK: tl.constexpr = 2 if W_FORMAT == "e2m1" else 1
+    tile_m, tile_n = tile_of_program(tl.program_id(0), tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
+    rows = tl.load(row_ids + tile_m * BLOCK_M + tl.arange(0, BLOCK_M))
+    expert = tl.load(block_experts + tile_m).to(tl.int64)
+    if expert < 0:
+        return
+    n_rows = 2 * N if PAIRED else N
+    w += expert * n_rows * (K // W_PACK)
+    w_scales += expert * n_rows * (K // 32)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if PAIRED and INTERLEAVED:
+        w_rows, w_rows2 = 2 * columns, 2 * columns + 1
+    else:
+        w_rows, w_rows2 = columns, columns + N
+    wide_w, wide_w2 = w_rows.to(tl.int64)[:, None], w_rows2.to(tl.int64)[:, None]
+    w_inside = (columns < N)[:, None]
+    x_rows = (rows // TOP_K).to(tl.int64)[:, None]
+    x_inside = (rows < M)[:, None]
+
+    first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    second = first
+    whole = K // BLOCK_K * BLOCK_K
+    for k in range(0, whole, BLOCK_K):
+        first, second = k_step(
+            first, second, x, x_scales, x_rows, x_inside, w, w_scales, wide_w, wide_w2, w_inside, k, K, X_FORMAT,
+            W_FORMAT, PAIRED, SCALED, False, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    if not EVEN_K:
+        first, second = k_step(
+            first, second, x, x_scales, x_rows, x_inside, w, w_scales, wide_w, wide_w2, w_inside, whole, K, X_FORMAT,
+            W_FORMAT, PAIRED, SCALED, True, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+    if x_scale is not None:
+        static = tl.load(x_scale)
+        first *= static
+        second *= static
+    if bias is not None:
+        bias += expert * n_rows
+        first += tl.load(bias + w_rows, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        if PAIRED:
+            second += tl.load(bias + w_rows2, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if PAIRED:
+        first = activate(first, second, ACTIVATION, CLAMP, alpha, limit, beta)
+    if row_weights is not None:
+        first *= tl.load(row_weights + rows, mask=rows < M, other=0.0)[:, None]
+
+    wide = rows.to(tl.int64)[:, None]
+    if OUT == "none":
+        tl.store(y + wide * N + columns[None, :], first.to(y.dtype.element_ty), mask=x_inside & (columns < N)[None, :])
+    else:
+        blocks = first.to(tl.bfloat16).to(tl.float32).reshape(BLOCK_M, BLOCK_N // 32, 32)
+        scale = scale_byte(largest_bits(blocks, 2), CARRY, EMAX)
+        small = (blocks * power_of_two((254 - scale) & 0xFF)[:, :, None]).reshape(BLOCK_M, BLOCK_N)
+        s_columns = tile_n * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)[None, :]
+        s_mask = x_inside & (s_columns < N // 32)
+        tl.store(y_scales + wide * (N // 32) + s_columns, scale.to(tl.uint8), mask=s_mask)
+        if OUT == "e4m3":
+            codes = encode_e4m3(small, NATIVE)
+            tl.store(y + wide * N + columns[None, :], codes, mask=x_inside & (columns < N)[None, :])
+        else:
+            low, high = tl.split(encode_e2m1(small).reshape(BLOCK_M, BLOCK_N // 2, 2))
+            half = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[None, :]
+            tl.store(y + wide * (N // 2) + half, low | high << 4, mask=x_inside & (half < N // 2))
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What a GEMM does with its sums besides rounding them.
+
+    Attributes:
+        activation: `none`, `silu` or `swigluoai`: halves the columns.
+        interleaved: gate and up rows of the weights alternate; else all gates come first.
+        limit, alpha, beta: as `ops.activation.Activation` has them.
+        out: None: y as it is; `e4m3` or `e2m1`: MX blocks of the result rounded to bf16.
+        mode: scale rounding of these; None: the format's default.
+    """
+
+    activation: str = "none"
+    interleaved: bool = False
+    limit: float | None = None
+    alpha: float = 1.702
+    beta: float = 1.0
+    out: str | None = None
+    mode: str | None = None
+
+    def constants(self) -> dict[str, object]:
+        """The kernel's constexpr arguments."""
+        return {
+            "ACTIVATION": self.activation,
+            "INTERLEAVED": self.interleaved,
+            "CLAMP": self.limit is not None,
+            "OUT": self.out or "none",
+            "CARRY": CARRY[self.out][self.mode or DEFAULT_MODE[self.out]] if self.out else 0,
+            "EMAX": 2 if self.out == "e2m1" else 8,
+        }
+
+
+PLAIN = Epilogue()
+
+
+def moe_gemm(
+    x: torch.Tensor,
+    x_scales: torch.Tensor | None,
+    w: torch.Tensor,
+    w_scales: torch.Tensor,
+    y: torch.Tensor,
+    y_scales: torch.Tensor | None,
+    routing: Routing,
+    config: MxGemmConfig,
+    arch: str,
+    *,
+    top_k: int = 1,
+    x_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
+    epilogue: Epilogue = PLAIN,
+) -> torch.Tensor:
+    """y[r] = x[r // top_k] w[expert of r]^T through the epilogue, for each routed row r that has a place.
+
+    No host read of device data: may be captured in a graph. Rows that are dropped are not written.
+
+    Args:
+        x: [R / top_k, K] float8_e4m3fn or bf16, or [R / top_k, K/2] uint8 (e2m1); contiguous, like all that follow.
+        x_scales: [R / top_k, K/32] uint8 e8m0; None for bf16 and for static fp8.
+        w: [E, N, K] float8_e4m3fn or [E, N, K/2] uint8 (e2m1).
+        w_scales: [E, N, K/32] uint8 e8m0.
+        y: [R, N] bf16 or fp32, N halved by an activation; or the codes of `epilogue.out`.
+        y_scales: [R, N/32] uint8 for these.
+        routing: of `config.block_m`.
+        config: tile and launch options; block_n counts columns of y, at least 32 with `epilogue.out`.
+        arch: what it is compiled for.
+        top_k: routed rows a row of x.
+        x_scale: fp32 scalar of static fp8 activations.
+        bias: [E, N].
+        row_weights: [R] fp32, the routing weights.
+        epilogue: what happens to the sums.
+    """
+    paired = epilogue.activation != "none"
+    n, k = w.shape[1] // (2 if paired else 1), w_scales.shape[-1] * 32
+    if routing.block_m != config.block_m or (epilogue.out and (n % 32 or config.block_n % 32)):
+        raise ValueError(
+            f"blocks of {routing.block_m} rows, N {n} and {config}: routing must be made for the config, and MX output "
+            "needs whole blocks of 32 columns; route again, or quantize afterwards"
+        )
+    tiles_m = routing.block_experts.numel()
+    if tiles_m:
+        constants = config.constants(element_of(x), element_of(w), top_k, k, arch) | epilogue.constants()
+        moe_gemm_kernel[(tiles_m * triton.cdiv(n, config.block_n),)](
+            x, x_scales, x_scale, w, w_scales, bias, y, y_scales, routing.row_ids, routing.block_experts, row_weights,
+            y.shape[0], n, k, tiles_m, epilogue.alpha, epilogue.limit or 0.0, epilogue.beta,
+            NATIVE=arch in ("gfx950", "sm_90"), **constants, **config.options(arch),
+        )  # fmt: skip
+    return y
+
+
+def moe_gemm_torch(
+    x: torch.Tensor,
+    x_scales: torch.Tensor | None,
+    w: torch.Tensor,
+    w_scales: torch.Tensor,
+    routing: Routing,
+    *,
+    top_k: int = 1,
+    x_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
+    epilogue: Epilogue = PLAIN,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The twin of `moe_gemm` in plain torch: y in `dtype` and None, or codes and scales. Dropped rows are zero."""
+    values = mx_gemm_torch(
+        x, x_scales, w, w_scales, row_ids=routing.row_ids, block_experts=routing.block_experts, top_k=top_k,
+        dtype=dtype,
+    )  # fmt: skip
+    experts = torch.full((values.shape[0] + 1,), -1, dtype=torch.int64, device=x.device)
+    experts[routing.row_ids.long()] = routing.block_experts.repeat_interleave(routing.block_m).long()
+    here = (experts[:-1] >= 0)[:, None]
+    if x_scale is not None:
+        values = values * x_scale.to(dtype)
+    if bias is not None:
+        values = values + torch.where(here, bias.to(dtype)[experts[:-1].clamp(min=0)], 0)
+    if epilogue.activation != "none":
+        front = Front(epilogue.activation, epilogue.interleaved, epilogue.limit, epilogue.alpha, epilogue.beta)
+        values = front(values)
+    if row_weights is not None:
+        values = values * row_weights.to(dtype)[:, None]
+    if epilogue.out:
+        return quant_mx_torch(values.bfloat16(), epilogue.out, "mx", epilogue.mode)
+    return values, None
