@@ -27,6 +27,7 @@
 #define MAX_M 32
 #define MAX_ELEMENTS 2048 /* M x K of the largest operand */
 #define COLUMNS 8
+#define ROWS 4
 
 static const u8 BITS[] = {[ELEMENT_F64] = 64, [ELEMENT_F32] = 32, [ELEMENT_F16] = 16, [ELEMENT_BF16] = 16,
                           [ELEMENT_FP8] = 8,  [ELEMENT_BF8] = 8,  [ELEMENT_FP6] = 6,  [ELEMENT_BF6] = 6,
@@ -67,19 +68,21 @@ static void unpack(const Wave *w, const Operand *op, u32 type, u32 lane, u32 lan
   }
 }
 
-/* d[i][j] = sum_k a[k][i] b[k][j], sixteen columns at a time (gcc's vectors work on any processor). For m = 4 twelve of
- * them are computed and not looked at. */
+/* d[i][j] = sum_k a[k][i] b[k][j], by tiles of 4 rows and 16 columns, so that sums wait neither for each other nor for
+ * memory (gcc's vectors work on any processor). For m = 4 twelve of the columns are computed and not looked at. */
 typedef f64 Columns __attribute__((vector_size(COLUMNS * sizeof(f64)), aligned(sizeof(f64))));
 static void multiply(u32 m, u32 depth, const f64 *a, const f64 *b, f64 (*d)[MAX_M]) {
-  for (u32 i = 0; i < m; i++)
+  for (u32 i = 0; i < m; i += ROWS)
     for (u32 j = 0; j < m; j += 2 * COLUMNS) {
-      Columns left = {0}, right = {0};
+      Columns left[ROWS] = {0}, right[ROWS] = {0};
       for (u32 k = 0; k < depth; k++) {
-        left += a[k * m + i] * *(const Columns *)&b[k * m + j];
-        right += a[k * m + i] * *(const Columns *)&b[k * m + j + COLUMNS];
+        const Columns x = *(const Columns *)&b[k * m + j], y = *(const Columns *)&b[k * m + j + COLUMNS];
+        for (u32 r = 0; r < ROWS; r++) left[r] += a[k * m + i + r] * x, right[r] += a[k * m + i + r] * y;
       }
-      *(Columns *)&d[i][j] = left;
-      *(Columns *)&d[i][j + COLUMNS] = right;
+      for (u32 r = 0; r < ROWS; r++) {
+        *(Columns *)&d[i + r][j] = left[r];
+        *(Columns *)&d[i + r][j + COLUMNS] = right[r];
+      }
     }
 }
 
