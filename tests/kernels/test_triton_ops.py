@@ -145,8 +145,8 @@ def test_hopper_kernels_compile(element: str | None, w_format: str, x_format: st
 
 
 def test_no_kernel_is_left_out() -> None:
-    """What is launched, by its name, is in the manifest, or a test beside this runs it in the emulator: names it, or calls
-    the function that is named after it."""
+    """What is launched, by its name, is in the manifest, or a test beside this runs it in the emulator: names it, or
+    calls the function that is named after it."""
     everything = {
         name
         for file in FOLDER.glob("*.py")
