@@ -25,25 +25,26 @@ timings: list[dict[str, Any]] = []
 """What the last search timed."""
 
 
+# What searches of all tiles, depths and stages have chosen at least once, and neighbours of these: block_n, block_k,
+# num_warps, num_stages, run.
+SPACE = {
+    16: ((64, 128, 4, 6, 1), (128, 64, 4, 4, 1), (128, 64, 4, 6, 1), (128, 64, 4, 6, 2), (128, 64, 4, 6, 4)),
+    32: ((128, 64, 4, 6, 1), (128, 128, 4, 4, 1), (128, 64, 4, 6, 2)),
+    64: ((128, 64, 4, 4, 1), (128, 64, 4, 6, 1), (128, 128, 8, 4, 1), (256, 64, 8, 4, 1), (128, 64, 4, 6, 2)),
+    128: ((128, 64, 4, 4, 1), (128, 128, 8, 4, 1), (256, 64, 8, 4, 1), (256, 64, 8, 6, 1)),
+    256: ((128, 64, 8, 4, 1),),
+}
+
+
 def candidates(m: int, top_k: int, experts: int, x_format: str, w_format: str) -> dict[int, list[HopperConfig]]:
-    """block_m -> configs that are legal and of a sensible size for so many rows an expert."""
+    """block_m -> configs that fit into shared memory, for the block_m's near the number of rows an expert gets."""
     rows = m * top_k / experts
     space: dict[int, list[HopperConfig]] = {}
-    for block_m in (16, 32, 64, 128, 256):
-        if block_m > max(16, 4 * rows) or block_m < min(64, rows / 3):
-            continue
-        tiles = [(64, 4), (128, 4)] if block_m <= 32 else [(128, 4), (128, 8), (256, 8)]
-        if block_m == 256:
-            tiles = [(128, 8)]
-        for block_n, warps in tiles:
-            if block_m * block_n // (32 * warps) > 128:  # accumulators a thread
-                continue
-            for block_k in (64, 128):
-                for stages in (4, 6):
-                    config = HopperConfig(block_m, block_n, block_k, warps, stages)
-                    if config.shared_bytes(x_format, w_format) + 4096 <= SHARED_MEMORY:
-                        space.setdefault(block_m, []).append(config)
-    return space
+    for block_m, tiles in SPACE.items():
+        if min(64, rows / 3) <= block_m <= max(16, 4 * rows):
+            configs = [HopperConfig(block_m, n, k, warps, stages, run=run) for n, k, warps, stages, run in tiles]
+            space[block_m] = [c for c in configs if c.shared_bytes(x_format, w_format) + 4096 <= SHARED_MEMORY]
+    return {block_m: configs for block_m, configs in space.items() if configs}
 
 
 def tune(

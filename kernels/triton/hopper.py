@@ -25,6 +25,7 @@ class HopperConfig:
         num_warps: 4 or 8.
         num_stages: of shared memory, at least 3: all but two are on their way.
         group_m: blocks of tokens that are taken together, for the sake of L2.
+        run: tiles of weight rows that a program takes one after another.
     """
 
     block_m: int
@@ -33,12 +34,14 @@ class HopperConfig:
     num_warps: int = 4
     num_stages: int = 4
     group_m: int = 8
+    run: int = 1
 
     def shared_bytes(self, x_format: str, w_format: str) -> int:
-        """Shared memory of the pipeline."""
+        """Shared memory of the pipeline, and of the store where the pipeline goes on meanwhile."""
         x = self.block_m * (2 if x_format == "bf16" else 1)
         w = self.block_n if w_format == "e4m3" else self.block_n * 17 / 32
-        return int(self.num_stages * self.block_k * (x + w))
+        store = 2 * self.block_m * (self.block_n + 8) if self.run > 1 else 0
+        return int(self.num_stages * self.block_k * (x + w)) + store
 
 
 def hopper_gemm(
@@ -81,13 +84,13 @@ def hopper_gemm(
         )
     tiles_m = routing.block_experts.numel()
     if tiles_m:
-        grid = (tiles_m * triton.cdiv(w.n, config.block_n),)
+        grid = (tiles_m * triton.cdiv(w.n, config.block_n * config.run),)
         hopper_moe_kernel[grid](
             x, x_factors, w.data, w.scales, w.factors, bias, y, routing.row_ids, routing.block_experts, row_weights,
             rows, w.n, w.k, k_tiles, groups, tiles_m, alpha, limit or 0.0, beta,
             w.x_format, w.w_format, top_k, activation, w.pairs == "interleaved", limit is not None,
             config.block_m, config.block_n, config.block_k, config.num_stages, config.group_m,
-            num_warps=config.num_warps,
+            config.run, num_warps=config.num_warps,
         )  # fmt: skip
     return y
 

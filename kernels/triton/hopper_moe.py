@@ -163,15 +163,31 @@ def multiply(acc, w_tile, s_tile, right, W_FORMAT: gl.constexpr, WIDE: gl.conste
 
 
 @gluon.jit
-def start_copies(tile, stage, x_stages, w_stages, s_stages, x_pointers, w_pointers, s_pointers, x_inside, w_inside,
-                 s_inside, x_columns, w_parts, s_parts, K, k_tiles, W_STEP: gl.constexpr, PARTS: gl.constexpr,
-                 SCALED: gl.constexpr):  # fmt: skip
-    """Ask for tile `tile` along K; what lies outside becomes zero."""
-    w_mask = w_inside & (tile * PARTS + w_parts < k_tiles)
-    async_copy.async_copy_global_to_shared(w_stages.index(stage), w_pointers + tile * (PARTS * W_STEP), mask=w_mask)
+def start_copies(step, steps, x_stages, w_stages, s_stages, x_pointers, w_pointers, s_pointers, x_inside, w_groups,
+                 s_groups, x_columns, w_parts, s_parts, K, k_tiles, groups_n, W_STEP: gl.constexpr,
+                 PARTS: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr,
+                 RUN: gl.constexpr):  # fmt: skip
+    """Ask for what step `step` multiplies, `steps` to a tile of weight rows; what lies outside becomes zero."""
+    tile = step
+    stage = step % STAGES
+    w_from = w_pointers
+    if RUN > 1:
+        tile = step % steps
+        groups = step // steps * GROUPS
+        steps_k = k_tiles
+        k_tiles = gl.where(step < RUN * steps, k_tiles, 0)
+        w_groups += groups
+        s_groups += groups
+        w_from += groups * (steps_k * W_STEP)
+    w_mask = (w_groups < groups_n) & (tile * PARTS + w_parts < k_tiles)
+    w_from += tile * (PARTS * W_STEP)
+    async_copy.async_copy_global_to_shared(w_stages.index(stage), w_from, mask=w_mask)
     if SCALED:
-        s_mask = s_inside & (tile * PARTS + s_parts < k_tiles)
-        async_copy.async_copy_global_to_shared(s_stages.index(stage), s_pointers + tile * (PARTS * 8), mask=s_mask)
+        s_mask = (s_groups < groups_n) & (tile * PARTS + s_parts < k_tiles)
+        s_from = s_pointers + tile * (PARTS * 8)
+        if RUN > 1:
+            s_from += groups * (steps_k * 8)
+        async_copy.async_copy_global_to_shared(s_stages.index(stage), s_from, mask=s_mask)
     x_mask = x_inside & (tile * (PARTS * 64) + x_columns < K)
     async_copy.async_copy_global_to_shared(x_stages.index(stage), x_pointers + tile * (PARTS * 64), mask=x_mask)
     async_copy.commit_group()
@@ -196,13 +212,14 @@ def hopper_moe_kernel(
     M, N, K, k_tiles, groups_n, tiles_m, alpha, limit, beta,
     X_FORMAT: gl.constexpr, W_FORMAT: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr,
     INTERLEAVED: gl.constexpr, CLAMP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, RUN: gl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_N weight rows and BLOCK_M tokens; see `hopper.py` for the arguments.
+    """RUN tiles of BLOCK_N weight rows, one after another, and BLOCK_M tokens; see `hopper.py` for the arguments.
 
     M: routed rows; N: weight rows; K: elements of a row of x; k_tiles: K / 64 rounded up; groups_n: N / 16 rounded up;
         tiles_m: blocks along M. ACTIVATION: "none", "silu" or "swigluoai", of pairs of rows that `hopper_pack` has put
-        8 apart. CLAMP: whether `limit` holds. BLOCK_K: 64 or 128.
+        8 apart. CLAMP: whether `limit` holds. BLOCK_K: 64 or 128. Copies run ahead of the multiplication across the
+        tiles of a run, so that its next tile is on its way while one is finished.
     """
     NUM_WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = BLOCK_N // 16
@@ -211,19 +228,21 @@ def hopper_moe_kernel(
     PARTS: gl.constexpr = BLOCK_K // 64
     ROWS: gl.constexpr = PARTS * GROUPS * (1 if SCALED else 2)
     WIDTH: gl.constexpr = 256 if WIDE else 512
+    PAIRED: gl.constexpr = ACTIVATION != "none"
+    OUT_N: gl.constexpr = BLOCK_N // 2 if PAIRED else BLOCK_N
     W_STEP: gl.constexpr = WIDTH if SCALED else 2 * WIDTH
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, BLOCK_M, 16 if WIDE else 32])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2 if WIDE else 4)
     w_registers: gl.constexpr = fragments(GROUPS, NUM_WARPS, WIDE)
     s_registers: gl.constexpr = scale_fragments(GROUPS, NUM_WARPS)
 
-    tiles_n = (groups_n + GROUPS - 1) // GROUPS
+    tiles_n = (groups_n + GROUPS * RUN - 1) // (GROUPS * RUN)
     pid = gl.program_id(0)
     band = GROUP_M * tiles_n
     top = pid // band * GROUP_M
     height = gl.minimum(tiles_m - top, GROUP_M)
     tile_m = top + pid % band % height
-    tile_n = pid % band // height
+    tile_n = pid % band // height * RUN
     # Where things come from: 16 bytes a thread, whole rows of x or groups of w to as few threads as it takes.
     vector: gl.constexpr = 8 if WIDE else 16
     x_threads: gl.constexpr = BLOCK_K // vector
@@ -260,73 +279,71 @@ def hopper_moe_kernel(
     w_stages = gl.allocate_shared_memory(w.dtype.element_ty, [STAGES, ROWS, WIDTH], flat)
     s_stages = gl.allocate_shared_memory(gl.int32, [STAGES, PARTS * GROUPS if SCALED else 1, 8], flat)
 
+    # By twos, so that weights of the next tile go to other registers than those that a running wgmma reads. An odd last
+    # tile along K is followed by one of zeros.
+    pairs_k = (k_tiles + 2 * PARTS - 1) // (2 * PARTS)
     # STAGES - 2 tiles are on their way while one is multiplied and the one before may still be.
     for first in gl.static_range(STAGES - 2):
-        start_copies(first, first, x_stages, w_stages, s_stages, x_pointers, w_pointers, s_pointers, x_inside,
-                     w_groups < groups_n, s_groups < groups_n, x_columns, w_parts, s_parts, K, k_tiles, W_STEP, PARTS,
-                     SCALED)  # fmt: skip
-    # What the sum is multiplied with and added to, while the first tiles come; few tokens at once, many later.
-    n_index = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma))
-    factor = gl.load(w_factors + expert * groups_n * 16 + n_index, mask=n_index < groups_n * 16, other=0.0)
-    if bias is not None:
-        column = n_index
-        if ACTIVATION != "none":
-            out = n_index // 16 * 8 + n_index % 8
-            half = n_index % 16 // 8
-            column = out * 2 + half if INTERLEAVED else out + half * (N // 2)
-        addend = gl.load(bias + expert * N + column, mask=n_index < N, other=0.0).to(gl.float32)
+        start_copies(first, 2 * pairs_k, x_stages, w_stages, s_stages, x_pointers, w_pointers, s_pointers, x_inside,
+                     w_groups, s_groups, x_columns, w_parts, s_parts, K, k_tiles, groups_n, W_STEP, PARTS, GROUPS,
+                     SCALED, STAGES, RUN)  # fmt: skip
     m_place = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
+    out_threads: gl.constexpr = min(32, OUT_N // 8)
+    store: gl.constexpr = gl.BlockedLayout([1, 8], [32 // out_threads, out_threads], [NUM_WARPS, 1], [1, 0])
     EARLY: gl.constexpr = BLOCK_M <= 32
     if EARLY:
         x_factor, row_weight = factors_of(m_place, row_ids, x_factors, row_weights, M, TOP_K)
-    total = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, mma)
-    tiles = (k_tiles + PARTS - 1) // PARTS
-    # By twos, so that weights of the next tile go to other registers than those that a running wgmma reads. An odd
-    # last tile is followed by one of zeros.
-    for pair in range((tiles + 1) // 2):
-        for second in gl.static_range(2):
-            tile = 2 * pair + second
-            async_copy.wait_group(STAGES - 3)
-            fence_async_shared()
-            start_copies(tile + STAGES - 2, (tile + STAGES - 2) % STAGES, x_stages, w_stages, s_stages, x_pointers,
-                         w_pointers, s_pointers, x_inside, w_groups < groups_n, s_groups < groups_n, x_columns, w_parts,
-                         s_parts, K, k_tiles, W_STEP, PARTS, SCALED)  # fmt: skip
-            right = x_stages.index(tile % STAGES).permute((1, 0))
-            running = multiply(total, w_stages.index(tile % STAGES), s_stages.index(tile % STAGES), right, W_FORMAT,
-                               WIDE, PARTS, BLOCK_N, operand, w_registers, s_registers)  # fmt: skip
-            total = warpgroup_mma_wait(PARTS * (4 if WIDE else 2), deps=(running,))
-    total = warpgroup_mma_wait(0, deps=(total,))
+    for run in range(RUN):
+        # What the sum is multiplied with and added to, while tiles come; of many tokens only afterwards.
+        n_index = (tile_n + run) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma))
+        factor = gl.load(w_factors + expert * groups_n * 16 + n_index, mask=n_index < groups_n * 16, other=0.0)
+        if bias is not None:
+            column = n_index
+            if PAIRED:
+                out = n_index // 16 * 8 + n_index % 8
+                half = n_index % 16 // 8
+                column = out * 2 + half if INTERLEAVED else out + half * (N // 2)
+            addend = gl.load(bias + expert * N + column, mask=n_index < N, other=0.0).to(gl.float32)
+        total = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, mma)
+        for pair in range(pairs_k):
+            for second in gl.static_range(2):
+                step = 2 * (run * pairs_k + pair) + second
+                stage = step % STAGES
+                async_copy.wait_group(STAGES - 3)
+                fence_async_shared()
+                start_copies(step + STAGES - 2, 2 * pairs_k, x_stages, w_stages, s_stages, x_pointers, w_pointers,
+                             s_pointers, x_inside, w_groups, s_groups, x_columns, w_parts, s_parts, K, k_tiles,
+                             groups_n, W_STEP, PARTS, GROUPS, SCALED, STAGES, RUN)  # fmt: skip
+                right = x_stages.index(stage).permute((1, 0))
+                running = multiply(total, w_stages.index(stage), s_stages.index(stage), right, W_FORMAT, WIDE, PARTS,
+                                   BLOCK_N, operand, w_registers, s_registers)  # fmt: skip
+                total = warpgroup_mma_wait(PARTS * (4 if WIDE else 2), deps=(running,))
+        total = warpgroup_mma_wait(0, deps=(total,))
 
-    if not EARLY:
-        x_factor, row_weight = factors_of(m_place, row_ids, x_factors, row_weights, M, TOP_K)
-    total = total * gl.expand_dims(factor, 1)
-    if x_factors is not None:
-        total = total * gl.expand_dims(x_factor, 0)
-    if bias is not None:
-        total += gl.expand_dims(addend, 1)
-    if row_weights is not None:
-        total = total * gl.expand_dims(row_weight, 0)
-    if ACTIVATION != "none":
-        pairs = total.reshape((GROUPS, 2, 8, BLOCK_M)).permute((0, 2, 3, 1)).reshape((BLOCK_N // 2, BLOCK_M, 2))
-        gate, up = gl.split(pairs)
-        if CLAMP:
-            gate = gl.where(gate > limit, limit, gate)  # unlike a minimum, this keeps NaN
-            up = gl.where(up > limit, limit, gl.where(up < -limit, -limit, up))
-        if ACTIVATION == "swigluoai":
-            result = gate / (1.0 + gl.exp(-alpha * gate)) * (up + beta)
+        if not EARLY:
+            x_factor, row_weight = factors_of(m_place, row_ids, x_factors, row_weights, M, TOP_K)
+        total = total * gl.expand_dims(factor, 1)
+        if x_factors is not None:
+            total = total * gl.expand_dims(x_factor, 0)
+        if bias is not None:
+            total += gl.expand_dims(addend, 1)
+        if row_weights is not None:
+            total = total * gl.expand_dims(row_weight, 0)
+        if PAIRED:
+            pairs = total.reshape((GROUPS, 2, 8, BLOCK_M)).permute((0, 2, 3, 1)).reshape((OUT_N, BLOCK_M, 2))
+            gate, up = gl.split(pairs)
+            if CLAMP:
+                gate = gl.where(gate > limit, limit, gate)  # unlike a minimum, this keeps NaN
+                up = gl.where(up > limit, limit, gl.where(up < -limit, -limit, up))
+            if ACTIVATION == "swigluoai":
+                result = gate / (1.0 + gl.exp(-alpha * gate)) * (up + beta)
+            else:
+                result = gate / (1.0 + gl.exp(-gate)) * up
         else:
-            result = gate / (1.0 + gl.exp(-gate)) * up
-        OUT_N: gl.constexpr = BLOCK_N // 2
-        n_out = N // 2
-    else:
-        result = total
-        OUT_N: gl.constexpr = BLOCK_N
-        n_out = N
-
-    out_threads: gl.constexpr = min(32, OUT_N // 8)
-    store: gl.constexpr = gl.BlockedLayout([1, 8], [32 // out_threads, out_threads], [NUM_WARPS, 1], [1, 0])
-    result = gl.convert_layout(result.to(y.dtype.element_ty).permute((1, 0)), store)
-    rows = gl.load(row_ids + tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, store)))
-    columns = tile_n * OUT_N + gl.arange(0, OUT_N, gl.SliceLayout(0, store))
-    places = gl.expand_dims(rows.to(gl.int64) * n_out, 1) + gl.expand_dims(columns, 0)
-    gl.store(y + places, result, mask=gl.expand_dims(rows < M, 1) & gl.expand_dims(columns < n_out, 0))
+            result = total
+        n_out = N // 2 if PAIRED else N
+        result = gl.convert_layout(result.to(y.dtype.element_ty).permute((1, 0)), store)
+        rows = gl.load(row_ids + tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, store)))
+        columns = (tile_n + run) * OUT_N + gl.arange(0, OUT_N, gl.SliceLayout(0, store))
+        places = gl.expand_dims(rows.to(gl.int64) * n_out, 1) + gl.expand_dims(columns, 0)
+        gl.store(y + places, result, mask=gl.expand_dims(rows < M, 1) & gl.expand_dims(columns < n_out, 0))

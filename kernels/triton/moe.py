@@ -99,7 +99,7 @@ def default_configs(m: int, top_k: int, experts: int, arch: str) -> tuple[MxGemm
             MxGemmConfig(block_m, 128, 256, 4, 2, nonkdim=16),
         )
     if arch == "gfx942":
-        return MxGemmConfig(block_m, 32, 64, 4, 1, nonkdim=16), MxGemmConfig(block_m, 64, 64, 4, 1, nonkdim=16)
+        return MxGemmConfig(block_m, 32, 64, 4, 2, nonkdim=16), MxGemmConfig(block_m, 64, 64, 4, 1, nonkdim=16)
     if arch.startswith("gfx11"):
         block_m = min(block_m, 32)
         return MxGemmConfig(block_m, 32, 64, 4, 1), MxGemmConfig(block_m, 32, 64, 4, 1)

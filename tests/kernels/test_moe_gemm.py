@@ -24,7 +24,7 @@ ARCHS = ("gfx950", "gfx942", "gfx1100")
 EXPERTS, TOP_K, TOKENS = 3, 2, 9
 TILES = {
     "gfx950": MxGemmConfig(16, 64, 128, nonkdim=16),
-    "gfx942": MxGemmConfig(16, 32, 64, num_stages=1, nonkdim=16),
+    "gfx942": MxGemmConfig(16, 32, 64, nonkdim=16),
     "gfx1100": MxGemmConfig(16, 32, 64, num_stages=1),
     "sm_90": MxGemmConfig(16, 64, 64, num_stages=3),
 }
