@@ -8,6 +8,12 @@
 #include "decode.h"
 #if TARGET_SM90
 #include "decode_sm90.h"
+#elif TARGET_GFX950
+#include "decode_gfx950.h"
+#elif TARGET_GFX942
+#include "decode_gfx942.h"
+#else
+#include "decode_gfx11.h"
 #endif
 
 template <Weight W, Act A, int M, bool Grouped>
@@ -31,45 +37,35 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     x.stage(a, s, rows);
     block_barrier();
 
-    for (int group = s.first_group; group < s.row_groups; group += a.groups) {
-        // The rows that this block finishes, and, loaded before it is needed, what one of them is multiplied by and added to.
-        const int first = group * a.waves_n * TILE_ROWS + s.rank * sums.owned, mine = first + thread_index();
-        float times = 1, plus = 0;
-        if (thread_index() < sums.owned && mine < a.n) {
-            times = row_factor<W, A, M>(a, s, rows.expert, mine);
-            if (a.bias != nullptr) plus = float_from_bf16(a.bias[static_cast<int64_t>(rows.expert) * a.n + mine]);
-        }
+    for (int group = s.first_group; group < s.row_groups; group += s.groups) {
+        sums.template look_ahead<W, A, M>(rows.expert, group);
         Totals<W, A, M> totals;
-        if (group * a.waves_n + s.wave_n < s.row_tiles)
-            for (int tile = s.wave_first; tile < s.wave_end; tile += a.chunk) {
-                const int count = smaller(a.chunk, s.wave_end - tile);
-                stream.wait();
-#pragma unroll(W == Weight::e2m1 && M != 8 ? 2 : 1)
-                for (int t = 0; t < count; t++) totals.add(stream, t, x, (tile + t - s.block_first) * Tile<W>::BLOCKS);
-                stream.release();
-            }
+        if (group * s.waves_n + s.wave_n < s.row_tiles)
+            stream.template each_tile<W == Weight::e2m1 && M != 8 ? 2 : 1>([&](const auto& tile, int number) {
+                totals.add(stream, tile, x, (number - s.block_first) * Tile<W>::BLOCKS);
+            });
         totals.join();
-        sums.hand_over(totals, rows.count, group == s.first_group, times, plus);
+        sums.hand_over(totals, rows.count, group == s.first_group);
 
-        // Kernels multiply by infinity where a scale is NaN, so that only sums that are not finite need to ask.
-        const auto finished = [&](int at, int column) {
-            const float sum = sums.sum(at, column);
-            const bool finite = __builtin_fabsf(sum) < __builtin_inff();
-            return !finite && has_nan<W>(a, s, rows.expert, first + at) ? bits<float>(0x7fc00000u) : sum;
-        };
-        // With an activation behind them, row tiles alternate 8 gates and 8 ups.
-        const int outputs = a.activation == NO_ACTIVATION ? sums.owned : sums.owned / 2;
-        for (int j = thread_index(); j < rows.count * outputs; j += s.threads) {
-            const int at = j % outputs, column = j / outputs;
-            if (a.activation == NO_ACTIVATION) {
-                if (first + at < a.n) store_result(a, rows.out(column), first + at, finished(at, column));
-            } else {
-                const int gate = at / 8 * TILE_ROWS + at % 8;
-                if (first + gate < a.n)
-                    store_result(a, rows.out(column), first / 2 + at, activated(finished(gate, column), finished(gate + 8, column), a));
+        // What this block finishes: rows from `first` on. With an activation behind them, row tiles alternate 8 gates and 8 ups.
+        const auto& e = late(a);
+        const int first = group * s.waves_n * TILE_ROWS + sums.first;
+        const bool paired = e.activation != NO_ACTIVATION;
+        const int outputs = paired ? sums.owned / 2 : sums.owned;
+        for (int j = thread_index(); j < rows.count * outputs; j += e.waves_k * e.waves_n * WAVE) {
+            const int output = j % outputs, column = j / outputs;
+            const int at = paired ? output / 8 * TILE_ROWS + output % 8 : output;
+            if (first + at >= e.n) continue;
+            float gate = 0, value = 0;
+#pragma unroll 1
+            for (int half = 0; half <= paired; half++) {
+                gate = value;
+                value = finish<W, A>(e, s, rows.expert, first + at + 8 * half, sums.sum(at + 8 * half, column));
             }
+            if (paired) value = activated(gate, value, e);
+            store_result(e, rows.out(column), (paired ? first / 2 : first) + output, value);
         }
-        if (group + a.groups < s.row_groups) sums.done();
+        if (group + s.groups < s.row_groups) sums.done();
     }
 }
 
@@ -89,6 +85,7 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 384;
                                                  waves_k, waves_n, groups, depth, chunk, carry, out, activation, alpha,     \
                                                  limit});                                                                   \
     }
+#if TARGET_SM90
 #define SCHEME(NAME, W, A)                            \
     DECODE(decode_##NAME##_m2, W, A, 2, FEW<W>, 2, false)     \
     DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)     \
@@ -98,6 +95,14 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 384;
     DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW<W>, 2, true)  \
     DECODE(moe_decode_##NAME##_m8, W, A, 8, FEW<W>, 2, true)  \
     DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)
+#else  // a matrix unit takes sixteen rows whatever M is: fewer sizes will do
+#define SCHEME(NAME, W, A)                                  \
+    DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)   \
+    DECODE(decode_##NAME##_m16, W, A, 16, MANY, 1, false)   \
+    DECODE(decode_##NAME##_m32, W, A, 32, FEW<W>, 1, false) \
+    DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW<W>, 2, true) \
+    DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)
+#endif
 
 // One code object a scheme: they compile in parallel, and a server loads the one that it uses.
 #if defined(DECODE_MXFP8)

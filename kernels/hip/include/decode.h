@@ -24,7 +24,7 @@ struct DecodeArgs {
     void* y;                       // rows y_stride apart
     const int *row_ids, *block_experts;
     const float* row_weights;      // of routed rows, or null
-    float* workspace;              // AMD with split > 1: partial sums, then counters that are zero between launches
+    float* workspace;              // AMD with split > 1: counters that are zero between launches, then partial sums
     int64_t x_stride, y_stride;
     int m, n, k;                   // rows of y in all; rows of w; K
     int top_k;                     // rows of y that share a row of x
@@ -37,9 +37,20 @@ struct DecodeArgs {
     float alpha, limit;            // of the activation; limit <= 0: no clamp
 };
 
+/// `value`, the same in all lanes, of which the compiler knows nothing any more. On AMD this parts arguments that are loaded
+/// together, and would take up registers together for as long as one of them is wanted.
+DEVICE int opaque(int value) {
+#if TARGET_AMD
+    value = __builtin_amdgcn_readfirstlane(value);
+    asm volatile("" : "+s"(value));
+#endif
+    return value;
+}
+
 /// What this block and this wave have to do.
 struct Share {
     int threads, wave_k, wave_n;
+    int waves_n, groups;               // as in DecodeArgs
     int rank;                          // in the blocks that share K
     int tiles, row_tiles, row_groups;  // along K, along N, and of waves_n row tiles
     int first_group;
@@ -48,6 +59,7 @@ struct Share {
 
     DEVICE Share(const DecodeArgs& a, int tile_k, int rank) : rank(rank) {
         threads = a.waves_k * a.waves_n * WAVE;
+        waves_n = opaque(a.waves_n), groups = opaque(a.groups);
         wave_k = wave_index() % a.waves_k, wave_n = wave_index() / a.waves_k;
         tiles = ceil_div(a.k, tile_k);
         row_tiles = ceil_div(a.n, TILE_ROWS), row_groups = ceil_div(row_tiles, a.waves_n);
@@ -69,8 +81,8 @@ struct Rows {
     DEVICE static Rows of(const DecodeArgs& a) {
         const int block = block_index() / a.split / a.groups, first = block * Room;
         if constexpr (Grouped) {
-            int count = 0;
-            while (count < Room && a.row_ids[first + count] < a.m) count++;  // padding comes last
+            const bool used = lane_index() < Room && a.row_ids[first + lane_index()] < a.m;
+            const int count = count_lanes(used);  // padding comes last
             return {a.row_ids + first, first, count, a.block_experts[block], a.top_k};
         }
         return {nullptr, first, smaller(Room, a.m - first), 0, 1};

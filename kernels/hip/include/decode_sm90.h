@@ -65,6 +65,18 @@ class Stream {
 
     DEVICE static int bytes(const DecodeArgs& a) { return a.depth * a.chunk * (Tile<W>::BYTES + Tile<W>::SCALES); }
 
+    /// `each(t, number along K)` for all tiles of the next row group; t is the tile's place in its chunk.
+    template <int Unroll, typename Each>
+    DEVICE void each_tile(Each each) {
+        for (int first = s.wave_first; first < s.wave_end; first += a.chunk) {
+            const int count = smaller(a.chunk, s.wave_end - first);
+            wait();
+#pragma unroll(Unroll)
+            for (int t = 0; t < count; t++) each(t, first + t);
+            release();
+        }
+    }
+
     /// Waits for the next chunk.
     DEVICE void wait() { barrier_wait(barriers + stage, parity); }
     /// Tile `t` of the chunk.
@@ -338,6 +350,14 @@ struct Totals {
     }
 };
 
+/// What the sums of weight row `row` are multiplied by.
+template <Weight W, Act A, int M>
+DEVICE float row_factor(const DecodeArgs& a, const Share& s, int expert, int row) {
+    if constexpr (W == Weight::e4m3) return 1.0f;
+    const float factor = a.factors[static_cast<int64_t>(expert) * s.row_tiles * TILE_ROWS + row];
+    return A == Act::fp8_static && !Activations<W, A, M>::AFTER ? factor * *a.x_scale : factor;
+}
+
 /// Partial sums of a row group on their way to the block that finishes their rows: [rank][wave_k][owned row][column].
 ///
 /// Blocks that share K are a cluster, and each owns rows / split rows. Sums travel by st.async into the owner's shared memory
@@ -345,11 +365,11 @@ struct Totals {
 template <int Room>
 class Sums {
    public:
-    int owned;            // rows of a group that this block finishes, from owned * rank on
+    int owned, first;     // rows of a group that this block finishes, from which on
     float *times, *plus;  // of every owned row: what its sums are multiplied by, and what is added then
 
     DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier) : a(a), s(s), barrier(barrier) {
-        owned = a.waves_n * TILE_ROWS / a.split;
+        owned = a.waves_n * TILE_ROWS / a.split, first = s.rank * owned;
         times = reinterpret_cast<float*>(lds);
         plus = times + owned;
         partial = plus + owned;
@@ -358,9 +378,19 @@ class Sums {
         cluster_arrive();
     }
 
-    /// All threads: sums up, and tells every thread of the block `t` and `p` of the owned row that the calling thread is for.
+    /// Loads, before they are needed, what one of the owned rows is multiplied by and what is added to it.
+    template <Weight W, Act A, int M>
+    DEVICE void look_ahead(int expert, int group) {
+        const int row = group * a.waves_n * TILE_ROWS + first + thread_index();
+        my_times = 1, my_plus = 0;
+        if (thread_index() >= owned || row >= a.n) return;
+        my_times = row_factor<W, A, M>(a, s, expert, row);
+        if (a.bias != nullptr) my_plus = float_from_bf16(a.bias[static_cast<int64_t>(expert) * a.n + row]);
+    }
+
+    /// All threads: sums up, and tells every thread of the block what was loaded ahead.
     template <typename T>
-    DEVICE void hand_over(const T& totals, int columns, bool first_group, float t, float p) {
+    DEVICE void hand_over(const T& totals, int columns, bool first_group) {
         if (a.split > 1) {
             cluster_wait();  // all ranks have started, and are done with the sums of the group before
             if (thread_index() == 0)
@@ -377,7 +407,7 @@ class Sums {
             else
                 *reinterpret_cast<float2*>(to) = {first, second};
         });
-        if (thread_index() < owned) times[thread_index()] = t, plus[thread_index()] = p;
+        if (thread_index() < owned) times[thread_index()] = my_times, plus[thread_index()] = my_plus;
         block_barrier();
         if (a.split > 1) barrier_wait(barrier, parity), parity ^= 1;
     }
@@ -400,16 +430,9 @@ class Sums {
     const Share& s;
     uint64_t* barrier;
     float* partial;
+    float my_times = 1, my_plus = 0;
     uint32_t parity = 0;
 };
-
-/// What the sums of weight row `row` are multiplied by.
-template <Weight W, Act A, int M>
-DEVICE float row_factor(const DecodeArgs& a, const Share& s, int expert, int row) {
-    if constexpr (W == Weight::e4m3) return 1.0f;
-    const float factor = a.factors[static_cast<int64_t>(expert) * s.row_tiles * TILE_ROWS + row];
-    return A == Act::fp8_static && !Activations<W, A, M>::AFTER ? factor * *a.x_scale : factor;
-}
 
 /// Whether weight row `row` has a scale that is NaN. The factors of e2m1 know, so nobody asks.
 template <Weight W>
@@ -421,5 +444,14 @@ DEVICE bool has_nan(const DecodeArgs& a, const Share& s, int expert, int row) {
         if (from[block / 2 * Tile<W>::SCALES + block % 2] == 255) return true;
     return false;
 }
+
+/// A finished sum. Kernels multiply by infinity where a scale is NaN, so that only sums that are not finite need to ask.
+template <Weight W, Act A>
+DEVICE float finish(const DecodeArgs& a, const Share& s, int expert, int row, float sum) {
+    const bool finite = __builtin_fabsf(sum) < __builtin_inff();
+    return !finite && has_nan<W>(a, s, expert, row) ? bits<float>(0x7fc00000u) : sum;
+}
+
+DEVICE const DecodeArgs& late(const DecodeArgs& a) { return a; }
 
 DEVICE int share_rank(const DecodeArgs& a) { return a.split > 1 ? cluster_rank() : 0; }

@@ -71,6 +71,17 @@ DEVICE T max_lanes(T value) {
     return value;
 }
 
+/// In how many lanes of the wave `condition` holds. All lanes take part.
+DEVICE int count_lanes(bool condition) {
+#if TARGET_GFX9
+    return __builtin_popcountll(__builtin_amdgcn_ballot_w64(condition));
+#elif TARGET_AMD
+    return __builtin_popcount(__builtin_amdgcn_ballot_w32(condition));
+#else
+    return __popc(__ballot_sync(0xffffffffu, condition));
+#endif
+}
+
 /// All threads of the block arrive before any leaves, and see what the others wrote to LDS before.
 DEVICE void block_barrier() {
 #if TARGET_AMD
