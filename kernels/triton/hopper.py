@@ -163,10 +163,11 @@ def default_configs(
     """Configs for a shape that nobody tuned, of gate_up and down: block_m holds the rows that an expert gets."""
     rows = max(1, m * top_k // experts)
     block_m = min(max(16, triton.next_power_of_2(rows)), 64 if rows <= 64 else 128)
-    if block_m <= 64:
-        config = HopperConfig(block_m, 128, 128 if x_format == "e4m3" else 64, 4, 4)
-    elif x_format == "e4m3":
-        config = HopperConfig(block_m, 128, 128, 4, 4)
+    narrow = x_format == "e4m3"
+    if block_m == 16:
+        config = HopperConfig(16, 64, 128, 4, 6) if narrow else HopperConfig(16, 128, 64, 4, 6)
+    elif block_m == 32:
+        config = HopperConfig(32, 128, 128, 4, 4) if narrow else HopperConfig(32, 128, 64, 4, 6)
     else:
-        config = HopperConfig(block_m, 128, 64, 4, 4)
+        config = HopperConfig(block_m, 128, 64, 4, 6 if narrow and block_m == 64 else 4)
     return config, config
