@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from sglang_amd_quant.formats.mx import ELEMENTS
 from sglang_amd_quant.kernels.hip import manifest
-from sglang_amd_quant.ops.packed import as_mx
+from sglang_amd_quant.ops.packed import PackedWeight, as_mx
+from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.runtime.device import Gpu, gpu
 from sglang_amd_quant.runtime.gemv_mxfp4 import gemv_mxfp4
 from sglang_amd_quant.runtime.launch import LaunchDescription
-from sglang_amd_quant.selection import kernel
+from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE
+from sglang_amd_quant.selection import GemmProblem, kernel
 
 if TYPE_CHECKING:
     from sglang_amd_quant.ops.linear import LinearCall
@@ -78,6 +81,35 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     if x.stride(-1) == 1 and x.stride(0) % whole == 0 and x.data_ptr() % ROW_ALIGNMENT == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def run_decode(call: LinearCall) -> None:
+    """`kernels/hip/decode_gemm.hip`, dense: quantizes x itself."""
+    from sglang_amd_quant.runtime.decode_gemm import Epilogue, decode_gemm
+
+    device, problem = device_of(call.x), call.problem
+    data, scales, factors = call.weight.tensors[0], call.weight.tensors[1], None
+    if isinstance(call.weight, PackedWeight):
+        data, factors, scales = call.weight.tensors
+    device.start(
+        decode_gemm(
+            aligned(call.x), data, scales, factors, call.y, scheme=decode_scheme(problem), n=problem.n,
+            cu_count=device.cu_count, carry=carry(call.act), x_scale=call.act.scale, epilogue=Epilogue(bias=call.bias),
+        )
+    )  # fmt: skip
+
+
+def decode_scheme(problem: GemmProblem) -> str:
+    """The name that a problem's formats have among the decode kernels."""
+    return problem.scheme + ("_static" if problem.act == "fp8_static" else "")
+
+
+def carry(act: ActQuant) -> int:
+    """What rounds the scales of activations that a kernel quantizes; 0 where there are none."""
+    element = ELEMENTS.get(act.scheme.act)
+    if act.scale is not None or element is None:
+        return 0
+    return element.carry(act.mode or DEFAULT_SCALE_MODE[act.scheme.act])
 
 
 def run_gemv_mxfp4(call: LinearCall) -> None:

@@ -112,7 +112,8 @@ def _hopper(x_format: str) -> Callable[[MxTensor, GemmProblem], list[torch.Tenso
         """Data, row factors, and for e2m1 scales."""
         from sglang_amd_quant.kernels.triton.hopper_pack import pack_hopper
 
-        made = pack_hopper(weight.data, weight.scales, x_format, pairs_of(problem))
+        data, scales = (t if t.dim() == 3 else t.unsqueeze(0) for t in weight.tensors)  # a linear is one expert
+        made = pack_hopper(data, scales, x_format, pairs_of(problem))
         if rounded := int(made.rounded):
             what = "blocks" if made.w_format == "e2m1" else "elements"
             logger.info(

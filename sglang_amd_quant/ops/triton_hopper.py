@@ -9,12 +9,13 @@ import torch
 from sglang_amd_quant import formats
 from sglang_amd_quant.ops.packed import PackedWeight, Weight, pairs_of
 from sglang_amd_quant.ops.reference import ActQuant
-from sglang_amd_quant.ops.routing import combine, route, slots
+from sglang_amd_quant.ops.routing import Routing, combine, route, slots
 from sglang_amd_quant.selection import Config, GemmProblem
 
 if TYPE_CHECKING:
     from sglang_amd_quant.kernels.triton.hopper import HopperConfig
     from sglang_amd_quant.kernels.triton.hopper_pack import HopperWeights
+    from sglang_amd_quant.ops.linear import LinearCall
     from sglang_amd_quant.ops.moe import MoeCall
 
 
@@ -41,6 +42,19 @@ def run_hopper_moe(call: MoeCall) -> torch.Tensor:
     if p.combine:
         return combine(routed, call.topk_ids, p.num_experts, p.scale, x.dtype)
     return slots(routed, call.topk_ids, p.num_experts).to(x.dtype)
+
+
+def run_hopper_gemm(call: LinearCall) -> None:
+    """Dense: one expert, all rows in order."""
+    from sglang_amd_quant.kernels.triton.hopper import hopper_gemm
+
+    w, tile, m = _weights(call.weight, call.problem), _tile(call.config), call.x.shape[0]
+    blocks = -(-m // tile.block_m)
+    ids = torch.arange(blocks * tile.block_m, dtype=torch.int32, device=call.x.device)  # from M on: no row
+    zeros = torch.zeros(blocks, dtype=torch.int32, device=call.x.device)
+    left, factors = _input(call.x, call.act, w.x_format)
+    bias = None if call.bias is None else call.bias.unsqueeze(0)
+    hopper_gemm(left, factors, w, call.y, Routing(ids, zeros, zeros[:1], tile.block_m, m), tile, bias=bias)
 
 
 def _weights(weight: Weight, problem: GemmProblem) -> HopperWeights:

@@ -225,7 +225,7 @@ def _split_k(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:
 
 def _lds(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:
     arch = ARCHES.get(p.arch)
-    if not kernel.triton or arch is None or not arch.lds_bytes:
+    if not (kernel.triton or kernel.lds) or arch is None or not arch.lds_bytes:
         return
     need = lds_need(p, kernel, c)
     if need > arch.lds_bytes:

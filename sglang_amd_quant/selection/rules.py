@@ -39,12 +39,17 @@ RULES: tuple[Rule, ...] = (
     Rule("hip_moe_w4a16_wmma", "gfx11", "moe_gate_up", "int4_w4a16", "ROCm/vllm #1015", m=(6, None), a_div=8),
     # Kernels of this package.
     *(_gemv(arch) for arch in ("gfx950", "gfx942", "gfx11", "sm_90")),
+    *(
+        Rule("hip_decode", "sm_90", "linear", scheme, "runtime/decode_gemm.py: plans measured up to M=32", m=(1, 32))
+        for scheme in ("mxfp8", "w4a8", "mxfp4", "w4a16")
+    ),
 )
 
 HIP_MARGIN = 1.03
 """#3783 keeps a HIP kernel only where t_triton / t_hip is above this (`use_hip`); an entry that names the Triton kernel
 is its `use_hip=0`. A tuner for these packs applies it; lookup only reads the winner."""
 
+_DECODING = "kernels/hip/decode_gemm.hip reads it, and others that serve more rows"
 _FRAGMENTS = "kernels/triton/hopper_moe.py: weights go from memory to wgmma without a way back through it"
 
 _GROUPED = ("moe_gate_up", "moe_down")
@@ -53,6 +58,8 @@ _GROUPED = ("moe_gate_up", "moe_down")
 LAYOUT_RULES: tuple[LayoutRule, ...] = (
     LayoutRule("gfx950", "w4a8", _GROUPED, "cdna4_scale", "vllm#44804: swizzled scales win at TP1 and TP2", 2),
     LayoutRule("gfx950", "w4a8", _GROUPED, "strided", "vllm#44804: strided scales win 23 of 28 cells at TP4 and TP8"),
+    *(LayoutRule("sm_90", s, ("linear",), "hopper_bf16", _DECODING) for s in ("w4a16", "w4a8", "mxfp4")),
+    LayoutRule("sm_90", "mxfp8", ("linear",), "mma_tile+mma_scale", _DECODING),
     LayoutRule("sm_90", "w4a16", _GROUPED, "hopper_bf16", _FRAGMENTS),
     *(LayoutRule("sm_90", s, _GROUPED, "hopper_e4m3", _FRAGMENTS) for s in ("mxfp8", "w4a8", "mxfp4")),
     LayoutRule("gfx11", "int4_w4a16", _GROUPED, "exllama", "ROCm/vllm #1015 reads ExLlama order"),

@@ -43,7 +43,17 @@ def _grouped_tile(problem: GemmProblem) -> Config:
     return Config(block_m, 64, 128, num_warps=4, num_stages=2, nonkdim=_nonkdim(problem.arch, block_m))
 
 
-def _mx_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
+def _decode_lds(problem: GemmProblem, config: Config) -> int:
+    """The least shared memory of any plan in `runtime/decode_gemm.py`: eight blocks share K, four waves each."""
+    rows = next((r for r in (2, 4, 8, 16) if problem.m <= r), 32)
+    columns, e4m3 = max(4, rows), problem.weight_bits == 8
+    most = -(-problem.k // 64 // 8) if problem.k % 64 == 0 else -(-(problem.k // 64 + 1) // 8)
+    ring = 4 * 2 * ((1024 if e4m3 else 512) + 32)
+    activations = 16 + columns * ((most * 64 + 32) * 2 + (most * 8 if e4m3 or rows <= 8 else 0))
+    return 128 + ring + activations + 8 * 16 // 8 + 4 * 4 * 16 * columns
+
+
+def _mx_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ("strided",)) -> KernelSpec:
     return KernelSpec(
         name,
         SHIPPED,
@@ -51,6 +61,7 @@ def _mx_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
         archs=GPUS,
         schemes=("mxfp8", "w4a8", "mxfp4", "w4a16"),
         ops=ops,
+        layouts=layouts,
         space=_TILE,
         configure=_dense_tile if ops == ("linear",) else _grouped_tile,
         triton=True,
@@ -114,14 +125,14 @@ def _hopper_lds(x_bytes: int) -> Callable[[GemmProblem, Config], int]:
     return need
 
 
-def _hopper(x_format: str, schemes: tuple[str, ...], acts: tuple[str, ...]) -> KernelSpec:
+def _hopper(x_format: str, schemes: tuple[str, ...], acts: tuple[str, ...], ops: tuple[str, ...] = ()) -> KernelSpec:
     return KernelSpec(
         f"triton_hopper_{x_format}",
         SHIPPED,
         "kernels/triton/hopper_moe.py",
         archs=("sm_90",),
         schemes=schemes,
-        ops=("moe_gate_up", "moe_down"),
+        ops=("moe_gate_up", "moe_down", *ops),
         layouts=(f"hopper_{x_format}",),
         space={
             "block_m": (16, 32, 64, 128, 256),
@@ -158,10 +169,27 @@ SHIPPED_KERNELS = (
         m_max=4,
         k_multiple=32,
     ),
-    _mx_gemm("triton_mx_gemm", ("linear",)),
+    KernelSpec(
+        "hip_decode",
+        SHIPPED,
+        "kernels/hip/decode_gemm.hip",
+        archs=("sm_90",),
+        schemes=("mxfp8", "w4a8", "mxfp4", "w4a16"),
+        ops=("linear",),
+        layouts=("hopper_bf16", "mma_tile+mma_scale"),
+        acts=("e4m3", "e2m1", "bf16", "fp8_static"),
+        out_dtypes=("bf16", "fp16", "fp32"),
+        fuses=("quantize_input", "bias"),
+        x_dtypes=("bf16",),
+        lds=_decode_lds,
+        code_objects=tuple(f"decode_{s}" for s in ("mxfp8", "w4a8", "mxfp4", "w4a16", "mxfp8_static", "w4a8_static")),
+        m_max=64,
+        k_multiple=32,
+    ),
+    _mx_gemm("triton_mx_gemm", ("linear",), ("strided", "mma_tile+mma_scale")),
     _MOE,
     _mx_gemm("triton_mx_moe", ("moe_gate_up", "moe_down")),
-    _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1")),
+    _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1"), ("linear",)),
     _hopper("e4m3", ("mxfp8", "w4a8", "mxfp4"), ("e4m3", "e2m1", "fp8_static")),
 )
 

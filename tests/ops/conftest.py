@@ -210,5 +210,5 @@ def hopper_twins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(hopper, "hopper_gemm", gemm)
     for module in (layout, operand):
         monkeypatch.setattr(module, "current_arch", lambda: "sm_90")
-    only(monkeypatch, "triton_mx_moe", "triton_hopper_bf16", "triton_hopper_e4m3")
+    only(monkeypatch, "triton_mx_moe", "triton_mx_gemm", "triton_hopper_bf16", "triton_hopper_e4m3")
     return calls

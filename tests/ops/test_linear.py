@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from op_layers import MX, assert_close, exact_linear, make_linear, opchecks, with_values
+from sglang_amd_quant.kernels.hip.manifest import find
 
 from sglang_amd_quant.errors import SchemeError, ShapeError, UnsupportedError
-from sglang_amd_quant.ops import hip
+from sglang_amd_quant.ops import hip, layout, linear, operand
+from sglang_amd_quant.ops.layout import lay_out
 from sglang_amd_quant.ops.linear import KERNELS, bound
 from sglang_amd_quant.ops.operand import Operand
 from sglang_amd_quant.schemes import SCHEMES
@@ -121,6 +123,57 @@ def test_triton_launcher(triton_twins, scheme, static, m):
     (call, *_) = triton_twins
     assert call["config"].block_m == (16 if m == 1 else 64)
     assert call["y"].dtype == (torch.float32 if static else torch.bfloat16)
+
+
+def laid_out(layer):
+    return replace(layer, weight=lay_out(layer.weight, layer.problem))
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "mxfp4"])
+@pytest.mark.parametrize("m", [1, 70])
+def test_hopper_launcher(hopper_twins, scheme, m):
+    plain = make_linear(scheme, N, K, arch="sm_90")
+    layer = laid_out(plain)
+    assert layer.weight.layout.name == "hopper_bf16"
+    for bias in (None, torch.randn(N).bfloat16()):
+        x = torch.randn(m, 2 * K).bfloat16()[:, ::2]
+        assert_close(layer(x, bias), exact_linear(plain, x, bias), K)
+    assert hopper_twins == ["bf16", "bf16"]
+    assert layer(torch.empty(0, K).bfloat16()).shape == (0, N)
+
+
+def test_rows_that_hopper_cannot_group_stay_strided(hopper_twins):
+    assert laid_out(make_linear("w4a16", 40, K, arch="sm_90")).weight.layout.name == "strided"
+
+
+@pytest.mark.parametrize(("scheme", "static"), [*((s, False) for s in MX), ("mxfp8", True), ("w4a8", True)])
+def test_decode_is_launched_on_what_it_reads(monkeypatch, scheme, static):
+    """The description, on weights that are really packed; what it computes is seen on a device (tests/device)."""
+    pytest.importorskip("triton")
+    started = []
+    device = type("Device", (), {"arch_name": "sm_90", "cu_count": 132, "start": lambda self, d: started.append(d)})()
+    monkeypatch.setattr(hip, "device_of", lambda x: device)
+    launchable = frozenset({"hip_decode", "triton_hopper_bf16", "triton_mx_gemm"})
+    for module in (layout, linear):
+        monkeypatch.setattr(module, "launchable", lambda arch: launchable)
+    for module in (layout, operand):
+        monkeypatch.setattr(module, "current_arch", lambda: "sm_90")
+    layer = make_linear(scheme, 64, 128, "sm_90", static)
+    if not (static and scheme == "w4a8"):  # no prefill kernel reads packed weights with static fp8: they stay strided
+        layer = laid_out(layer)
+        assert layer.weight.layout.name == ("mma_tile+mma_scale" if scheme == "mxfp8" else "hopper_bf16")
+        x, bias = torch.randn(5, 128).bfloat16(), torch.randn(64).bfloat16()
+        layer(x, bias)
+        (d,) = started
+        assert d.kernel == f"decode_{scheme}{'_static' if static else ''}_m8"
+        named = dict(zip([p.partition(":")[0] for p in find(d.kernel)[1].params], d.args, strict=True))
+        assert (named["m"], named["n"], named["k"]) == (5, 64, 128)
+        assert named["w"] is layer.weight.tensors[0]
+        assert (named["factors"] is None) == (scheme == "mxfp8")
+        assert named["bias"] is bias
+        assert (named["carry"] == 0) == (static or scheme == "w4a16")
+    else:
+        assert laid_out(layer).weight.layout.name == "strided"
 
 
 def test_operand_text_reads_back():

@@ -33,6 +33,7 @@ ON = {
     "triton_mx_moe": ("gfx950", "gfx942", "gfx11", "sm_90"),
 }
 ON |= {"triton_hopper_bf16": ("sm_90",), "triton_hopper_e4m3": ("sm_90",)}
+ON["hip_decode"] = ("sm_90",)
 ON["triton_moe"] = ("gfx950", "gfx942", "gfx11", "sm_90")
 HOPPER = ("triton_hopper_bf16", "triton_hopper_e4m3")
 OWN = ("gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe")
@@ -72,13 +73,20 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out.append("block_m is not routing's")
     if choice.kernel in OWN:
         out += ["int4"] * (p.scheme == "int4_w4a16")
-        out += ["strided"] * (choice.layout != "strided")
+        read = ("strided", "mma_tile+mma_scale") if choice.kernel == "triton_mx_gemm" else ("strided",)
+        out += ["layout read"] * (choice.layout not in read)
         out += ["x is bf16 where nothing quantizes it"] * (p.act == "bf16" and p.out_dtype in ("fp16", "fp32"))
         out += ["op"] * ((p.op == "linear") != (choice.kernel != "triton_mx_moe"))
         out += ["activation and quantization are the op's"] * (
             bool(p.epilogue.activation) != ("activation" in choice.unfused)
             or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
         )
+    if choice.kernel == "hip_decode":
+        out += ["op"] * (p.op != "linear" or p.scheme == "int4_w4a16" or not 1 <= p.m <= 64)
+        out += ["layout"] * (choice.layout != ("mma_tile+mma_scale" if p.scheme == "mxfp8" else "hopper_bf16"))
+        out += ["x is bf16"] * (p.out_dtype in ("fp16", "fp32"))
+        rows = next(r for r in (2, 4, 8, 16, 32, 64) if p.m <= r)
+        out += ["activations of an eighth of K, in bf16"] * (max(4, min(rows, 32)) * 2 * p.k / 8 > LDS["sm_90"])
     if choice.kernel == "triton_moe":
         e = p.epilogue
         out += ["strided"] * (choice.layout != "strided")
@@ -94,13 +102,13 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["e4m3 weights"] * (choice.kernel == "triton_hopper_bf16" and p.scheme == "mxfp8")
         out += ["unquantized x in e4m3"] * (choice.kernel == "triton_hopper_e4m3" and p.act == "bf16")
         out += ["one scale for x in bf16"] * (choice.kernel == "triton_hopper_bf16" and p.act == "fp8_static")
-        out += ["op"] * (p.op == "linear")
+        out += ["op"] * (p.op == "linear" and choice.kernel != "triton_hopper_bf16")
         out += ["rows"] * bool(p.n % 16)
         out += ["dtype"] * (p.out_dtype in ("fp16", "fp32"))
         out += ["activation"] * (e.activation not in (None, "silu", "swigluoai") or not e.gated)
     if choice.kernel == "gemv_mxfp4":
         out += ["gemv"] * (p.scheme != "w4a16" or not 1 <= p.m <= 4)
-    if p.out_dtype in ("fp16", "fp32") and choice.kernel.startswith("hip"):
+    if p.out_dtype in ("fp16", "fp32") and choice.kernel.startswith(("hip_mxfp8", "hip_moe")):
         out.append("out dtype")
     if choice.kernel.startswith("hip_mxfp8"):
         rows = p.m * p.top_k if p.op == "moe_down" else p.m
@@ -167,7 +175,7 @@ def random_problem(rng: random.Random, arch: str) -> GemmProblem:
     linear = op == "linear"
     e_total = 1 if linear else rng.choice((8, 32, 64, 128, 129, 192, 256, 512))
     ep = 1 if linear else rng.choice((1, 1, 2, 4, 8))
-    packed = ("hopper_bf16", "hopper_e4m3")
+    packed = ("hopper_bf16", "hopper_e4m3", "mma_tile+mma_scale")
     others = ("exllama",) if int4 else ("cdna4_scale", "cdna4_scale_256", "preshuffle")
     return GemmProblem(
         op, scheme, arch, rng.choice(MS), n, max(group, k // group * group), rng.choice((0, 0, 128)),
