@@ -8,6 +8,7 @@ import pytest
 import torch
 from op_layers import MX, assert_close, exact_linear
 
+from sglang_amd_quant.ops.layout import lay_out
 from sglang_amd_quant.ops.linear import bound
 
 SHAPES = ((1, 32), (37, 2080), (130, 96), (2304, 6144))
@@ -41,6 +42,65 @@ def test_the_gemv_serves_few_rows(device_linear, needs, m):
     for bias in (None, torch.randn(1536, device="cuda"), torch.randn(1536, device="cuda").half()):
         for x in (torch.randn(m, 6144, device="cuda"), torch.randn(m, 6150, device="cuda")[:, 3:6147]):
             assert_close(layer(x.bfloat16(), bias), exact_linear(layer, x.bfloat16(), bias), 6144)
+
+
+def as_loaded(plain):
+    """The layer as after loading: its weight laid out for the kernels that this device has."""
+    layer = replace(plain, weight=lay_out(plain.weight, plain.problem))
+    layer.prepare()
+    return layer
+
+
+@pytest.mark.parametrize("scheme", MX)
+@pytest.mark.parametrize(("n", "k"), [(16, 32), (48, 2080), (1536, 6144), (6144, 2048)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_as_loaded(device_linear, needs, scheme, n, k, biased):
+    """Decode and prefill kernels on the one layout that both read, at every M."""
+    needs("hip_decode")
+    plain = device_linear(scheme, n, k)
+    layer, bias = as_loaded(plain), torch.randn(n, device="cuda").bfloat16() if biased else None
+    assert layer.weight.layout.name == ("mma_tile+mma_scale" if scheme == "mxfp8" else "hopper_bf16")
+    for m in (1, 2, 3, 5, 8, 13, 16, 31, 32, 33, 64, 300):
+        assert (kernel_of(layer, m) == "hip_decode") == (m <= 32)
+        for x in (
+            torch.randn(m, k, device="cuda").bfloat16(),
+            torch.randn(m, k + 9, device="cuda").bfloat16()[:, 3:-6],
+        ):
+            assert_close(layer(x, bias), exact_linear(plain, x, bias), k)
+
+
+@pytest.mark.parametrize("scheme", MX)
+@pytest.mark.parametrize("m", [1, 8, 32, 100])
+def test_as_loaded_in_a_graph(device_linear, captured, needs, scheme, m):
+    """Several launches in a row, each fed by the one before, as in a model: they may overlap, and must not race."""
+    needs("hip_decode")
+    plain = device_linear(scheme, 512, 512)
+    layer, x = as_loaded(plain), torch.randn(m, 512, device="cuda").bfloat16()
+
+    def run():
+        y = x
+        for _ in range(4):
+            y = layer(y) * 0.05
+        return y
+
+    graph, out = captured(run)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(out, run())
+    y = x
+    for _ in range(4):
+        assert_close(layer(y), exact_linear(plain, y), 512)
+        y = layer(y) * 0.05
+
+
+def test_static_fp8_decode(device_linear, needs):
+    needs("hip_decode")
+    plain = device_linear("mxfp8", 256, 512, static=True)
+    layer = as_loaded(plain)
+    for m in (1, 20, 100):
+        x = torch.randn(m, 512, device="cuda").bfloat16()
+        assert_close(layer(x), exact_linear(plain, x), 512 + 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
