@@ -56,7 +56,17 @@ class CodeObject:
 _GEMV = ("x:ptr", "w:ptr", "scales:ptr", "bias:ptr", "y:ptr", "x_stride:i64", "y_stride:i64", "m:i32", "n:i32", "k:i32")
 _GEMV += ("slab:i32", "waves_k:i32", "waves_n:i32", "grid:i32")
 
-_DECODE = ("x:ptr", "w:ptr", "scales:ptr", "factors:ptr", "bias:ptr", "x_scale:ptr", "residual:ptr", "y:ptr", "row_ids:ptr")
+_DECODE = (
+    "x:ptr",
+    "w:ptr",
+    "scales:ptr",
+    "factors:ptr",
+    "bias:ptr",
+    "x_scale:ptr",
+    "residual:ptr",
+    "y:ptr",
+    "row_ids:ptr",
+)
 _DECODE += ("block_experts:ptr", "row_weights:ptr", "workspace:ptr", "x_stride:i64", "y_stride:i64", "m:i32", "n:i32")
 _DECODE += ("k:i32", "top_k:i32", "split:i32", "waves_k:i32", "waves_n:i32", "groups:i32", "depth:i32", "chunk:i32")
 _DECODE += ("carry:i32", "out:i32", "activation:i32", "alpha:f32", "limit:f32")
@@ -64,7 +74,28 @@ _DECODE += ("carry:i32", "out:i32", "activation:i32", "alpha:f32", "limit:f32")
 DECODE_SCHEMES = ("mxfp8", "w4a8", "w4a16", "mxfp4", "w4a8_static", "mxfp8_static", "w8a16")
 DECODE_M = (2, 4, 8, 16, 32)
 MOE_DECODE_M = (4, 8, 16)
-"""Rows of activations that the dense and the grouped decode kernels are instantiated for."""
+"""Rows of activations that the dense and the grouped decode kernels are instantiated for on sm_90 ..."""
+AMD_DECODE_M = (4, 16, 32)
+AMD_MOE_DECODE_M = (4, 16)
+"""... and on AMD, whose matrix units take sixteen rows at a time."""
+
+
+def _decode(scheme: str, archs: tuple[str, ...], dense: tuple[int, ...], grouped: tuple[int, ...]) -> CodeObject:
+    claims: tuple[str, ...] = ()
+    if archs == AMD_ARCHS:
+        claims = ("wide_loads", "matrix") if scheme.endswith("a16") else ("wide_loads", "matrix", "scaled_mfma")
+    return CodeObject(
+        name=f"decode_{scheme}",
+        source="decode_gemm.hip",
+        entry_points=tuple(
+            EntryPoint(f"{kind}_{scheme}_m{m}", _DECODE, claims)
+            for kind, sizes in (("decode", dense), ("moe_decode", grouped))
+            for m in sizes
+        ),
+        archs=archs,
+        defines=(f"DECODE_{scheme.upper()}=1",),
+    )
+
 
 CODE_OBJECTS = (
     CodeObject(
@@ -76,30 +107,24 @@ CODE_OBJECTS = (
             for m in (1, 2, 4)
         ),
     ),
-    *(
-        CodeObject(
-            name=f"decode_{scheme}",
-            source="decode_gemm.hip",
-            entry_points=tuple(
-                EntryPoint(f"{kind}_{scheme}_m{m}", _DECODE)
-                for kind, sizes in (("decode", DECODE_M), ("moe_decode", MOE_DECODE_M))
-                for m in sizes
-            ),
-            archs=("sm_90",),
-            defines=(f"DECODE_{scheme.upper()}=1",),
-        )
-        for scheme in DECODE_SCHEMES
-    ),
+    *(_decode(scheme, ("sm_90",), DECODE_M, MOE_DECODE_M) for scheme in DECODE_SCHEMES),
+    *(_decode(scheme, AMD_ARCHS, AMD_DECODE_M, AMD_MOE_DECODE_M) for scheme in DECODE_SCHEMES),
 )
+"""Code objects of one name are one kernel for several targets."""
 
 
-def find(entry_point: str) -> tuple[CodeObject, EntryPoint]:
+def find(entry_point: str, arch: str | None = None) -> tuple[CodeObject, EntryPoint]:
     """The code object that holds an entry point, and the entry point.
+
+    Args:
+        arch: for which target; None: any.
 
     Raises:
         KeyError: there is none of that name.
     """
     for code_object in CODE_OBJECTS:
+        if arch is not None and arch not in code_object.archs:
+            continue
         for candidate in code_object.entry_points:
             if candidate.name == entry_point:
                 return code_object, candidate

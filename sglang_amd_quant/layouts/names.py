@@ -124,6 +124,19 @@ VALUE_LAYOUTS: Mapping[str, LayoutSpec] = {
             block_cols=64,
             about="1 KiB tiles of what the lanes of Hopper's 16x8x16 mma take, together",
         ),
+        *(
+            LayoutSpec(
+                name,
+                Role.VALUE,
+                (element,),
+                tile_n=16,
+                tile_cols=64,
+                block_n=16,
+                block_cols=64,
+                about="16 rows x 64 bytes in which a lane has 8 codes of every MX block: gfx942's decode kernels",
+            )
+            for name, element in (("cdna3_e2m1", "e2m1"), ("cdna3_e4m3", "e4m3"))
+        ),
         LayoutSpec(
             "exllama",
             Role.VALUE,
@@ -149,6 +162,17 @@ SCALE_LAYOUTS: Mapping[str, LayoutSpec] = {
             block_n=16,
             block_cols=2,
             about="scales of the tiles of mma_tile",
+        ),
+        LayoutSpec(
+            "tile_scale",
+            Role.SCALE,
+            _MX,
+            tile_n=16,
+            tile_cols=4,
+            pad_byte=0x7F,
+            block_n=16,
+            block_cols=4,
+            about="a word of four scales for each of 16 rows: decode kernels of gfx942 and gfx11",
         ),
         *(
             LayoutSpec(

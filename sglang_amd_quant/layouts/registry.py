@@ -8,6 +8,7 @@ from typing import TypeVar
 from sglang_amd_quant.errors import SchemeError
 from sglang_amd_quant.layouts.awq import AutoAwq
 from sglang_amd_quant.layouts.base import Layout, SourceLayout
+from sglang_amd_quant.layouts.cdna3_tile import Cdna3E2m1, Cdna3E4m3, TileScale
 from sglang_amd_quant.layouts.cdna4_scale import Cdna4Scale
 from sglang_amd_quant.layouts.exllama import ExLlama
 from sglang_amd_quant.layouts.gptq import Gptq
@@ -20,10 +21,11 @@ from sglang_amd_quant.layouts.strided import Strided
 L = TypeVar("L", bound=Layout)
 
 VALUES: Mapping[str, Layout] = {
-    item.name: item for item in (Strided(), Preshuffle(), Mxfp8Lane(), MmaTile(), ExLlama())
+    item.name: item for item in (Strided(), Preshuffle(), Mxfp8Lane(), MmaTile(), Cdna3E2m1(), Cdna3E4m3(), ExLlama())
 }
 SCALES: Mapping[str, Layout] = {
-    item.name: item for item in (Strided(Role.SCALE), Cdna4Scale(rows=32), Cdna4Scale(rows=256), MmaScale())
+    item.name: item
+    for item in (Strided(Role.SCALE), Cdna4Scale(rows=32), Cdna4Scale(rows=256), MmaScale(), TileScale())
 }
 
 

@@ -37,6 +37,13 @@ BYTE_OFFSETS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
         + (k % 64 // 32) * 8
         + k % 8
     ),
+    "cdna3_e2m1": lambda n, k, cols: (
+        (n // 16) * 16 * cols + (k // 64) * 1024 + (k % 16 // 4) * 256 + (n % 16) * 16 + (k % 64 // 16) * 4 + k % 4
+    ),
+    "cdna3_e4m3": lambda n, k, cols: (
+        (n // 16) * 16 * cols + (k // 64) * 1024 + (k % 32 // 8) * 256 + (n % 16) * 16 + (k % 64 // 32) * 8 + k % 8
+    ),
+    "tile_scale": lambda n, k, cols: (n // 16) * 16 * cols + (k // 4) * 64 + (n % 16) * 4 + k % 4,
     "mma_scale": lambda n, k, cols: (n // 16) * 16 * cols + (k // 2) * 32 + (n % 8) * 4 + (n % 16 // 8) * 2 + k % 2,
 }
 """Byte that holds (n, column) of a matrix whose rows have been padded to `cols` columns."""

@@ -12,7 +12,7 @@ from sglang_amd_quant.errors import SchemeError, ShapeError
 from sglang_amd_quant.layouts import Cdna4Scale, Gptq, Strided
 from sglang_amd_quant.layouts.registry import SCALES, SOURCES, VALUES
 
-BYTE_LAYOUTS = [*(VALUES[name] for name in ("strided", "preshuffle", "mxfp8_lane", "mma_tile")), *SCALES.values()]
+BYTE_LAYOUTS = [*(layout for name, layout in VALUES.items() if name != "exllama"), *SCALES.values()]
 LEADING = st.lists(st.integers(1, 3), max_size=2).map(tuple)
 quick = settings(max_examples=40, deadline=None)
 
