@@ -3,8 +3,8 @@
     python -m bench.perplexity [--model DIR] [--json] [--markdown]
 
 `--markdown` writes docs/perplexity.md. The model is transformers' with quantized weights and activations
-(`bench.hf_model`), so figures hold for any device that computes the formats right. CPU; about 2 minutes a scheme on 2
-cores for Gemma 3 270M.
+(`bench.hf_model`), so figures hold for any device that computes the formats right. On a CPU; Gemma 3 270M takes about a
+minute of one core a scheme.
 """
 
 from __future__ import annotations

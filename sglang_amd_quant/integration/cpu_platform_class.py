@@ -23,6 +23,9 @@ class AmdMxCpuPlatform(CpuDeviceMixin, SRTPlatform):
     capabilities = PlatformCapabilities()
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
+        # Read by the scheduler, which this process starts, when it loads OpenMP. Threads would otherwise spin while
+        # they wait for each other; where other work keeps the cores busy, on the very cores that they wait for.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         if server_args.max_total_tokens is None and server_args.mem_fraction_static is None:
             server_args.max_total_tokens = KV_TOKENS
         # torch_native reads every layer's cache at the slots of the full one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -81,3 +82,37 @@ def test_cores_are_dealt_to_ranks(monkeypatch, sglang_context, cores, ranks, sha
 
     monkeypatch.setattr(cpu_platform_class.os, "sched_getaffinity", lambda pid: cores)
     assert cpu_platform_class._core_shares(ranks) == shares
+
+
+@pytest.fixture
+def defaults(monkeypatch, sglang_context):
+    """What the platform makes of server arguments: `defaults(tp_size=2)`; changes to the environment are undone."""
+    from sglang.srt.platforms import current_platform
+
+    names = ("OMP_WAIT_POLICY", "SGLANG_CPU_OMP_THREADS_BIND")
+    for name in names:  # a variable that was set is restored, and one that was not is removed
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    def apply(**given):
+        args = SimpleNamespace(
+            **{"max_total_tokens": None, "mem_fraction_static": None, "tp_size": 1, "pp_size": 1} | given
+        )
+        current_platform.apply_server_args_defaults(args)
+        return args
+
+    return apply
+
+
+def test_defaults(defaults, monkeypatch):
+    args = defaults()
+    assert args.max_total_tokens == 32768
+    assert args.disable_hybrid_swa_memory
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ
+    assert defaults(mem_fraction_static=0.5).max_total_tokens is None
+    assert defaults(max_total_tokens=100).max_total_tokens == 100
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    defaults(tp_size=2)
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"].count("|") == 1
