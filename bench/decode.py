@@ -100,34 +100,37 @@ def launch(
     device.launch(replace(description, overlap=overlap), torch.cuda.current_stream().cuda_stream)
 
 
-def check(device: Gpu, p: Problem, m: int, plan: DecodePlan, seed: int) -> float:
-    """Relative error against fp64 of the same quantized operands, fp32 out. Raises AssertionError beyond the bound."""
-    x, exact = p.activations(m, seed)
-    y = torch.full((m, p.n), torch.nan, device="cuda")
-    launch(device, p, 0, x, y, plan)
-    values = p.values(0).double()
-    want = exact @ values.T
-    # Products are exact; the matrix unit truncates its sums to fp32, so each of K additions costs at most an ulp of the
-    # running sum, which |x| |w|^T bounds.
-    bound = p.k * 2.0**-23 * (exact.abs() @ values.abs().T) + 1e-30
-    error = (y.double() - want).abs()
-    assert y.isfinite().all(), f"{p.scheme.name} M={m} N={p.n} K={p.k} {plan}: not every output is finite"
-    assert (error <= bound).all(), f"{p.scheme.name} M={m} N={p.n} K={p.k} {plan}: {(error / bound).max():.2f} x bound"
-    return float(error.norm() / want.norm())
+class Reference:
+    """fp64 of the quantized operands, and how far from it a result may be.
+
+    Products are exact in the kernel; the matrix unit truncates its sums to fp32, so each of K additions costs at most an
+    ulp of the running sum, which |x| |w|^T bounds.
+    """
+
+    def __init__(self, p: Problem, m: int, seed: int) -> None:
+        self.x, exact = p.activations(m, seed)
+        values = p.values(0).double()
+        self.want = exact @ values.T
+        self.bound = p.k * 2.0**-23 * (exact.abs() @ values.abs().T) + 1e-30
+
+    def check(self, device: Gpu, p: Problem, plan: DecodePlan) -> float:
+        """Relative error of one launch. Raises AssertionError beyond the bound."""
+        y = torch.full_like(self.want, torch.nan, dtype=torch.float32)
+        launch(device, p, 0, self.x, y, plan)
+        error = (y.double() - self.want).abs()
+        what = f"{p.scheme.name} M={y.shape[0]} N={p.n} K={p.k} {plan}"
+        assert y.isfinite().all(), f"{what}: not every output is finite"
+        assert (error <= self.bound).all(), f"{what}: {(error / self.bound).max():.2f} x bound"
+        return float(error.norm() / self.want.norm())
 
 
 def measure(device: Gpu, p: Problem, m: int, bandwidth: float, explore: int) -> dict[str, Any]:
     """The best plan by the model, or with `explore` the best measured of that many; all of them checked."""
-    x, _ = p.activations(m, 7)
-    y = torch.empty(m, p.n, dtype=torch.bfloat16, device="cuda")
-    ours = plans(p.scheme.name, m, p.n, p.k, device.cu_count)
+    reference = Reference(p, m, seed=m)
+    x, y = reference.x, torch.empty(m, p.n, dtype=torch.bfloat16, device="cuda")
     tried = []
-    for plan in (
-        dict.fromkeys((*ours[: max(1, explore // 2)], *ours[:: max(1, 2 * len(ours) // max(1, explore))][1:]))
-        if explore
-        else ours[:1]
-    ):
-        error = check(device, p, m, plan, len(tried))
+    for plan in plans(p.scheme.name, m, p.n, p.k, device.cu_count)[: max(1, explore)]:
+        error = reference.check(device, p, plan)
         us = graph_us([partial(launch, device, p, i, x, y, plan) for i in range(p.sets)])
         tried.append((us, error, plan))
     us, error, plan = min(tried, key=lambda t: t[0])
@@ -165,9 +168,8 @@ def measure_peers(p: Problem, names: list[str], rows: list[dict[str, Any]]) -> N
 
 def table(result: dict[str, Any]) -> str:
     """Rows as text."""
-    lines = [
-        f"{result['device']}, torch {result['torch']}; read bandwidth {result['read_bandwidth_GB_s']:.0f} GB/s, measured"
-    ]
+    bandwidth = f"{result['read_bandwidth_GB_s']:.0f} GB/s, measured"
+    lines = [f"{result['device']}, torch {result['torch']}; read bandwidth {bandwidth}"]
     lines.append("scheme      K      N   M      us   alone   floor  % of floor   best peer              x")
     for r in result["rows"]:
         timed = {name: peer["us"] for name, peer in r["peers"].items() if "us" in peer}

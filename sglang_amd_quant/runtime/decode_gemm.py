@@ -7,6 +7,7 @@ AMD targets have plans of their own, in `decode_gemm_amd.py`. The sizes of tiles
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,6 +20,7 @@ from sglang_amd_quant.schemes import MX_BLOCK
 
 OUTS = {"bf16": 0, "fp16": 1, "fp32": 2}
 ACTIVATIONS = {None: 0, "silu": 1, "swigluoai": 2}
+INTERLEAVED = 4
 """Numbers of `enum Out` and `enum Activation` in include/decode.h."""
 
 E4M3_SCHEMES = ("mxfp8", "mxfp8_static", "w8a16")
@@ -170,24 +172,23 @@ def _enumerate(
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
     most = max_waves(e4m3, rows)
     found = []
-    for waves_k, waves_n, split in itertools.product(range(1, most + 1), (1, 2, 3, 4, 5, 6, 8, 10, 12, 16), splits):
-        mine = tiles / split / waves_k
-        if waves_k * waves_n > most or waves_k * waves_n < min(4, row_tiles) or (mine < 1 and waves_k > 1):
+    for waves, waves_k, split in itertools.product((4, 8, 12, 16), (1, 2, 4), splits):
+        waves_n, mine = waves // waves_k, tiles / split / waves_k
+        if waves > most or waves % waves_k or (waves_n > row_tiles and waves > 4) or (mine < 1 and waves_k > 1):
             continue
         owned, uneven = divmod(waves_n * TILE_ROWS, split)
         if uneven or (pairs and owned % TILE_ROWS) or split > tiles:
             continue
         row_groups = -(-row_tiles // waves_n)
-        for chunk, depth in itertools.product((1, 2, 3, 4, 6, 8, 12), (2, 3, 4)):
-            if chunk > -(-tiles // (split * waves_k)) or (chunk * (depth - 1) > 2 * mine and depth > 2):
-                continue
+        # Rings that hold all, or half, or a quarter of a wave's share of a row tile
+        for depth, ring in itertools.product((2, 4), (1, 2, 4)):
+            chunk = min(12, max(1, math.ceil(mine / depth / ring)))
             lds = lds_bytes(e4m3, rows, tiles, split, waves_k, waves_n, depth, chunk)
-            resident = min((facts.lds_bytes + 1024) // (lds + 1024), (24 if rows <= 8 else 16) // (waves_k * waves_n))
-            if not resident:
-                continue
-            groups = min(row_groups, max(1, cu_count * resident // (split * row_blocks)))
-            found.append(DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds))
-    return found
+            resident = min((facts.lds_bytes + 1024) // (lds + 1024), (24 if rows <= 8 else 16) // waves)
+            if resident:
+                groups = min(row_groups, max(1, cu_count * resident // (split * row_blocks)))
+                found.append(DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds))
+    return list(dict.fromkeys(found))
 
 
 def _check(m: int, n: int, k: int) -> None:
@@ -200,9 +201,10 @@ class Epilogue:
     """What happens to sums before they are stored.
 
     Attributes:
-        bias: [N] or [E, N] bf16, in the packed order of rows, or None.
+        bias: [N] or [E, N] bf16, in the order before packing, or None.
         residual: bf16 of y's shape and strides, added last, or None.
         activation: `silu`, `swigluoai` or None; halves N.
+        interleaved: gate and up rows alternated before packing; else all gates came first.
         alpha, limit: of the activation; limit None = no clamp.
         row_weights: fp32, one for each row of y, multiplied before the residual, or None.
     """
@@ -210,6 +212,7 @@ class Epilogue:
     bias: Any = None
     residual: Any = None
     activation: str | None = None
+    interleaved: bool = False
     alpha: float = 1.702
     limit: float | None = None
     row_weights: Any = None
@@ -282,7 +285,8 @@ def decode_gemm(
         args=(
             x, data, scales, factors, epilogue.bias, x_scale, epilogue.residual, y, row_ids, block_experts,
             epilogue.row_weights, None, x.stride(0), y.stride(0), m, n, k, top_k, plan.split, plan.waves_k,
-            plan.waves_n, plan.groups, plan.depth, plan.chunk, carry, OUTS[_dtype(y)], ACTIVATIONS[epilogue.activation],
+            plan.waves_n, plan.groups, plan.depth, plan.chunk, carry, OUTS[_dtype(y)],
+            ACTIVATIONS[epilogue.activation] | (INTERLEAVED if epilogue.interleaved else 0),
             epilogue.alpha, epilogue.limit or 0.0,
         ),
         cluster=plan.split,

@@ -10,7 +10,7 @@ constexpr int TILE_ROWS = 16;  // rows of weights that a wave takes together: on
 
 /// Entries of `DecodeArgs::out` and `::activation`; sglang_amd_quant/runtime/decode_gemm.py has the same numbers.
 enum Out { OUT_BF16, OUT_FP16, OUT_FP32 };
-enum Activation { NO_ACTIVATION, SILU, SWIGLU_OAI };
+enum Activation { NO_ACTIVATION, SILU, SWIGLU_OAI, ACTIVATION_KIND = 3, INTERLEAVED = 4 };  // INTERLEAVED: see `bias_index`
 
 /// A launch. Grouped (a mixture of experts), `row_ids` and `block_experts` are those of
 /// sglang_amd_quant/ops/routing.py; dense, they are null.
@@ -18,7 +18,7 @@ struct DecodeArgs {
     const uint16_t* x;             // bf16, rows x_stride apart
     const uint8_t *w, *scales;     // layouts of the target, one expert after the other
     const float* factors;          // of weight rows, where the layout has them
-    const uint16_t* bias;          // bf16 [experts][n], or null
+    const uint16_t* bias;          // bf16 [experts][n], or null; order: see `bias_index`
     const float* x_scale;          // fp8_static: the scale of x
     const uint16_t* residual;      // bf16, added at the end, rows y_stride apart, or null
     void* y;                       // rows y_stride apart
@@ -91,11 +91,20 @@ struct Rows {
     DEVICE int in(int i) const { return Grouped ? ids[i] / top_k : first + i; }
 };
 
+/// Where the bias of packed row `row` lies. With an activation behind them, packed rows alternate 8 gates and 8 ups; biases stay
+/// in the checkpoint's order: all gates first, or, INTERLEAVED, gate and up by turns.
+DEVICE int bias_index(const DecodeArgs& a, int row) {
+    if (a.activation == NO_ACTIVATION) return row;
+    const int gate = row / TILE_ROWS * 8 + row % 8, is_up = row % TILE_ROWS / 8;
+    return a.activation & INTERLEAVED ? 2 * gate + is_up : gate + is_up * (a.n / 2);
+}
+
 /// gate's function times up; `a.activation` is not NO_ACTIVATION.
 DEVICE float activated(float gate, float up, const DecodeArgs& a) {
     if (a.limit > 0) gate = __builtin_fminf(gate, a.limit), up = __builtin_fminf(__builtin_fmaxf(up, -a.limit), a.limit);
-    const float slope = a.activation == SILU ? 1.0f : a.alpha;
-    return gate / (1 + exponential(-slope * gate)) * (a.activation == SILU ? up : up + 1);
+    const bool silu = (a.activation & ACTIVATION_KIND) == SILU;
+    const float slope = silu ? 1.0f : a.alpha;
+    return gate / (1 + exponential(-slope * gate)) * (silu ? up : up + 1);
 }
 
 DEVICE void store_result(const DecodeArgs& a, int row, int column, float value) {

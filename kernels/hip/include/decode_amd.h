@@ -370,6 +370,6 @@ class Sums {
 template <Weight W, Act A>
 DEVICE float finish(const DecodeArgs& a, const Share&, int expert, int row, float sum) {
     if (A == Act::fp8_static) sum *= *a.x_scale * Activations<W, A, 16>::UNIT;
-    if (a.bias != nullptr && row < a.n) sum += float_from_bf16(a.bias[static_cast<int64_t>(expert) * a.n + row]);
+    if (a.bias != nullptr && row < a.n) sum += float_from_bf16(a.bias[static_cast<int64_t>(expert) * a.n + bias_index(a, row)]);
     return sum;
 }

@@ -385,7 +385,7 @@ class Sums {
         my_times = 1, my_plus = 0;
         if (thread_index() >= owned || row >= a.n) return;
         my_times = row_factor<W, A, M>(a, s, expert, row);
-        if (a.bias != nullptr) my_plus = float_from_bf16(a.bias[static_cast<int64_t>(expert) * a.n + row]);
+        if (a.bias != nullptr) my_plus = float_from_bf16(a.bias[static_cast<int64_t>(expert) * a.n + bias_index(a, row)]);
     }
 
     /// All threads: sums up, and tells every thread of the block what was loaded ahead.
