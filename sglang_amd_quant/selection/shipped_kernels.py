@@ -44,13 +44,14 @@ def _grouped_tile(problem: GemmProblem) -> Config:
 
 
 def _decode_lds(problem: GemmProblem, config: Config) -> int:
-    """The least shared memory of any plan in `runtime/decode_gemm.py`: eight blocks share K, four waves each."""
+    """Shared memory of a plan that `runtime/decode_gemm.py` always tries: eight blocks share K, four waves each their
+    part of it, with rings of a quarter of what a wave reads."""
     rows = next((r for r in (2, 4, 8, 16) if problem.m <= r), 32)
     columns, e4m3 = max(4, rows), problem.weight_bits == 8
-    most = -(-problem.k // 64 // 8) if problem.k % 64 == 0 else -(-(problem.k // 64 + 1) // 8)
-    ring = 4 * 2 * ((1024 if e4m3 else 512) + 32)
-    activations = 16 + columns * ((most * 64 + 32) * 2 + (most * 8 if e4m3 or rows <= 8 else 0))
-    return 128 + ring + activations + 8 * 16 // 8 + 4 * 4 * 16 * columns
+    tiles = -(-problem.k // 512)  # of 64 along K, of one block
+    ring = 4 * 4 * max(1, -(-tiles // 64)) * ((1024 if e4m3 else 512) + 32)
+    activations = 16 + columns * ((tiles * 64 + 32) * 2 + (tiles * 8 if e4m3 or rows <= 8 else 0))
+    return 256 + ring + activations + 16 + 4 * 4 * 16 * columns
 
 
 def _mx_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ("strided",)) -> KernelSpec:

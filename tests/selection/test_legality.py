@@ -2,6 +2,8 @@ from dataclasses import replace
 
 import pytest
 
+from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.runtime.decode_gemm import plans
 from sglang_amd_quant.selection import Config, Epilogue, GemmProblem, kernel, legal
 from sglang_amd_quant.selection.legality import unfused
 
@@ -143,3 +145,18 @@ def test_predicate_of_the_gfx11_prefill_kernel(change, expected):
 
 def test_gfx942_has_no_scaled_matrix_unit_to_lose():
     assert rules(replace(MOE, arch="gfx942", cu_count=304), "triton_moe_a8w4", TILE._replace(num_warps=1)) == []
+
+
+@pytest.mark.parametrize(("scheme", "layout"), [("w4a16", "hopper_bf16"), ("mxfp8", "mma_tile+mma_scale")])
+def test_decode_is_legal_only_where_it_has_a_plan(scheme, layout):
+    """Shared memory holds the activations of a cluster's share of K: legality knows without the planner."""
+    spec = kernel("hip_decode")
+    for m in (1, 2, 3, 8, 9, 16, 17, 32, 64):
+        for k in (32, 96, 2048, 16384, 28672, 65536):
+            problem = GemmProblem("linear", scheme, "sm_90", m, 4096, k, layout=layout)
+            if not legal(problem, spec, spec.configure(problem)):
+                assert plans(scheme, m, 4096, k, 132)
+            else:
+                assert k > 16384
+                with pytest.raises(ShapeError):
+                    plans(scheme, m, 4096, 2 * k, 132)
