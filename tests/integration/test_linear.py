@@ -246,3 +246,33 @@ def test_packed_weights_are_restored_for_new_ones(make_config, rank, as_gpu, mon
         assert as_gpu.calls == []
         layer.quant_method.restore_weights_before_loading(layer)
         assert torch.equal(layer.weight_scale.data, strided)
+
+
+def test_weights_that_a_kernel_packs(make_config, rank, as_gpu, monkeypatch):
+    """On sm_90 e2m1 weights become wgmma fragments: the parameters hold them, and new weights find fresh storage."""
+    from sglang.srt.layers.linear import ReplicatedLinear
+
+    from sglang_amd_quant.integration import linear as linear_method
+    from sglang_amd_quant.ops import layout, linear, operand
+
+    for module in (linear_method, layout, operand):
+        monkeypatch.setattr(module, "current_arch", lambda: "sm_90")
+    for module in (layout, linear):
+        monkeypatch.setattr(module, "launchable", lambda arch: frozenset({"hip_decode", "triton_hopper_bf16"}))
+    linear.bound.cache_clear()
+    with rank():
+        layer = ReplicatedLinear(
+            128, 64, bias=False, params_dtype=torch.bfloat16, quant_config=make_config("w4a8"), prefix="m.q_proj"
+        )
+    for weight in (torch.randn(64, 128), torch.randn(64, 128)):
+        layer.weight.weight_loader(layer.weight, weight)
+        layer.quant_method.process_weights_after_loading(layer)
+        assert layer.amd_mx.weight.layout.name == "hopper_bf16"
+        assert [p.data_ptr() for p in (layer.weight, layer.weight_scale)] == [
+            t.data_ptr() for t in layer.amd_mx.weight.tensors[:2]
+        ]
+        layer.quant_method.restore_weights_before_loading(layer)
+        assert (layer.weight.shape, layer.weight_scale.shape) == ((64, 64), (64, 4))
+        assert (layer.weight_scale == 255).all()
+    with pytest.raises(CheckpointError, match="256 of 256 weight scales"):
+        layer.quant_method.process_weights_after_loading(layer)
