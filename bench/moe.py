@@ -40,6 +40,7 @@ from sglang_amd_quant.kernels.triton.quant_mx import quant_mx_torch
 from sglang_amd_quant.kernels.triton.routing import route
 from triton.errors import TritonError
 
+from bench.moe_pack import pack_entries
 from bench.moe_problem import (
     SHAPES,
     Shape,
@@ -50,7 +51,7 @@ from bench.moe_problem import (
     relative,
     whole,
 )
-from bench.moe_tune import candidates, timings, tune
+from bench.moe_tune import candidates, everything, timings, tune
 from bench.peers_moe import PEERS
 
 # scheme -> (elements of weights and of activations, what the kernel multiplies activations as)
@@ -116,8 +117,10 @@ class Ours:
         return combine(routed, ids, e, torch.empty_like(x))
 
 
-def check(shape: Shape, scheme: str, m: int, seed: int) -> dict[str, float]:
+def check(shape: Shape, scheme: str, m: int, seed: int, config: HopperConfig | None = None) -> dict[str, float]:
     """Relative error of each stage against fp64 of its own operands. Raises AssertionError beyond the bound.
+
+    config: of both GEMMs; None: the default for this M.
 
     A bf16 result is off by 2^-9 of itself at most, so the norm of all errors is within 2^-9 of the norm; fp32 sums add
     K 2^-24 at the worst. Hopper adds fp8 products in steps of 32 and keeps 13 bits below the largest term of a step: on
@@ -134,6 +137,7 @@ def check(shape: Shape, scheme: str, m: int, seed: int) -> dict[str, float]:
     ids, topk_weights = random_routing(m, small, seed, drop=0.15)
     here = ids.reshape(-1) >= 0
     configs = default_configs(m, small.top_k, experts, ours.w13.x_format, ours.w13.w_format)
+    configs = configs if config is None else (config, config)
     routing = route(ids, experts, configs[0].block_m)
     errors, bound = {}, 2.0**-9 * (1.02 if ours.w13.x_format == "bf16" else 2)
     hidden = torch.full((ids.numel(), shape.inter), torch.nan, dtype=x.dtype, device="cuda")
@@ -157,6 +161,17 @@ def check(shape: Shape, scheme: str, m: int, seed: int) -> dict[str, float]:
     for stage, factor in (("gate_up", 2), ("down", 1)):
         assert errors[stage] <= bound * factor, (shape, scheme, m, stage, errors[stage], bound)
     return errors
+
+
+def check_configs(names: list[str], schemes: list[str]) -> int:
+    """Every config of the search, on 61 tokens, whatever it is meant for. Returns how many there are."""
+    for name in names:
+        for scheme in schemes:
+            element, _, x_format = SCHEMES[scheme]
+            if element == SHAPES[name].element:
+                for config in everything(x_format, element):
+                    check(SHAPES[name], scheme, 61, 17, config)
+    return len(everything("e4m3", "e2m1"))
 
 
 def quantized(x: torch.Tensor, ours: Ours, what: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -200,8 +215,8 @@ def read_bandwidth() -> float:
 
 def measure(
     name: str, schemes: list[str], ms: list[int], peers: list[str], bandwidth: float, tuned: bool
-) -> list[dict]:
-    """Time ours in each scheme, and the peers, at each M."""
+) -> tuple[list[dict], bool]:
+    """Time ours in each scheme, and the peers, at each M. Returns the rows, and whether a peer has lost the device."""
     shape, rows = SHAPES[name], []
     weights = random_weights(shape, seed=1)
     problems = {}
@@ -241,7 +256,7 @@ def measure(
             gemms = graph_us([partial(ours.gemms, x, i, w, configs, r) for (i, w), r in both])
             us = graph_us([partial(ours.whole, x, i, w, configs) for i, w in routings])
             add(f"ours {scheme}", m, us, gemms=gemms, config13=vars(configs[0]), config2=vars(configs[1]),
-                timings=list(timings))  # fmt: skip
+                timings=list(timings), x_format=ours.w13.x_format)  # fmt: skip
         torch.cuda.empty_cache()
     exact: dict[int, torch.Tensor] = {}
     for key in peers:
@@ -262,10 +277,20 @@ def measure(
                 add(peer.name, m, graph_us(runs), error=error)
             except PEER_FAILURES as failure:
                 print(f"{name} M={m}: {peer.name} failed: {type(failure).__name__} {str(failure)[:300]}", flush=True)
-                torch.cuda.synchronize()
+                if _device_is_lost():
+                    print("the device is lost to this process: run the rest in another", flush=True)
+                    return rows, True
         del peer
         torch.cuda.empty_cache()
-    return rows
+    return rows, False
+
+
+def _device_is_lost() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _line(r: dict) -> str:
@@ -321,6 +346,8 @@ def main() -> int:
             if SCHEMES[scheme][0] == SHAPES[name].element:
                 errors[f"{name} {scheme} M={m}"] = e = check(SHAPES[name], scheme, m, seed)
                 print(f"{name} {scheme} M={m}: " + ", ".join(f"{k} {v:.2e}" for k, v in e.items()), flush=True)
+        if args.tune:
+            print(check_configs(names, schemes), "configs of the search agree with fp64 on each shape", flush=True)
     bandwidth = read_bandwidth()
     torch.cuda.empty_cache()
     result = {
@@ -333,10 +360,16 @@ def main() -> int:
     )
     print(f"{'shape':17} {'kernel':29}     M active        us     gemms floor us % floor   TB/s TFLOP/s")
     for name in names:
-        result["rows"] += measure(name, schemes, [int(m) for m in args.m.split(",")], peers, bandwidth, args.tune)
+        ms = [int(m) for m in args.m.split(",")]
+        rows, lost = measure(name, schemes, ms, peers, bandwidth, args.tune)
+        result["rows"] += rows
         if args.out:  # after each shape, so that a run that is cut short leaves what it has
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "moe.json").write_text(json.dumps(result, indent=1))
+            for file, text in pack_entries(result, SHAPES).items():
+                (args.out / file).write_text(text)
+        if lost:
+            break
     if args.out:
         plot(result, args.out / "moe.png")
     return 0

@@ -84,7 +84,7 @@ def random_weights(shape: Shape, seed: int, experts: int | None = None) -> Weigh
         else:
             data = torch.empty(e, n, k, dtype=torch.float8_e4m3fn, device="cuda")
             for expert in range(e):
-                data[expert] = torch.randn(n, k, device="cuda", generator=g) * 100
+                data[expert] = (torch.randn(n, k, device="cuda", generator=g) * 100).clamp(-448, 448)
         low = 114 if shape.element == "e2m1" else 107
         scales = torch.randint(low, low + 7, (e, n, k // 32), dtype=torch.uint8, device="cuda", generator=g)
         return data, scales

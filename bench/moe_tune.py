@@ -22,7 +22,7 @@ from sglang_amd_quant.kernels.triton.routing import route
 SHARED_MEMORY = 227 << 10
 
 timings: list[dict[str, Any]] = []
-"""What the last search timed."""
+"""What the last search timed: gemm, us and the config's fields."""
 
 
 # What searches of all tiles, depths and stages have chosen at least once, and neighbours of these: block_n, block_k,
@@ -36,15 +36,24 @@ SPACE = {
 }
 
 
+def everything(x_format: str, w_format: str) -> list[HopperConfig]:
+    """All configs that fit into shared memory."""
+    configs = [
+        HopperConfig(block_m, n, k, warps, stages, run=run)
+        for block_m, tiles in SPACE.items()
+        for n, k, warps, stages, run in tiles
+    ]
+    return [c for c in configs if c.shared_bytes(x_format, w_format) + 4096 <= SHARED_MEMORY]
+
+
 def candidates(m: int, top_k: int, experts: int, x_format: str, w_format: str) -> dict[int, list[HopperConfig]]:
     """block_m -> configs that fit into shared memory, for the block_m's near the number of rows an expert gets."""
     rows = m * top_k / experts
     space: dict[int, list[HopperConfig]] = {}
-    for block_m, tiles in SPACE.items():
-        if min(64, rows / 3) <= block_m <= max(16, 4 * rows):
-            configs = [HopperConfig(block_m, n, k, warps, stages, run=run) for n, k, warps, stages, run in tiles]
-            space[block_m] = [c for c in configs if c.shared_bytes(x_format, w_format) + 4096 <= SHARED_MEMORY]
-    return {block_m: configs for block_m, configs in space.items() if configs}
+    for config in everything(x_format, w_format):
+        if min(64, rows / 3) <= config.block_m <= max(16, 4 * rows):
+            space.setdefault(config.block_m, []).append(config)
+    return space
 
 
 def tune(

@@ -98,10 +98,11 @@ class SglangBf16:
 
     def __init__(self, shape: Shape, weights: Weights) -> None:
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
-        from sglang.srt.runtime_context import publish
+        from sglang.srt.runtime_context import get_parallel, publish
         from sglang.srt.server_args import ServerArgs
 
         publish(ServerArgs(model_path="dummy"), role="scheduler")
+        get_parallel().override_permanently(tp_group=None)
         self.shape, self.experts = shape, fused_moe.fused_experts_impl
         free = torch.cuda.mem_get_info()[0]
         if 6 * shape.experts * shape.hidden * shape.inter > 0.8 * free:
@@ -190,7 +191,7 @@ class HummingFp8(Humming):
     name = "humming mxfp4 x fp8"
 
 
-PEERS = {"triton_kernels": TritonKernels, "sglang": SglangBf16, "humming": Humming, "humming_fp8": HummingFp8}
+PEERS = {"triton_kernels": TritonKernels, "sglang": SglangBf16, "humming_fp8": HummingFp8, "humming": Humming}
 
 
 def _interleaved(weights: Weights, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,211 @@
+"""Weights packed for Hopper say what they said before; on an sm_90 GPU, the grouped GEMM and the fused MoE on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from sglang_amd_quant.kernels.triton.hopper import HopperConfig, activations, fused_moe_hopper, hopper_gemm
+from sglang_amd_quant.kernels.triton.hopper_pack import OCTAVES, HopperWeights, pack_hopper, row_order
+from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm_torch
+from sglang_amd_quant.kernels.triton.routing import route_torch
+
+from sglang_amd_quant.formats import dequantize_mx
+from sglang_amd_quant.ops.activation import Activation
+
+
+def weights(g: torch.Generator, element: str, e: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random codes and scales 10 octaves apart at most."""
+    scales = torch.randint(116, 127, (e, n, k // 32), dtype=torch.uint8, generator=g)
+    if element == "e2m1":
+        return torch.randint(0, 256, (e, n, k // 2), dtype=torch.uint8, generator=g), scales
+    return torch.randn(e, n, k, generator=g).to(torch.float8_e4m3fn), scales
+
+
+def unpacked(p: HopperWeights) -> torch.Tensor:
+    """fp64 [E, N, K] in packed row order, by the steps that the kernel takes on each word."""
+    e, groups, tiles = p.factors.shape[0], p.factors.shape[1] // 16, -(-p.k // 64)
+    if p.scales is None:
+        parts = p.data.view(e, groups, tiles, 2, 8, 4, 2, 2, 4).view(torch.float8_e4m3fn).double()
+        values = parts.permute(0, 1, 7, 4, 2, 3, 6, 5, 8).reshape(e, groups * 16, tiles * 64)
+        return (values * p.factors.double()[..., None])[:, : p.n, : p.k]
+    q = p.data.view(torch.int32).view(e, groups, tiles, 8, 4, 2, 2).numpy().view(np.uint32)
+    octaves = p.scales.view(torch.uint8).view(e, groups, tiles, 8, 2, 2).permute(0, 1, 4, 3, 2, 5)
+    octaves = octaves.reshape(e, groups * 16, tiles * 2).double()
+    if p.x_format == "bf16":
+        words = (
+            q & 0x81C081C0,
+            (q << 3) & 0x01C001C0 | (q << 2) & 0x80008000,
+            (q << 6) & 0x81C081C0,
+            (q >> 4) & 0x01C001C0 | (q << 1) & 0x80008000,
+        )
+        halves = [np.stack([w & 0xFFFF, w >> 16], -1).astype(np.uint16).view(np.int16) for w in words]
+        codes = torch.stack([torch.from_numpy(h).view(torch.bfloat16).double() for h in halves])
+        scale = torch.exp2(octaves - 127)
+    else:
+        table = np.array([0, 0x08, 0x10, 0x14, 0x18, 0x1C, 0x20, 0x24], np.uint8)  # under the smallest scale
+        at = np.arange(4, dtype=np.uint32)
+        low = table[(q[..., None] >> 4 * at) & 7] | ((q[..., None] >> (8 * at + 7) & 1) << 7).astype(np.uint8)
+        high = table[(q[..., None] >> (16 + 4 * at)) & 7] | ((q[..., None] >> (8 * at + 3) & 1) << 7).astype(np.uint8)
+        codes = torch.from_numpy(np.stack([low, high])).view(torch.float8_e4m3fn).double()
+        scale = torch.exp2(octaves)
+    values = codes.permute(1, 2, 7, 4, 3, 0, 6, 5, 8).reshape(e, groups * 16, tiles * 64)
+    return (values * scale.repeat_interleave(32, -1) * p.factors.double()[..., None])[:, : p.n, : p.k]
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "pairs"), [(48, 2880, "halves"), (40, 32, None), (16, 96, "interleaved"), (48, 160, None)]
+)
+@pytest.mark.parametrize("x_format", ["bf16", "e4m3"])
+def test_packed_e2m1_weights_are_the_same_numbers(n: int, k: int, pairs: str | None, x_format: str) -> None:
+    w, scales = weights(torch.Generator().manual_seed(n), "e2m1", 2, n, k)
+    packed = pack_hopper(w, scales, x_format, pairs)
+    expected = dequantize_mx(w, scales, "e2m1", torch.float64)[:, row_order(n, pairs)]
+    assert packed.rounded == 0
+    assert torch.equal(unpacked(packed), expected)
+
+
+def test_packed_e4m3_weights_move_by_half_a_step_at_most() -> None:
+    w, scales = weights(torch.Generator().manual_seed(1), "e4m3", 2, 32, 192)
+    packed = pack_hopper(w, scales, "e4m3", "halves")
+    expected = dequantize_mx(w, scales, "e4m3", torch.float64)[:, row_order(32, "halves")]
+    got = unpacked(packed)
+    largest = packed.factors[:, :32].double()[..., None]
+    assert ((got - expected).abs() <= 2.0**-10 * largest).all()
+    assert torch.equal(got[expected.abs() >= 2.0**-6 * largest], expected[expected.abs() >= 2.0**-6 * largest])
+    assert packed.rounded == (got != expected).sum()
+
+
+def test_scales_too_far_apart_are_counted_and_move_little() -> None:
+    w, scales = weights(torch.Generator().manual_seed(2), "e2m1", 1, 16, 128)
+    scales[0, :, 0], scales[0, 3, 0] = 127, 127 - OCTAVES - 20
+    scales[0, 5, 1] = scales[0, 5].max() - OCTAVES - 1
+    w[0, 7] = 0  # a row of zeros, whatever its scales are
+    scales[0, 7] = torch.tensor([0, 254, 3, 100], dtype=torch.uint8)
+    packed = pack_hopper(w, scales, "e4m3")
+    expected = dequantize_mx(w, scales, "e2m1", torch.float64)
+    largest = torch.exp2(scales[0].double().amax(-1) - 127)
+    largest[7] = 0
+    assert packed.rounded > 0
+    assert ((unpacked(packed) - expected).abs()[0] <= 2.0**-13 * largest[:, None]).all()
+    assert torch.equal(unpacked(pack_hopper(w, scales, "bf16")), expected)
+
+
+def test_a_nan_scale_makes_its_row_nan_and_no_other() -> None:
+    w, scales = weights(torch.Generator().manual_seed(3), "e2m1", 1, 16, 64)
+    scales[0, 9, 1] = 255
+    for x_format in ("bf16", "e4m3"):
+        assert pack_hopper(w, scales, x_format).factors.isnan().flatten().nonzero().tolist() == [[9]]
+
+
+def test_what_no_kernel_takes_is_refused() -> None:
+    w, scales = weights(torch.Generator().manual_seed(4), "e4m3", 1, 24, 64)
+    with pytest.raises(ValueError, match="use x_format='e4m3'"):
+        pack_hopper(w, scales, "bf16")
+    with pytest.raises(ValueError, match="pad the intermediate size"):
+        pack_hopper(w, scales, "e4m3", "halves")
+    packed = pack_hopper(w, scales, "e4m3")
+    routing = route_torch(torch.zeros(1, 1, dtype=torch.int32), 1, 32)
+    with pytest.raises(ValueError, match="route and pack again"):
+        hopper_gemm(w, None, packed, torch.empty(1, 24), routing, HopperConfig(16))
+
+
+def test_measured_configs_become_pack_entries_that_lint(tmp_path: Path) -> None:
+    from bench.moe_pack import pack_entries
+    from bench.moe_problem import SHAPES
+    from sglang_amd_quant.selection.pack_tools import lint
+
+    config = {"block_n": 128, "block_k": 64, "num_warps": 4, "num_stages": 4, "group_m": 8, "run": 1}
+    timings: list[dict[str, Any]] = [
+        {"gemm": gemm, "us": us, "block_m": block_m} | config
+        for gemm in ("gate_up", "down")
+        for us, block_m in ((9.0, 16), (8.0, 32))
+    ]
+    timings.append(timings[0] | {"us": 1.0, "block_m": 32, "run": 9})
+    row = {"shape": "gpt-oss-120b-tp8", "kernel": "ours w4a8", "M": 64, "x_format": "e4m3", "timings": timings}
+    result = {
+        "device": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-11-26", "rows": [row],
+        "errors": {"gpt-oss-120b-tp8 w4a8 M=5": {"gate_up": 1.7e-3, "down": 1.6e-3}},
+    }  # fmt: skip
+    (name, text), *rest = pack_entries(result, SHAPES).items()
+    assert not rest
+    folder = tmp_path / "sm_90" / "w4a8"
+    folder.mkdir(parents=True)
+    (folder / name.removeprefix("w4a8-")).write_text(text)
+    assert ",moe_gate_up,w4a8,768,2880,128,4,8,1,64," in text
+    assert text.count(",32,128,64,") == 2
+    assert lint([tmp_path]) == ([], 2)
+
+
+def _sm90() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+GPU = pytest.mark.skipif(not _sm90(), reason="no sm_90 GPU")
+
+
+@GPU
+@pytest.mark.parametrize("kind", ["silu", "swigluoai"])
+@pytest.mark.parametrize(("element", "x_format"), [("e2m1", "bf16"), ("e2m1", "e4m3"), ("e4m3", "e4m3")])
+def test_every_config_of_the_search_on_the_gpu(element: str, x_format: str, kind: str) -> None:
+    """Gate_up and down against fp64 of the same operands, tails along every dimension; bounds as in bench.moe."""
+    from bench.moe_tune import everything
+
+    g = torch.Generator().manual_seed(5)
+    e, n, k, top_k, tokens = 3, 352, 416, 2, 150
+    w, scales = weights(g, element, e, n, k)
+    ids = torch.randint(-1, e, (tokens, top_k), generator=g).int()
+    x = torch.randn(tokens, k, generator=g).bfloat16()
+    bias, row_weights = torch.randn(e, n, generator=g).bfloat16(), torch.rand(tokens * top_k, generator=g)
+    left, factors = activations(x.cuda(), None if x_format == "bf16" else "e4m3", None, x_format)
+    values = left.cpu().double() * (1 if factors is None else factors.cpu().double()[:, None])
+    here = ids.flatten() >= 0
+    act = Activation(kind, interleaved=kind == "swigluoai", limit=3.0)
+    pairs = "interleaved" if act.interleaved else "halves"
+    options = {"activation": kind, "limit": 3.0}
+    for config in everything(x_format, element):
+        routing = route_torch(ids, e, config.block_m)
+        exact = mx_gemm_torch(
+            values.bfloat16() if x_format == "bf16" else values, None, w, scales, bias=bias, row_ids=routing.row_ids,
+            block_experts=routing.block_experts, top_k=top_k, dtype=torch.float64,
+        )  # fmt: skip
+        on_gpu = route_torch(ids.cuda(), e, config.block_m)
+        for paired in (False, True):
+            packed = pack_hopper(w.cuda(), scales.cuda(), x_format, pairs if paired else None)
+            y = torch.full((tokens * top_k, n // (2 if paired else 1)), torch.nan, dtype=torch.bfloat16, device="cuda")
+            more = options if paired else {"row_weights": row_weights.cuda()}
+            hopper_gemm(left, factors, packed, y, on_gpu, config, top_k=top_k, bias=bias.cuda(), **more)
+            expected = act(exact) if paired else exact * row_weights.double()[:, None]
+            error = (y.cpu().double() - expected)[here].norm() / expected[here].norm()
+            assert error <= 2.0**-9 * (1.02 if x_format == "bf16" else 2) * (2 if paired else 1), (config, paired)
+            assert y.cpu()[~here].isnan().all()
+
+
+@GPU
+def test_a_captured_moe_follows_a_new_routing() -> None:
+    g = torch.Generator().manual_seed(6)
+    e, hidden, inter = 8, 128, 64
+    w13 = pack_hopper(*(t.cuda() for t in weights(g, "e2m1", e, 2 * inter, hidden)), "e4m3", "halves")
+    w2 = pack_hopper(*(t.cuda() for t in weights(g, "e2m1", e, hidden, inter)), "e4m3")
+    x, topk_weights = torch.randn(40, hidden).bfloat16().cuda(), torch.rand(40, 2).cuda()
+    ids = torch.zeros(40, 2, dtype=torch.int32, device="cuda")
+    config = HopperConfig(16)
+
+    def run() -> torch.Tensor:
+        return fused_moe_hopper(x, ids, topk_weights, w13, w2, config, config, element="e4m3")
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    for routing in (torch.randint(-1, e, (40, 2)), torch.full((40, 2), -1), torch.randint(0, e, (40, 2))):
+        ids.copy_(routing)
+        graph.replay()
+        assert torch.equal(y, run())
+        assert torch.equal(y.isfinite(), torch.ones_like(y, dtype=torch.bool))
