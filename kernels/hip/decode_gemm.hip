@@ -48,11 +48,11 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
         sums.hand_over(totals, rows.count, group == s.first_group);
 
         // What this block finishes: rows from `first` on. With an activation behind them, row tiles alternate 8 gates and 8 ups.
-        const auto& e = late(a);
         const int first = group * s.waves_n * TILE_ROWS + sums.first;
-        const bool paired = e.activation != NO_ACTIVATION;
+        const bool paired = late(a).activation != NO_ACTIVATION;
         const int outputs = paired ? sums.owned / 2 : sums.owned;
-        for (int j = thread_index(); j < rows.count * outputs; j += e.waves_k * e.waves_n * WAVE) {
+        for (int j = thread_index(); j < rows.count * outputs; j += s.threads) {
+            const auto& e = late(a);
             const int output = j % outputs, column = j / outputs;
             const int at = paired ? output / 8 * TILE_ROWS + output % 8 : output;
             if (first + at >= e.n) continue;
@@ -63,7 +63,7 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
                 value = finish<W, A>(e, s, rows.expert, first + at + 8 * half, sums.sum(at + 8 * half, column));
             }
             if (paired) value = activated(gate, value, e);
-            store_result(e, rows.out(column), (paired ? first / 2 : first) + output, value);
+            store_result(e, rows.out(e, column), (paired ? first / 2 : first) + output, value);
         }
         if (group + s.groups < s.row_groups) sums.done();
     }
@@ -73,6 +73,8 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
 constexpr int MANY = 512;
 template <Weight W>
 constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 384;
+template <Weight W>
+constexpr int FEW_GROUPED = TARGET_SM90 && W == Weight::e4m3 ? 256 : FEW<W>;
 
 #define DECODE(NAME, W, A, M, THREADS, BLOCKS, GROUPED)                                                                             \
     KERNEL(THREADS, BLOCKS)                                                                                                   \
@@ -92,15 +94,15 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 384;
     DECODE(decode_##NAME##_m8, W, A, 8, FEW<W>, 2, false)     \
     DECODE(decode_##NAME##_m16, W, A, 16, MANY, 1, false)   \
     DECODE(decode_##NAME##_m32, W, A, 32, FEW<W>, 1, false)   \
-    DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW<W>, 2, true)  \
-    DECODE(moe_decode_##NAME##_m8, W, A, 8, FEW<W>, 2, true)  \
+    DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW_GROUPED<W>, 2, true)  \
+    DECODE(moe_decode_##NAME##_m8, W, A, 8, FEW_GROUPED<W>, 2, true)  \
     DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)
 #else  // a matrix unit takes sixteen rows whatever M is: fewer sizes will do
 #define SCHEME(NAME, W, A)                                  \
     DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)   \
     DECODE(decode_##NAME##_m16, W, A, 16, MANY, 1, false)   \
     DECODE(decode_##NAME##_m32, W, A, 32, FEW<W>, 1, false) \
-    DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW<W>, 2, true) \
+    DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW_GROUPED<W>, 2, true) \
     DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)
 #endif
 

@@ -87,7 +87,7 @@ struct Rows {
         }
         return {nullptr, first, smaller(Room, a.m - first), 0, 1};
     }
-    DEVICE int out(int i) const { return Grouped ? ids[i] : first + i; }
+    DEVICE int out(const DecodeArgs& a, int i) const { return Grouped ? a.row_ids[first + i] : first + i; }
     DEVICE int in(int i) const { return Grouped ? ids[i] / top_k : first + i; }
 };
 
