@@ -49,7 +49,7 @@ def hopper_gemm(
     x_factors: torch.Tensor | None,
     w: HopperWeights,
     y: torch.Tensor,
-    routing: Routing,
+    routing: Routing | None,
     config: HopperConfig,
     *,
     top_k: int = 1,
@@ -69,7 +69,7 @@ def hopper_gemm(
         x_factors: [R / top_k] fp32, powers of two.
         w: packed for x's format; with `pairs` if there is an activation.
         y: [R, N] bf16 or fp32; [R, N / 2] after an activation.
-        routing: of `config.block_m`.
+        routing: of `config.block_m`; None: dense, E is 1 and every row is taken.
         config: tile and launch options.
         top_k: routed rows a row of x.
         bias: [E, N], in the order before packing.
@@ -77,16 +77,19 @@ def hopper_gemm(
         activation: `none`, `silu` or `swigluoai`; with limit, alpha, beta as in `ops.activation.Activation`.
     """
     rows, k_tiles, groups = y.shape[0], triton.cdiv(w.k, 64), triton.cdiv(w.n, 16)
-    if routing.block_m != config.block_m or (activation != "none") != (w.pairs is not None):
+    fits = w.factors.shape[0] == 1 if routing is None else routing.block_m == config.block_m
+    if not fits or (activation != "none") != (w.pairs is not None):
+        made = "no routing" if routing is None else f"blocks of {routing.block_m} rows"
         raise ValueError(
-            f"blocks of {routing.block_m} rows with config {config}, activation {activation} with pairs {w.pairs}: "
+            f"{made} for {w.factors.shape[0]} experts with {config}, activation {activation} with pairs {w.pairs}: "
             "routing and packing must be made for the launch; route and pack again"
         )
-    tiles_m = routing.block_experts.numel()
+    row_ids, experts = (None, None) if routing is None else (routing.row_ids, routing.block_experts)
+    tiles_m = triton.cdiv(rows, config.block_m) if experts is None else experts.numel()
     if tiles_m:
         grid = (tiles_m * triton.cdiv(w.n, config.block_n * config.run),)
         hopper_moe_kernel[grid](
-            x, x_factors, w.data, w.scales, w.factors, bias, y, routing.row_ids, routing.block_experts, row_weights,
+            x, x_factors, w.data, w.scales, w.factors, bias, y, row_ids, experts, row_weights,
             rows, w.n, w.k, k_tiles, groups, tiles_m, alpha, limit or 0.0, beta,
             w.x_format, w.w_format, top_k, activation, w.pairs == "interleaved", limit is not None,
             config.block_m, config.block_n, config.block_k, config.num_stages, config.group_m,
@@ -141,6 +144,36 @@ def fused_moe_hopper(
     routed = torch.empty(m * top_k, w2.n, dtype=x.dtype, device=x.device)
     hopper_gemm(left, factors, w2, routed, routing, config2, bias=b2, row_weights=topk_weights)
     return combine(routed, topk_ids, experts, torch.empty_like(x), scale)
+
+
+def linear_hopper(
+    x: torch.Tensor,
+    w: HopperWeights,
+    *,
+    element: str | None,
+    mode: str | None = None,
+    bias: torch.Tensor | None = None,
+    config: HopperConfig | None = None,
+) -> torch.Tensor:
+    """x[M, K] -> [M, N] bf16: a dense layer, its weights packed with E = 1.
+
+    Args:
+        x: [M, K] bf16, contiguous.
+        w: packed without pairs.
+        element, mode: as in `fused_moe_hopper`.
+        bias: [N].
+        config: None: `dense_config`.
+    """
+    left, factors = activations(x, element, mode, w.x_format)
+    y = torch.empty(x.shape[0], w.n, dtype=x.dtype, device=x.device)
+    return hopper_gemm(left, factors, w, y, None, config or dense_config(x.shape[0]), bias=bias)
+
+
+def dense_config(m: int) -> HopperConfig:
+    """A config for a dense layer that nobody tuned. On 8192 -> 28672 at M 1024 the largest tile was the fastest."""
+    if m <= 64:
+        return HopperConfig(max(16, triton.next_power_of_2(m)), 128, 64, 4, 6)
+    return HopperConfig(128, 128, 64, 4, 4) if m <= 512 else HopperConfig(256, 128, 64, 8, 4, group_m=4)
 
 
 def activations(

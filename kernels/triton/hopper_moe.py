@@ -194,9 +194,18 @@ def start_copies(step, steps, x_stages, w_stages, s_stages, x_pointers, w_pointe
 
 
 @gluon.jit
+def rows_at(places, row_ids):
+    """Routed rows at places; the places themselves for a dense GEMM."""
+    rows = places
+    if row_ids is not None:
+        rows = gl.load(row_ids + places)
+    return rows
+
+
+@gluon.jit
 def factors_of(places, row_ids, x_factors, row_weights, M, TOP_K: gl.constexpr):
     """Factor of the row of x and routing weight at each place; 1 where there are none."""
-    rows = gl.load(row_ids + places)
+    rows = rows_at(places, row_ids)
     x_factor = gl.full(places.shape, 1.0, gl.float32, places.type.layout)
     row_weight = x_factor
     if x_factors is not None:
@@ -215,6 +224,8 @@ def hopper_moe_kernel(
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, RUN: gl.constexpr,
 ):  # fmt: skip
     """RUN tiles of BLOCK_N weight rows, one after another, and BLOCK_M tokens; see `hopper.py` for the arguments.
+
+    Dense: row_ids and block_experts are None, E is 1.
 
     M: routed rows; N: weight rows; K: elements of a row of x; k_tiles: K / 64 rounded up; groups_n: N / 16 rounded up;
         tiles_m: blocks along M. ACTIVATION: "none", "silu" or "swigluoai", of pairs of rows that `hopper_pack` has put
@@ -247,10 +258,12 @@ def hopper_moe_kernel(
     vector: gl.constexpr = 8 if WIDE else 16
     x_threads: gl.constexpr = BLOCK_K // vector
     copy_x: gl.constexpr = gl.BlockedLayout([1, vector], [32 // x_threads, x_threads], [NUM_WARPS, 1], [1, 0])
-    m_rows = gl.load(row_ids + tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, copy_x)))
-    expert = gl.load(block_experts + tile_m)
-    if expert < 0:
-        return
+    m_rows = rows_at(tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, copy_x)), row_ids)
+    expert = tile_m * 0
+    if block_experts is not None:
+        expert = gl.load(block_experts + tile_m)
+        if expert < 0:
+            return
     expert = expert.to(gl.int64)
 
     x_inside = gl.expand_dims(m_rows < M, 1)
@@ -343,7 +356,7 @@ def hopper_moe_kernel(
             result = total
         n_out = N // 2 if PAIRED else N
         result = gl.convert_layout(result.to(y.dtype.element_ty).permute((1, 0)), store)
-        rows = gl.load(row_ids + tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, store)))
+        rows = rows_at(tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, store)), row_ids)
         columns = (tile_n + run) * OUT_N + gl.arange(0, OUT_N, gl.SliceLayout(0, store))
         places = gl.expand_dims(rows.to(gl.int64) * n_out, 1) + gl.expand_dims(columns, 0)
         gl.store(y + places, result, mask=gl.expand_dims(rows < M, 1) & gl.expand_dims(columns < n_out, 0))

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from sglang_amd_quant.kernels.triton.hopper import HopperConfig, activations, fused_moe_hopper, hopper_gemm
+from sglang_amd_quant.kernels.triton.hopper import (
+    HopperConfig,
+    activations,
+    dense_config,
+    fused_moe_hopper,
+    hopper_gemm,
+    linear_hopper,
+)
 from sglang_amd_quant.kernels.triton.hopper_pack import OCTAVES, HopperWeights, pack_hopper, row_order
 from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm_torch
 from sglang_amd_quant.kernels.triton.routing import route_torch
@@ -142,6 +149,22 @@ def test_measured_configs_become_pack_entries_that_lint(tmp_path: Path) -> None:
     assert lint([tmp_path]) == ([], 2)
 
 
+@pytest.mark.parametrize(("element", "x_format"), [(None, "bf16"), ("e4m3", "e4m3")])
+def test_runs_of_tiles_and_dense_layers_compile(element: str | None, x_format: str) -> None:
+    from emulated_triton import emulated_triton
+
+    g = torch.Generator().manual_seed(8)
+    packed = pack_hopper(*weights(g, "e2m1", 1, 512, 128), x_format)
+    x = torch.randn(40, 128, generator=g).bfloat16()
+    with emulated_triton("sm_90") as launches:
+        linear_hopper(x, packed, element=element)
+        left, factors = activations(x, element, None, x_format)
+        routing = route_torch(torch.zeros(40, 1, dtype=torch.int32), 1, 16)
+        hopper_gemm(left, factors, packed, torch.empty(40, 512).bfloat16(), routing, HopperConfig(16, run=4))
+    gemms = [made.compiled.report for made in launches if made.compiled.variant.function == "hopper_moe_kernel"]
+    assert [report.problems for report in gemms] == [[], []]
+
+
 def _sm90() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
@@ -209,3 +232,18 @@ def test_a_captured_moe_follows_a_new_routing() -> None:
         graph.replay()
         assert torch.equal(y, run())
         assert torch.equal(y.isfinite(), torch.ones_like(y, dtype=torch.bool))
+
+
+@GPU
+@pytest.mark.parametrize("m", [1, 40, 300, 1100])
+@pytest.mark.parametrize(("element", "x_format"), [(None, "bf16"), ("e4m3", "e4m3")])
+def test_a_dense_layer_on_the_gpu(m: int, element: str | None, x_format: str) -> None:
+    g = torch.Generator().manual_seed(m)
+    w, scales = weights(g, "e2m1", 1, 272, 416)
+    x, bias = torch.randn(m, 416, generator=g).bfloat16().cuda(), torch.randn(272, generator=g).bfloat16().cuda()
+    packed = pack_hopper(w.cuda(), scales.cuda(), x_format)
+    y = linear_hopper(x, packed, element=element, bias=bias, config=dense_config(m))
+    left, factors = activations(x, element, None, x_format)
+    values = left.double() * (1 if factors is None else factors.double()[:, None])
+    exact = values @ dequantize_mx(w, scales, "e2m1", torch.float64)[0].cuda().T + bias.double()
+    assert (y.double() - exact).norm() / exact.norm() <= 2.0**-9 * (1.02 if x_format == "bf16" else 2)
