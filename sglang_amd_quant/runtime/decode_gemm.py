@@ -73,60 +73,47 @@ def lds_bytes(e4m3: bool, rows: int, tiles: int, split: int, waves_k: int, waves
 
 def max_waves(e4m3: bool, rows: int) -> int:
     """Waves that a block may have: `KERNEL(...)` in decode_gemm.hip."""
-    return 16 if rows == 16 else 10 if e4m3 else 12
+    return 16 if rows == 16 else 8 if e4m3 else 12
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """Microseconds, fitted to 1,700 measured plans of 14 dense problems on an H100 80GB HBM3, M of 1 to 32.
+Shape = tuple[int, int, int, int, int]
+"""split, waves_k, waves_n, depth, chunk."""
 
-    The best plan by this model took 1.7 % longer than the best of those measured, in the geometric mean.
 
-    Attributes:
-        start: from launch to the first product, and from the last to the end.
-        stage, piece: quantizing activations, and every eight of them that a thread takes.
-        tile, tile_latency: a tile in a wave, when all waves of a multiprocessor are busy, and when one is alone.
-        column: what every further eight columns add to a tile.
-        sum, partial: summing up, and each partial sum that a thread adds.
-        flight: bytes a multiprocessor that keep memory busy.
-        bandwidth: bytes a microsecond.
+def _wanted(e4m3: bool, rows: int, m: int, tiles: int, row_tiles: int, cu_count: int) -> Shape:
+    """What measured best, or within a few percent, on an H100 80GB HBM3: of up to 90 plans each for 60 dense problems
+    (`python -m bench.decode --schemes w4a8,mxfp8 --m 1,2,4,8,16,32 --explore 90`).
+
+    K is shared by more blocks the longer it is and the more activations each would have to quantize, and waves share
+    what is left of it, so that 6 to 16 tiles remain to a wave; where every block has many row groups to take, by fewer.
     """
+    if row_tiles >= 8 * cu_count:
+        return (2, 4, 2, 2, 4) if rows <= 16 else (4, 1, 8, 2, 4)
+    if tiles >= 64:
+        if rows <= 8:
+            return ((8, 2, 2, 2, 2) if m <= 2 else (8, 1, 8, 2, 3)) if e4m3 else (8, 2, 4, 2, 3)
+        return (8, 2, 8, 2, 2) if rows == 16 else (8, 1, 8, 2, 4) if e4m3 else (8, 1, 12, 2, 4)
+    if rows <= 8:
+        return (1, 4, 1 if e4m3 else 2, 2, 4) if m == 1 else (2, 2, 4, 2, 2)
+    return (4, 1, 8, 2, 3) if rows == 16 else (2, 1, 8, 2, 4) if e4m3 else (2, 2, 6, 2, 2)
 
-    start: float = 2.3
-    stage: float = 0.31
-    piece: float = 0.0055
-    tile: float = 0.0046
-    tile_latency: float = 0.104
-    column: float = 1.75
-    sum: float = 0.22
-    partial: float = 0.059
-    flight: float = 29e3
-    bandwidth: float = 3.05e6
 
-    def of(self, p: DecodePlan, m: int, n: int, k: int, cu_count: int, e4m3: bool) -> float:
-        """Time of one launch."""
-        tiles, row_groups = -(-k // TILE_K), -(-n // (TILE_ROWS * p.waves_n))
-        rounds = -(-row_groups // p.groups)
-        blocks = -(-p.groups * p.split // cu_count)  # of the busiest multiprocessor
-        mine = -(-tiles // (p.split * p.waves_k))
-        here = min(m, p.rows)
-        stage = self.stage + self.piece * here * k / p.split / 8 / (p.waves * 32) * max(1.0, blocks * p.waves / 8)
-        work = rounds * mine * p.waves * blocks * self.tile * (1 + self.column * max(0, p.rows - 8) / 8)
-        dot = max(work, rounds * mine * self.tile_latency)
-        summing = self.sum + self.partial * p.split * p.waves_k * here * p.waves_n * TILE_ROWS / p.split / (
-            p.waves * 32
-        )
-        tile_bytes = (1024 if e4m3 else 512) + 32
-        flight = p.groups * p.split * p.waves * p.depth * p.chunk * tile_bytes / cu_count
-        load = n * k * tile_bytes / (TILE_ROWS * TILE_K) / self.bandwidth * max(1.0, self.flight / flight)
-        if rounds == 1:
-            return self.start + max(load, stage + dot) + summing
-        return self.start + max(load, dot) + stage + 0.6 * rounds * summing
+def _distance(plan: DecodePlan, wanted: Shape, row_tiles: int, cu_count: int) -> float:
+    """How far a plan is from what is wanted, in powers of two; work that is left out or dealt unevenly counts double."""
+    split, waves_k, waves_n, depth, chunk = wanted
+    blocks = plan.groups * plan.split
+    idle = max(0.0, math.log2(min(cu_count, row_tiles * split * waves_k) / blocks) - 0.7)
+    row_groups = -(-row_tiles // plan.waves_n)
+    uneven = math.log2(-(-row_groups // plan.groups) * plan.groups / row_groups)
+    ways = abs(math.log2(plan.split * plan.waves_k / (split * waves_k))) + 0.5 * abs(math.log2(plan.split / split))
+    ring = abs(math.log2(plan.depth * plan.chunk / (depth * chunk))) + 0.25 * abs(math.log2(plan.depth / depth))
+    waves = abs(math.log2(plan.waves / (waves_k * waves_n))) + 0.5 * abs(math.log2(plan.waves_n / waves_n))
+    return 2 * (idle + uneven) + ways + 0.5 * waves + 0.5 * ring
 
 
 @cache
 def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = False) -> tuple[DecodePlan, ...]:
-    """Every legal dense plan of [m, k] x [n, k], best first by `_Cost`.
+    """Every legal dense plan of [m, k] x [n, k], those most like what measured best first.
 
     Args:
         scheme: one of the manifest's `DECODE_SCHEMES`.
@@ -141,7 +128,7 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
     found = _enumerate(e4m3, rows, n, k, cu_count, pairs, -(-m // rows))
     if not found:
         raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
-    return tuple(sorted(found, key=lambda p: _Cost().of(p, m, n, k, cu_count, e4m3)))
+    return _sorted(found, e4m3, rows, min(m, rows), n, k, cu_count)
 
 
 @cache
@@ -155,7 +142,15 @@ def grouped_plan(scheme: str, block_m: int, blocks: int, n: int, k: int, cu_coun
     found = _enumerate(e4m3, block_m, n, k, share, pairs, 1, splits=(1,) if blocks * 4 >= cu_count else (1, 2, 4))
     if not found:
         raise ShapeError(f"MoE decode N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
-    return min(found, key=lambda p: _Cost(bandwidth=3.05e6 * share / cu_count).of(p, block_m, n, k, share, e4m3))
+    return _sorted(found, e4m3, block_m, block_m, n, k, share)[0]
+
+
+def _sorted(
+    found: list[DecodePlan], e4m3: bool, rows: int, m: int, n: int, k: int, cu_count: int
+) -> tuple[DecodePlan, ...]:
+    tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
+    wanted = _wanted(e4m3, rows, m, tiles, row_tiles, cu_count)
+    return tuple(sorted(found, key=lambda p: _distance(p, wanted, row_tiles, cu_count)))
 
 
 def _enumerate(
@@ -254,7 +249,7 @@ def decode_gemm(
         epilogue: what is fused behind.
         row_ids, block_experts, block_m: routing (`ops/routing.py`); None and 0: dense.
         top_k: rows of y that share a row of x.
-        plan: instead of the best by the model.
+        plan: instead of the first of `plans`.
 
     Raises:
         ShapeError: shapes, strides or dtypes that do not fit each other or the kernel.
