@@ -164,14 +164,18 @@ def check(shape: Shape, scheme: str, m: int, seed: int, config: HopperConfig | N
 
 
 def check_configs(names: list[str], schemes: list[str]) -> int:
-    """Every config of the search, on 61 tokens, whatever it is meant for. Returns how many there are."""
+    """Every config of the search, whatever it is meant for, on few tokens and a small layer. Returns how many checks."""
+    done = 0
     for name in names:
+        s = SHAPES[name]
+        small = Shape(max(8, s.top_k), s.top_k, 416, 224, s.activation, s.bias, s.element)
         for scheme in schemes:
             element, _, x_format = SCHEMES[scheme]
-            if element == SHAPES[name].element:
+            if element == s.element:
                 for config in everything(x_format, element):
-                    check(SHAPES[name], scheme, 61, 17, config)
-    return len(everything("e4m3", "e2m1"))
+                    check(small, scheme, 61, 17, config)
+                    done += 1
+    return done
 
 
 def quantized(x: torch.Tensor, ours: Ours, what: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -347,7 +351,7 @@ def main() -> int:
                 errors[f"{name} {scheme} M={m}"] = e = check(SHAPES[name], scheme, m, seed)
                 print(f"{name} {scheme} M={m}: " + ", ".join(f"{k} {v:.2e}" for k, v in e.items()), flush=True)
         if args.tune:
-            print(check_configs(names, schemes), "configs of the search agree with fp64 on each shape", flush=True)
+            print(check_configs(names, schemes), "checks of the configs of the search agree with fp64", flush=True)
     bandwidth = read_bandwidth()
     torch.cuda.empty_cache()
     result = {
