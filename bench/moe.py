@@ -164,7 +164,7 @@ def check(shape: Shape, scheme: str, m: int, seed: int, config: HopperConfig | N
 
 
 def check_configs(names: list[str], schemes: list[str]) -> int:
-    """Every config of the search, whatever it is meant for, on few tokens and a small layer. Returns how many checks."""
+    """Every config of the search, whatever it is for, on few tokens and a small layer. Returns the number of checks."""
     done = 0
     for name in names:
         s = SHAPES[name]
