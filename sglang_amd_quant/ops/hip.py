@@ -73,6 +73,7 @@ def preload(kernels: Iterable[str], x: torch.Tensor) -> None:
     names = [e.name for c in manifest.CODE_OBJECTS if c.name in code_objects for e in c.entry_points]
     if names:
         device_of(x).load(*names)
+        workspace(x)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -95,6 +96,38 @@ def run_decode(call: LinearCall) -> None:
         decode_gemm(
             aligned(call.x), data, scales, factors, call.y, scheme=decode_scheme(problem), n=problem.n,
             cu_count=device.cu_count, carry=carry(call.act), x_scale=call.act.scale, epilogue=Epilogue(bias=call.bias),
+        )
+    )  # fmt: skip
+
+
+WORKSPACE_BYTES = 64 << 20
+"""Partial sums of the blocks that share K; plans that need more are not taken."""
+
+_workspaces: dict[torch.device, torch.Tensor] = {}
+
+
+def workspace(x: torch.Tensor) -> torch.Tensor:
+    """Zeroed memory on x's device for one launch at a time, the same each time: kernels leave its counters zero.
+
+    Launches of one stream follow each other, and SGLang runs a rank's layers in one. `QuantizedLinear.prepare` asks for
+    it ahead of graph captures.
+    """
+    if x.device not in _workspaces:
+        _workspaces[x.device] = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=x.device)
+    return _workspaces[x.device]
+
+
+def run_decode_amd(call: LinearCall) -> None:
+    """`kernels/hip/decode_gemm.hip` on AMD, dense: quantizes x itself."""
+    from sglang_amd_quant.runtime.decode_gemm import Epilogue
+    from sglang_amd_quant.runtime.decode_gemm_amd import decode_gemm_amd
+
+    device, problem, w = device_of(call.x), call.problem, as_mx(call.weight)
+    device.start(
+        decode_gemm_amd(
+            aligned(call.x), w.data, w.scales, call.y, arch=device.arch_name, scheme=decode_scheme(problem),
+            n=problem.n, cu_count=device.cu_count, carry=carry(call.act), x_scale=call.act.scale,
+            epilogue=Epilogue(bias=call.bias), workspace=workspace(call.x),
         )
     )  # fmt: skip
 

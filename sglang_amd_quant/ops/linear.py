@@ -18,6 +18,7 @@ from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.runtime.detect import launchable
 from sglang_amd_quant.selection import Config, GemmProblem, KernelChoice, choose
 from sglang_amd_quant.selection.choose import REFERENCE
+from sglang_amd_quant.selection.shipped_kernels import AMD_DECODE_LAYOUTS
 from sglang_amd_quant.selection.specs import kernel
 
 
@@ -64,6 +65,7 @@ KERNELS: dict[str, LinearKernel] = {
     "triton_mx_gemm": LinearKernel(triton_mx.run_mx_gemm, ANY_FLOAT),
     "triton_hopper_bf16": LinearKernel(triton_hopper.run_hopper_gemm, ANY_FLOAT),
     "hip_decode": LinearKernel(hip.run_decode),
+    **{f"hip_decode_{arch}_{w}": LinearKernel(hip.run_decode_amd) for arch, w in AMD_DECODE_LAYOUTS},
 }
 """Kernel name in selection -> its launcher. Selection chooses only among these and the reference."""
 

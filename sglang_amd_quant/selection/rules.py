@@ -65,7 +65,10 @@ LAYOUT_RULES: tuple[LayoutRule, ...] = (
     LayoutRule("gfx11", "int4_w4a16", _GROUPED, "exllama", "ROCm/vllm #1015 reads ExLlama order"),
 )
 # fmt: on
-"""Swizzled or strided, for weights that are about to be laid out; the first that holds. Without one: strided."""
+"""Which layout, for weights that are about to be laid out; the first that holds. Without one: strided.
+
+AMD's decode kernels have layouts of their own (`AMD_DECODE_LAYOUTS`). No row gives linears these, nor is there a rule
+for the kernels: above M=64 weights would be unpacked at every call, until a prefill kernel reads them. Packs may."""
 
 _A8W4 = "aiter #3580 heuristic"
 _ROCPROF = "aiter #3580 heuristic (rocprof)"

@@ -155,6 +155,37 @@ def _hopper(x_format: str, schemes: tuple[str, ...], acts: tuple[str, ...], ops:
     )
 
 
+AMD_DECODE_LAYOUTS = {
+    ("gfx950", "e2m1"): "preshuffle+tile_scale",
+    ("gfx950", "e4m3"): "mxfp8_lane+tile_scale",
+    ("gfx942", "e2m1"): "cdna3_e2m1+tile_scale",
+    ("gfx11", "e2m1"): "preshuffle+tile_scale",
+    ("gfx11", "e4m3"): "preshuffle+tile_scale",
+}
+"""What the decode kernels of an AMD arch read (`runtime/decode_gemm_amd.py`), by weight format. gfx942 wants e4m3 as
+FNUZ, which no prefill kernel reads: none here."""
+
+
+def _amd_decode(arch: str, weight: str) -> KernelSpec:
+    schemes, static = (("mxfp8",), "mxfp8_static") if weight == "e4m3" else (("w4a8", "mxfp4", "w4a16"), "w4a8_static")
+    return KernelSpec(
+        f"hip_decode_{arch}_{weight}",
+        SHIPPED,
+        "kernels/hip/decode_gemm.hip",
+        archs=(arch,),
+        schemes=schemes,
+        ops=("linear",),
+        layouts=(AMD_DECODE_LAYOUTS[arch, weight],),
+        acts=("e4m3", "e2m1", "bf16", "fp8_static"),
+        out_dtypes=("bf16", "fp16", "fp32"),
+        fuses=("quantize_input", "bias"),
+        x_dtypes=("bf16",),
+        code_objects=tuple(f"decode_{s}" for s in (*schemes, static)),
+        m_max=64,
+        k_multiple=32,
+    )
+
+
 SHIPPED_KERNELS = (
     KernelSpec(
         "gemv_mxfp4",
@@ -187,7 +218,12 @@ SHIPPED_KERNELS = (
         m_max=64,
         k_multiple=32,
     ),
-    _mx_gemm("triton_mx_gemm", ("linear",), ("strided", "mma_tile+mma_scale")),
+    *(_amd_decode(arch, weight) for arch, weight in AMD_DECODE_LAYOUTS),
+    _mx_gemm(
+        "triton_mx_gemm",
+        ("linear",),
+        ("strided", "mma_tile+mma_scale", *dict.fromkeys(AMD_DECODE_LAYOUTS.values())),
+    ),
     _MOE,
     _mx_gemm("triton_mx_moe", ("moe_gate_up", "moe_down")),
     _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1"), ("linear",)),

@@ -12,10 +12,10 @@ from sglang_amd_quant.kernels.hip.manifest import find
 from sglang_amd_quant.errors import SchemeError, ShapeError, UnsupportedError
 from sglang_amd_quant.ops import hip, layout, linear, operand
 from sglang_amd_quant.ops.layout import lay_out
-from sglang_amd_quant.ops.linear import KERNELS, bound
+from sglang_amd_quant.ops.linear import KERNELS, LinearCall, bound
 from sglang_amd_quant.ops.operand import Operand
 from sglang_amd_quant.schemes import SCHEMES
-from sglang_amd_quant.selection import kernels, shipped
+from sglang_amd_quant.selection import Config, kernels, shipped
 from sglang_amd_quant.tensor import MxTensor, PadPlan
 
 N, K = 48, 96
@@ -174,6 +174,26 @@ def test_decode_is_launched_on_what_it_reads(monkeypatch, scheme, static):
         assert (named["carry"] == 0) == (static or scheme == "w4a16")
     else:
         assert laid_out(layer).weight.layout.name == "strided"
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "mxfp4", "mxfp8"])
+def test_amd_decode_in_the_emulator_gives_the_references_numbers(emulated, monkeypatch, scheme):
+    """Weights in the layout of the arch, x quantized by the kernel, bias fused."""
+    from sglang_amd_quant.ops.decode_weights import decode_weights
+
+    if (emulated.arch_name, scheme) == ("gfx942", "mxfp8"):
+        return  # FNUZ codes: strided weights and Triton
+    monkeypatch.setattr(hip, "WORKSPACE_BYTES", 1 << 18)
+    monkeypatch.setattr(hip, "_workspaces", {})
+    plain = make_linear(scheme, 40, 320, arch=emulated.arch_name)
+    layer = replace(plain, weight=decode_weights(plain.weight, emulated.arch_name))
+    x, bias = torch.randn(5, 320).bfloat16(), torch.randn(40).bfloat16()
+    element = layer.weight.scheme.weight
+    assert layer.weight.layout.name in kernels()[f"hip_decode_{layer.problem.arch}_{element}"].layouts
+    out, problem = torch.empty(5, 40).bfloat16(), bound(layer.text).operand.problem_of("bf16", 5)
+    hip.run_decode_amd(LinearCall(x, layer.weight, bias, out, layer.act, Config(), problem))
+    assert [name.rpartition("_m")[0] for name in emulated.launched] == [f"decode_{scheme}"]
+    assert_close(out, exact_linear(plain, x, bias), 320)
 
 
 def test_operand_text_reads_back():

@@ -34,6 +34,14 @@ ON = {
 }
 ON |= {"triton_hopper_bf16": ("sm_90",), "triton_hopper_e4m3": ("sm_90",)}
 ON["hip_decode"] = ("sm_90",)
+DECODE_LAYOUT = {
+    "hip_decode_gfx950_e2m1": "preshuffle+tile_scale",
+    "hip_decode_gfx950_e4m3": "mxfp8_lane+tile_scale",
+    "hip_decode_gfx942_e2m1": "cdna3_e2m1+tile_scale",
+    "hip_decode_gfx11_e2m1": "preshuffle+tile_scale",
+    "hip_decode_gfx11_e4m3": "preshuffle+tile_scale",
+}
+ON |= {name: (name.split("_")[2],) for name in DECODE_LAYOUT}
 ON["triton_moe"] = ("gfx950", "gfx942", "gfx11", "sm_90")
 HOPPER = ("triton_hopper_bf16", "triton_hopper_e4m3")
 OWN = ("gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe")
@@ -73,7 +81,8 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out.append("block_m is not routing's")
     if choice.kernel in OWN:
         out += ["int4"] * (p.scheme == "int4_w4a16")
-        read = ("strided", "mma_tile+mma_scale") if choice.kernel == "triton_mx_gemm" else ("strided",)
+        unpacked = ("mma_tile+mma_scale", *DECODE_LAYOUT.values())
+        read = ("strided", *(unpacked if choice.kernel == "triton_mx_gemm" else ()))
         out += ["layout read"] * (choice.layout not in read)
         out += ["x is bf16 where nothing quantizes it"] * (p.act == "bf16" and p.out_dtype in ("fp16", "fp32"))
         out += ["op"] * ((p.op == "linear") != (choice.kernel != "triton_mx_moe"))
@@ -81,6 +90,11 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             bool(p.epilogue.activation) != ("activation" in choice.unfused)
             or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
         )
+    if choice.kernel.startswith("hip_decode_"):
+        out += ["op"] * (p.op != "linear" or p.scheme == "int4_w4a16" or not 1 <= p.m <= 64)
+        out += ["layout"] * (choice.layout != DECODE_LAYOUT[choice.kernel])
+        out += ["weights"] * (choice.kernel.endswith("e4m3") != (p.scheme == "mxfp8"))
+        out += ["x is bf16"] * (p.out_dtype in ("fp16", "fp32"))
     if choice.kernel == "hip_decode":
         out += ["op"] * (p.op != "linear" or p.scheme == "int4_w4a16" or not 1 <= p.m <= 64)
         out += ["layout"] * (choice.layout != ("mma_tile+mma_scale" if p.scheme == "mxfp8" else "hopper_bf16"))
@@ -175,7 +189,7 @@ def random_problem(rng: random.Random, arch: str) -> GemmProblem:
     linear = op == "linear"
     e_total = 1 if linear else rng.choice((8, 32, 64, 128, 129, 192, 256, 512))
     ep = 1 if linear else rng.choice((1, 1, 2, 4, 8))
-    packed = ("hopper_bf16", "hopper_e4m3", "mma_tile+mma_scale")
+    packed = ("hopper_bf16", "hopper_e4m3", "mma_tile+mma_scale", *DECODE_LAYOUT.values())
     others = ("exllama",) if int4 else ("cdna4_scale", "cdna4_scale_256", "preshuffle")
     return GemmProblem(
         op, scheme, arch, rng.choice(MS), n, max(group, k // group * group), rng.choice((0, 0, 128)),
