@@ -203,16 +203,10 @@ def rows_at(places, row_ids):
 
 
 @gluon.jit
-def factors_of(places, row_ids, x_factors, row_weights, M, TOP_K: gl.constexpr):
-    """Factor of the row of x and routing weight at each place; 1 where there are none."""
+def factors_at(places, row_ids, factors, M, DIVIDE: gl.constexpr):
+    """Factor of the row at each place, whose index is divided by DIVIDE; 0 where there is no row."""
     rows = rows_at(places, row_ids)
-    x_factor = gl.full(places.shape, 1.0, gl.float32, places.type.layout)
-    row_weight = x_factor
-    if x_factors is not None:
-        x_factor = gl.load(x_factors + rows // TOP_K, mask=rows < M, other=0.0)
-    if row_weights is not None:
-        row_weight = gl.load(row_weights + rows, mask=rows < M, other=0.0)
-    return x_factor, row_weight
+    return gl.load(factors + rows // DIVIDE, mask=rows < M, other=0.0)
 
 
 @gluon.jit(do_not_specialize=["M", "k_tiles", "groups_n", "tiles_m"])
@@ -304,8 +298,10 @@ def hopper_moe_kernel(
     out_threads: gl.constexpr = min(32, OUT_N // 8)
     store: gl.constexpr = gl.BlockedLayout([1, 8], [32 // out_threads, out_threads], [NUM_WARPS, 1], [1, 0])
     EARLY: gl.constexpr = BLOCK_M <= 32
-    if EARLY:
-        x_factor, row_weight = factors_of(m_place, row_ids, x_factors, row_weights, M, TOP_K)
+    if EARLY and x_factors is not None:
+        x_factor = factors_at(m_place, row_ids, x_factors, M, TOP_K)
+    if EARLY and row_weights is not None:
+        row_weight = factors_at(m_place, row_ids, row_weights, M, 1)
     for run in range(RUN):
         # What the sum is multiplied with and added to, while tiles come; of many tokens only afterwards.
         n_index = (tile_n + run) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma))
@@ -333,14 +329,16 @@ def hopper_moe_kernel(
                 total = warpgroup_mma_wait(PARTS * (4 if WIDE else 2), deps=(running,))
         total = warpgroup_mma_wait(0, deps=(total,))
 
-        if not EARLY:
-            x_factor, row_weight = factors_of(m_place, row_ids, x_factors, row_weights, M, TOP_K)
         total = total * gl.expand_dims(factor, 1)
         if x_factors is not None:
+            if not EARLY:
+                x_factor = factors_at(m_place, row_ids, x_factors, M, TOP_K)
             total = total * gl.expand_dims(x_factor, 0)
         if bias is not None:
             total += gl.expand_dims(addend, 1)
         if row_weights is not None:
+            if not EARLY:
+                row_weight = factors_at(m_place, row_ids, row_weights, M, 1)
             total = total * gl.expand_dims(row_weight, 0)
         if PAIRED:
             pairs = total.reshape((GROUPS, 2, 8, BLOCK_M)).permute((0, 2, 3, 1)).reshape((OUT_N, BLOCK_M, 2))
