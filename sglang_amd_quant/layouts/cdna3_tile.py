@@ -1,4 +1,4 @@
-"""Weights and scales as the decode kernels of gfx942 load them; those of gfx11 share the scales' order."""
+"""Weights as the decode kernels of gfx942 load them, and scales as those of all AMD targets do."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ SCALE_LAYOUTS: Mapping[str, LayoutSpec] = {
             pad_byte=0x7F,
             block_n=16,
             block_cols=4,
-            about="a word of four scales for each of 16 rows: decode kernels of gfx942 and gfx11",
+            about="a word of four scales for each of 16 rows: decode kernels on AMD",
         ),
         *(
             LayoutSpec(

@@ -54,10 +54,10 @@ struct Tile {
 template <Weight W>
 struct LaneTile {
     Words codes[Tile<W>::PARTS];
-    uint32_t scales;  // gfx950: that of block lane / 16 of its row; else of all four blocks, a byte each
+    uint32_t scales;  // of all four blocks of its row, a byte each
 };
 
-/// Two bounds-checked streams of global memory: a base, and how many bytes from there on exist.
+/// A stretch of global memory that loads are checked against: where it starts, and how long it is.
 struct Range {
     const uint8_t* base;
     int bytes;
@@ -69,7 +69,6 @@ struct Range {
     /// Non-temporal (bit 1): nobody reads weights twice.
     DEVICE Words words(int offset) const { return bits<Words>(__builtin_amdgcn_raw_buffer_load_b128(resource(), offset, 0, 2)); }
     DEVICE uint32_t word(int offset) const { return __builtin_amdgcn_raw_buffer_load_b32(resource(), offset, 0, 0); }
-    DEVICE uint32_t byte(int offset) const { return __builtin_amdgcn_raw_buffer_load_b8(resource(), offset, 0, 0); }
 };
 
 /// A wave's weights: DEPTH tiles on their way at any time, across row groups.
@@ -84,7 +83,7 @@ class Stream {
         : a(a), s(s), expert(expert), group(s.first_group), first(s.wave_first) {
         seek();
 #pragma unroll
-        for (int u = 0; u < DEPTH; u++) fetch<true>(u);
+        for (int u = 0; u < DEPTH; u++) fetch(u);
         advance();
     }
 
@@ -101,20 +100,20 @@ class Stream {
 #pragma unroll
             for (int u = 0; u < DEPTH; u++) {
                 if (tile + u < s.wave_end) {
-                    if constexpr (!TARGET_GFX950)
-                        ring[u].scales = shuffle(scales[u / LANE_GROUPS], lane_row() + TILE_ROWS * (u % LANE_GROUPS));
+                    ring[u].scales = shuffle(scales[u / LANE_GROUPS], lane_row() + TILE_ROWS * (u % LANE_GROUPS));
                     each(ring[u], tile + u);
                 }
-                fetch<false>(u);
+                fetch(u);
             }
             advance();
         }
     }
 
    private:
-    // gfx942 and gfx11 (layout `tile_scale`): a lane loads the four scales of its row of every LANE_GROUPS-th tile of a
-    // round, and lanes exchange them. gfx950 (strided scales): a byte a tile, just the one that the lane's operand needs.
-    static constexpr int SCALE_WORDS = TARGET_GFX950 ? 1 : DEPTH / LANE_GROUPS;
+    // Layout `tile_scale`: a lane loads the four scales of its row of every LANE_GROUPS-th tile of a round, and lanes exchange
+    // them. Whole words, though gfx950's lanes want single bytes: of bytes carried around a loop, LLVM (22) widens the
+    // registers at its end, that is, waits there for the last load.
+    static constexpr int SCALE_WORDS = DEPTH / LANE_GROUPS;
     static constexpr int SCALE_TILE = TILE_ROWS * Tile<W>::BLOCKS;
 
     DEVICE void seek() {
@@ -124,32 +123,17 @@ class Stream {
         const int64_t at = any ? static_cast<int64_t>(expert) * row_tiles + row_tile : 0;
         const int row_bytes = ceil_div(W == Weight::e4m3 ? e.k : e.k / 2, Tile<W>::PADDED) * Tile<W>::PADDED;
         codes = {e.w + at * TILE_ROWS * row_bytes, any ? smaller(s.wave_end * Tile<W>::BYTES, TILE_ROWS * row_bytes) : 0};
-        if constexpr (TARGET_GFX950) {
-            const int row = row_tile * TILE_ROWS, blocks = e.k / MX_BLOCK;
-            const int64_t first_row = any ? static_cast<int64_t>(expert) * e.n + row : 0;
-            scales_of = {e.scales + first_row * blocks, any ? smaller(e.n - row, TILE_ROWS) * blocks : 0};
-        } else {
-            scales_of = {e.scales + at * ceil_div(e.k, Tile<W>::K) * SCALE_TILE, any ? s.wave_end * SCALE_TILE : 0};
-        }
+        scales_of = {e.scales + at * ceil_div(e.k, Tile<W>::K) * SCALE_TILE, any ? s.wave_end * SCALE_TILE : 0};
     }
 
-    template <bool First>
     DEVICE void fetch(int u) {
         const int tile = first + u;
 #pragma unroll
         for (int p = 0; p < Tile<W>::PARTS; p++)
             ring[u].codes[p] = codes.words(tile * Tile<W>::BYTES + lane_index() * Tile<W>::LANE_STRIDE + p * Tile<W>::PART_STRIDE);
-        if constexpr (TARGET_GFX950) {
-            const int blocks = a.k / MX_BLOCK, block = tile * Tile<W>::BLOCKS + lane_group();
-            const bool inside = block < smaller(blocks, s.wave_end * Tile<W>::BLOCKS);
-            const int at = inside ? lane_row() * blocks + block : -1;  // -1: reads 0, which weighs zeros
-            // The low byte is all that counts. The first ones are sign-extended, or else LLVM would carry 8 bits around the
-            // loop and widen them at its end, that is, wait there for the last load.
-            ring[u].scales = First ? static_cast<signed char>(scales_of.byte(at)) : scales_of.byte(at);
-        } else if (u == 0) {
+        if (u != 0) return;
 #pragma unroll
-            for (int i = 0; i < SCALE_WORDS; i++) coming[i] = scales_of.word((first + i * LANE_GROUPS) * SCALE_TILE + lane_index() * 4);
-        }
+        for (int i = 0; i < SCALE_WORDS; i++) coming[i] = scales_of.word((first + i * LANE_GROUPS) * SCALE_TILE + lane_index() * 4);
     }
 
     DEVICE void advance() {

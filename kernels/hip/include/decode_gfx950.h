@@ -1,7 +1,7 @@
 // The decode kernels' products on gfx950: the matrix unit takes e4m3 and e2m1 as they are, with their scales.
 //
 // Layouts: e2m1 `preshuffle`, in which lane l of a tile has 32 codes of row l % 16, MX block l / 16 of the tile: what the
-// unit wants of it; e4m3 `mxfp8_lane`, likewise. Scales are strided: each lane loads the byte of its row and block.
+// unit wants of it; e4m3 `mxfp8_lane`, likewise. Scales: `tile_scale`.
 #pragma once
 #include "decode_amd.h"
 
@@ -46,14 +46,14 @@ struct Totals {
             const Words low = load_words(from);
             const Words high = X::FP8 ? load_words(from + 64) : low;
             const uint32_t scale = X::SCALES ? x.scales_of[set][block + lane_group()] : 127;
-            sums[set] = matrix_mx<ACTIVATIONS, WEIGHTS>(operand(low, high), scale, w, tile.scales, sums[set]);
+            sums[set] = matrix_mx<ACTIVATIONS, WEIGHTS>(operand(low, high), scale, w, tile.scales >> 8 * lane_group(), sums[set]);
         }
     }
 
     /// The order of k within a tile is free as long as both operands agree: step j takes codes 8 j ... 8 j + 7 of each lane,
     /// all of its own block, whose scale the conversion applies. bf16 holds any e2m1 times any scale.
     DEVICE void add_e2m1_bf16(const LaneTile<W>& tile, const X& x, int block) {
-        const float scale = bits<float>(tile.scales << 24 >> 1);  // the conversion reads the exponent alone
+        const float scale = scale_of(tile, lane_group());
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const uint32_t codes = tile.codes[0].v[j];
@@ -66,12 +66,11 @@ struct Totals {
         }
     }
 
-    /// Likewise; a lane's two parts are of blocks lane / 32 and 2 + lane / 32, whose scales other lanes have.
+    /// Likewise; a lane's two parts are of blocks lane / 32 and 2 + lane / 32.
     DEVICE void add_e4m3_bf16(const LaneTile<W>& tile, const X& x, int block) {
 #pragma unroll
         for (int p = 0; p < 2; p++) {
-            const int of_tile = 2 * p + lane_group() / 2;
-            const float scale = bits<float>(shuffle(tile.scales, lane_row() + TILE_ROWS * of_tile) << 24 >> 1);
+            const float scale = scale_of(tile, 2 * p + lane_group() / 2);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 const uint32_t first = tile.codes[p].v[2 * j], second = tile.codes[p].v[2 * j + 1];
@@ -85,6 +84,9 @@ struct Totals {
             }
         }
     }
+
+    /// A block's scale as the conversions take it: they read the exponent alone.
+    DEVICE static float scale_of(const LaneTile<W>& tile, int block) { return bits<float>((tile.scales >> 8 * block & 255) << 23); }
 
     DEVICE void add_bf16(int set, Packed<4> w, const uint8_t* from) {
         sums[set] = matrix_bf16(bits<Packed<4>>(load_words(from)), w, sums[set]);

@@ -1,0 +1,298 @@
+"""How `kernels/hip/decode_gemm.hip` is launched on AMD: the split of a problem over blocks and waves.
+
+The sizes of tiles and of LDS repeat those of `kernels/hip/include/decode_amd.h`; tests/kernels/test_decode_gemm.py
+holds the two together by running plans of many shapes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.kernels.hip.manifest import AMD_DECODE_M, AMD_MOE_DECODE_M
+from sglang_amd_quant.runtime.arch import Arch, arch_facts
+from sglang_amd_quant.runtime.decode_gemm import ACTIVATIONS, INTERLEAVED, NOTHING, OUTS, Epilogue
+from sglang_amd_quant.runtime.launch import LaunchDescription
+from sglang_amd_quant.schemes import MX_BLOCK
+
+TILE_ROWS, TILE_K = 16, 128
+DEPTH = 4
+"""Tiles that a wave has under way (Stream::DEPTH)."""
+MAX_THREADS = 512
+WORKSPACE_COUNTERS = 4096
+"""int32 at the start of the workspace: zero when it is made, and again after every launch."""
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+FORMATS = {
+    "mxfp8": ("e4m3", "e4m3"),
+    "w4a8": ("e2m1", "e4m3"),
+    "w4a16": ("e2m1", "bf16"),
+    "mxfp4": ("e2m1", "e2m1"),
+    "w4a8_static": ("e2m1", "fp8_static"),
+    "mxfp8_static": ("e4m3", "fp8_static"),
+    "w8a16": ("e4m3", "bf16"),
+}
+"""Formats of weights and activations of the manifest's `DECODEFORMATS`."""
+
+
+def layout_name(arch: str, scheme: str) -> str:
+    """The `TensorLayout` that the kernels read on that target; on gfx942 e4m3 values are FNUZ (`MxTensor.to_fnuz`)."""
+    weight = FORMATS[scheme][0]
+    if arch == "gfx950":
+        return "mxfp8_lane+tile_scale" if weight == "e4m3" else "preshuffle+tile_scale"
+    return f"cdna3_{weight}+tile_scale" if arch == "gfx942" else "preshuffle+tile_scale"
+
+
+@dataclass(frozen=True)
+class AmdDecodePlan:
+    """A launch but for its pointers; names as in `struct DecodeArgs` (include/decode.h).
+
+    Attributes:
+        rows: of activations that the entry point is instantiated for.
+        split: blocks that share K.
+        waves_k, waves_n: waves of a block along K, and along N.
+        groups: blocks (times split) that take the row groups (waves_n tiles of 16 rows) round robin.
+        resident: blocks that a CU holds at a time.
+        threads: threads a block.
+        lds: bytes of LDS a block.
+    """
+
+    rows: int
+    split: int
+    waves_k: int
+    waves_n: int
+    groups: int
+    resident: int
+    threads: int
+    lds: int
+
+    def workspace_bytes(self, row_blocks: int, n: int) -> int:
+        """Bytes of workspace that a launch needs: 0 without a split of K."""
+        if self.split == 1:
+            return 0
+        places = row_blocks * -(-n // (TILE_ROWS * self.waves_n))
+        return 4 * (WORKSPACE_COUNTERS + places * self.split * self.rows * self.waves_n * TILE_ROWS)
+
+
+def lds_bytes(arch: str, scheme: str, rows: int, tiles: int, split: int, waves_k: int, waves_n: int) -> int:
+    """LDS of a block: what blocks meet by, activations with their scales or factors, partial sums."""
+    weight, act = FORMATS[scheme]
+    fp8, most = act in ("e4m3", "fp8_static"), -(-tiles // split)
+    lane_groups = arch_facts(arch).wave // 16
+    codes = act != "bf16" if arch == "gfx950" else arch == "gfx942" and weight == "e4m3" and fp8
+    bits = 16 if not codes else 8 if fp8 else 4
+    values = rows * (most * TILE_K * bits // 8 + 16)
+    extra = 0
+    if arch == "gfx950" and codes and act != "fp8_static":
+        extra = -(-rows * (most | 1) * 4 // 16) * 16
+    elif arch != "gfx950" and act != "fp8_static":
+        sums = -(-min(rows, 16) // lane_groups)
+        extra = -(-rows // 16) * lane_groups * (-(-most * 4 * sums // 32) * 32 + sums) * 4
+    return 128 + values + extra + waves_k * rows * TILE_ROWS * (waves_n | 1) * 4
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What a launch is modelled with, in cycles. Instructions are counted in machine code, the rest is from data
+    sheets; nothing is measured.
+
+    Attributes:
+        tile: instructions a wave spends on one tile of e2m1 and one of e4m3 with up to 16 rows, scales included.
+        sums: further ones for each sum of a lane, where scales are applied to sums.
+        piece: on quantizing eight activations.
+        output: on one sum of the last step, and each of its terms.
+        issue: cycles that an instruction occupies its SIMD.
+        bandwidth: bytes a cycle that memory delivers to each CU when all of them ask.
+        latency: cycles from a load to its data when memory is busy.
+        meet: cycles that blocks which share K take to find out who is last.
+        clock: cycles a microsecond.
+    """
+
+    tile: tuple[int, int]
+    sums: int
+    piece: int
+    output: int
+    issue: int
+    bandwidth: float
+    latency: int
+    meet: int
+    clock: int
+
+
+_COSTS = {
+    "gfx950": _Cost((24, 28), 0, 60, 60, 4, 13.0, 2000, 4000, 2400),
+    "gfx942": _Cost((140, 60), 8, 75, 60, 4, 8.3, 2000, 4000, 2100),
+    "gfx1100": _Cost((360, 440), 8, 110, 60, 1, 4.2, 1500, 3000, 2500),
+    "gfx1151": _Cost((360, 440), 8, 110, 60, 1, 2.2, 1500, 3000, 2900),
+}
+
+
+def modelled_us(arch: str, scheme: str, p: AmdDecodePlan, m: int, n: int, k: int, cu_count: int) -> float:
+    """Modelled, not measured: microseconds from the first block's start to the last one's end.
+
+    The busiest CU's time: the longer of reading its weights and of its instructions, behind one memory latency; then
+    partial sums. Launching is not included.
+    """
+    facts, cost = arch_facts(arch), _COSTS[arch]
+    e4m3 = FORMATS[scheme][0] == "e4m3"
+    waves, tiles = p.waves_k * p.waves_n, -(-k // TILE_K)
+    row_groups, row_blocks = -(-n // (TILE_ROWS * p.waves_n)), -(-m // p.rows)
+    blocks = row_blocks * p.groups * p.split
+    busiest = -(-blocks // cu_count)
+    rounds = -(-row_groups // p.groups)
+    of_block = -(-tiles // p.split)
+    mine = -(-of_block // p.waves_k)
+    steps = -(-mine // DEPTH) * DEPTH
+    lane_sums = -(-min(p.rows, 16) // (facts.wave // 16)) * -(-p.rows // 16)
+    tile = cost.tile[e4m3] * (1 if p.rows <= 16 else 1.5) + cost.sums * lane_sums
+    concurrency = max(1.0, busiest * waves / facts.simds)  # waves of a SIMD
+    here = min(m, p.rows)
+    staging = -(-here * k // (p.split * 8 * p.threads)) * cost.piece * cost.issue * concurrency
+    work = rounds * mine * tile * cost.issue * concurrency
+    outputs = -(-here * p.waves_n * TILE_ROWS // p.threads)
+    summing = rounds * outputs * (cost.output + 8 * p.waves_k) * cost.issue * concurrency
+    if p.split > 1:
+        summing += rounds * (cost.meet + outputs * 30 * p.split)
+    row_bytes = k * (1 if e4m3 else 0.5) + k / MX_BLOCK
+    moved = busiest * rounds * p.waves_n * TILE_ROWS * row_bytes / p.split
+    flight = min(busiest, p.resident) * waves * min(DEPTH, mine * rounds) * TILE_ROWS * TILE_K * (1 if e4m3 else 0.5)
+    memory = moved / cost.bandwidth * max(1.0, cost.bandwidth * cost.latency / flight) * steps / max(steps, 1)
+    if rounds == 1:  # activations are quantized while the first weights are on their way
+        return (cost.latency + max(memory, staging + work) + summing) / cost.clock
+    return (cost.latency + staging + max(memory, work) + summing) / cost.clock
+
+
+@cache
+def plans(
+    arch: str, scheme: str, m: int, n: int, k: int, cu_count: int, block_m: int = 0, blocks: int = 0
+) -> tuple[AmdDecodePlan, ...]:
+    """Every legal split of [m, k] x [n, k] over blocks and waves, best first by `modelled_us`.
+
+    Args:
+        arch: `gfx950`, `gfx942`, `gfx1100` or `gfx1151`.
+        scheme: one of the manifest's `DECODEFORMATS`.
+        cu_count: compute units.
+        block_m, blocks: grouped: rows of a routed block, and how many blocks there are; 0: dense.
+
+    Raises:
+        ShapeError: no such problem, or none that LDS holds.
+    """
+    what = f"decode GEMM M={m} N={n} K={k}"
+    if m < 1 or n < 1 or k < MX_BLOCK or k % MX_BLOCK:
+        raise ShapeError(what, "needs M, N >= 1 and K a multiple of 32", "use the GEMM")
+    if block_m and block_m not in AMD_MOE_DECODE_M:
+        raise ShapeError(f"blocks of {block_m} routed rows", "no such kernel", f"use one of {AMD_MOE_DECODE_M}")
+    rows = block_m or next((r for r in AMD_DECODE_M if m <= r), AMD_DECODE_M[-1])
+    row_blocks = blocks or -(-m // rows)
+    found = list(_enumerate(arch_facts(arch), scheme, rows, row_blocks, n, k, cu_count))
+    if not found:
+        raise ShapeError(what, "activations do not fit in LDS", "use the GEMM")
+    if blocks:  # a share of the CUs for each, as if it were alone
+        share = max(1, cu_count // blocks)
+        return tuple(sorted(found, key=lambda p: modelled_us(arch, scheme, p, block_m, n, k, share)))
+    return tuple(sorted(found, key=lambda p: modelled_us(arch, scheme, p, m, n, k, cu_count)))
+
+
+def _enumerate(facts: Arch, scheme: str, rows: int, row_blocks: int, n: int, k: int, cu_count: int) -> Any:
+    tiles, row_tiles, most = -(-k // TILE_K), -(-n // TILE_ROWS), MAX_THREADS // facts.wave
+    for waves_n, waves_k, split in itertools.product((1, 2, 4, 8), range(1, most + 1), SPLITS):
+        waves = waves_k * waves_n
+        if waves > most or split > tiles or (waves_k > 1 and waves_k > -(-tiles // split)):
+            continue
+        row_groups = -(-row_tiles // waves_n)
+        if split > 1 and row_blocks * row_groups > WORKSPACE_COUNTERS:
+            continue
+        lds = lds_bytes(facts.name, scheme, rows, tiles, split, waves_k, waves_n)
+        # Two waves a SIMD of gfx9 and four of gfx11 find their registers in any of these kernels, whatever M is.
+        resident = min(facts.lds_bytes // lds, max(1, 2 * most // waves))
+        if not resident:
+            continue
+        for held in {1, resident}:
+            groups = min(row_groups, max(1, cu_count * held // (split * row_blocks)))
+            yield AmdDecodePlan(rows, split, waves_k, waves_n, groups, resident, waves * facts.wave, lds)
+
+
+def decode_gemm_amd(
+    x: Any,
+    data: Any,
+    scales: Any,
+    y: Any,
+    *,
+    arch: str,
+    scheme: str,
+    n: int,
+    cu_count: int,
+    carry: int = 0,
+    x_scale: Any = None,
+    epilogue: Epilogue = NOTHING,
+    row_ids: Any = None,
+    block_experts: Any = None,
+    block_m: int = 0,
+    top_k: int = 1,
+    workspace: Any = None,
+    plan: AmdDecodePlan | None = None,
+) -> LaunchDescription:
+    """Describe y = x w^T, dense or grouped by expert.
+
+    Args:
+        x: [M / top_k, K] bf16, rows 16-byte aligned, last dimension contiguous.
+        data, scales: weights [E, N, K] or [N, K] in the layout `layout_name(arch, scheme)`.
+        y: [M, N], or [M, N / 2] after an activation; bf16, fp16 or fp32, last dimension contiguous.
+        arch: target.
+        scheme: one of the manifest's `DECODEFORMATS`.
+        n: rows of the weights (of one expert).
+        cu_count: compute units.
+        carry: rounds the activations' scales (`formats.mx.Element.carry`).
+        x_scale: fp32 scalar on the device, the scale of static fp8 activations.
+        epilogue: what is fused behind.
+        row_ids, block_experts, block_m: routing (`ops/routing.py`); None and 0: dense.
+        top_k: rows of y that share a row of x.
+        workspace: zeroed when it was made, at least `plan.workspace_bytes`, for one launch at a time; None: no plan
+            that splits K over blocks is taken.
+        plan: instead of the best by the model.
+
+    Raises:
+        ShapeError: shapes, strides or dtypes that do not fit each other or the kernel, or too small a workspace.
+    """
+    m, k = y.shape[0], x.shape[1]
+    columns = n // 2 if epilogue.activation else n
+    shapes = f"x {tuple(x.shape)}, y {tuple(y.shape)}, N {n}"
+    if y.shape[1] != columns or x.shape[0] * top_k != m or (epilogue.activation and n % TILE_ROWS):
+        want = f"want [M / top_k, K] and [M, {columns}], N in 16s with an activation"
+        raise ShapeError(shapes, want, "check the layer")
+    if x.stride(1) != 1 or x.stride(0) % 8 or y.stride(1) != 1:
+        strides = f"{shapes}, strides {x.stride()}, {y.stride()}"
+        raise ShapeError(strides, "rows must be 16-byte aligned", "make x contiguous")
+    grouped = row_ids is not None
+    blocks = len(block_experts) if grouped else 0
+    if plan is None:
+        room = 0 if workspace is None else workspace.nbytes
+        candidates = plans(arch, scheme, m, n, k, cu_count, block_m, blocks)
+        fitting = (p for p in candidates if p.workspace_bytes(blocks or -(-m // p.rows), n) <= room)
+        plan = next(fitting, candidates[0])
+    row_blocks = blocks or -(-m // plan.rows)
+    needed = plan.workspace_bytes(row_blocks, n)
+    if needed and (workspace is None or workspace.nbytes < needed):
+        raise ShapeError(
+            shapes, f"{plan.split} blocks share K and need {needed} bytes of workspace", "pass a workspace"
+        )
+    dtype = str(y.dtype).removeprefix("torch.")
+    out = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(dtype)
+    if out is None:
+        raise ShapeError(f"y of {dtype}", "the kernel stores bf16, fp16 or fp32", "pass one of those")
+    return LaunchDescription(
+        kernel=f"{'moe_decode' if grouped else 'decode'}_{scheme}_m{plan.rows}",
+        grid=row_blocks * plan.groups * plan.split,
+        block=plan.threads,
+        lds=plan.lds,
+        args=(
+            x, data, scales, None, epilogue.bias, x_scale, epilogue.residual, y, row_ids, block_experts,
+            epilogue.row_weights, workspace if needed else None, x.stride(0), y.stride(0), m, n, k, top_k, plan.split,
+            plan.waves_k, plan.waves_n, plan.groups, 0, 0, carry, OUTS[out],
+            ACTIVATIONS[epilogue.activation] | (INTERLEAVED if epilogue.interleaved else 0),
+            epilogue.alpha, epilogue.limit or 0.0,
+        ),
+    )  # fmt: skip
