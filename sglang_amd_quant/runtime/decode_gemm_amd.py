@@ -22,6 +22,8 @@ TILE_ROWS, TILE_K = 16, 128
 DEPTH = 4
 """Tiles that a wave has under way (Stream::DEPTH)."""
 MAX_THREADS = 512
+RESIDENT_WAVES = 16
+"""Waves of a CU that find their registers in any of these kernels."""
 WORKSPACE_COUNTERS = 4096
 """int32 at the start of the workspace: zero when it is made, and again after every launch."""
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -84,7 +86,7 @@ def lds_bytes(arch: str, scheme: str, rows: int, tiles: int, split: int, waves_k
     lane_groups = arch_facts(arch).wave // 16
     codes = act != "bf16" if arch == "gfx950" else arch == "gfx942" and weight == "e4m3" and fp8
     bits = 16 if not codes else 8 if fp8 else 4
-    values = rows * (most * TILE_K * bits // 8 + 16)
+    values = rows * (most * TILE_K * bits // 8 + 16) + (rows // 8 * 32 if arch == "gfx942" else 0)
     extra = 0
     if arch == "gfx950" and codes and act != "fp8_static":
         extra = -(-rows * (most | 1) * 4 // 16) * 16
@@ -145,7 +147,6 @@ def modelled_us(arch: str, scheme: str, p: AmdDecodePlan, m: int, n: int, k: int
     rounds = -(-row_groups // p.groups)
     of_block = -(-tiles // p.split)
     mine = -(-of_block // p.waves_k)
-    steps = -(-mine // DEPTH) * DEPTH
     lane_sums = -(-min(p.rows, 16) // (facts.wave // 16)) * -(-p.rows // 16)
     tile = cost.tile[e4m3] * (1 if p.rows <= 16 else 1.5) + cost.sums * lane_sums
     concurrency = max(1.0, busiest * waves / facts.simds)  # waves of a SIMD
@@ -159,17 +160,29 @@ def modelled_us(arch: str, scheme: str, p: AmdDecodePlan, m: int, n: int, k: int
     row_bytes = k * (1 if e4m3 else 0.5) + k / MX_BLOCK
     moved = busiest * rounds * p.waves_n * TILE_ROWS * row_bytes / p.split
     flight = min(busiest, p.resident) * waves * min(DEPTH, mine * rounds) * TILE_ROWS * TILE_K * (1 if e4m3 else 0.5)
-    memory = moved / cost.bandwidth * max(1.0, cost.bandwidth * cost.latency / flight) * steps / max(steps, 1)
+    memory = moved / cost.bandwidth * max(1.0, cost.bandwidth * cost.latency / flight)
     if rounds == 1:  # activations are quantized while the first weights are on their way
         return (cost.latency + max(memory, staging + work) + summing) / cost.clock
     return (cost.latency + staging + max(memory, work) + summing) / cost.clock
+
+
+def bytes_in_flight(scheme: str, p: AmdDecodePlan, row_blocks: int, cu_count: int) -> int:
+    """Bytes of weights that a CU has on their way with as many blocks as it gets at least (but for idle CUs: one)."""
+    blocks = min(p.resident, max(1, row_blocks * p.groups * p.split // cu_count))
+    return int(
+        blocks * p.waves_k * p.waves_n * DEPTH * TILE_ROWS * TILE_K * (1 if FORMATS[scheme][0] == "e4m3" else 0.5)
+    )
+
+
+ENOUGH_IN_FLIGHT = 24 << 10
+"""Bytes a CU that keep memory busy: bandwidth times latency, 8 TB/s and 0.8 us over the 256 CUs of an MI355X."""
 
 
 @cache
 def plans(
     arch: str, scheme: str, m: int, n: int, k: int, cu_count: int, block_m: int = 0, blocks: int = 0
 ) -> tuple[AmdDecodePlan, ...]:
-    """Every legal split of [m, k] x [n, k] over blocks and waves, best first by `modelled_us`.
+    """Every legal split of [m, k] x [n, k] over blocks and waves, best first: enough in flight, then `modelled_us`.
 
     Args:
         arch: `gfx950`, `gfx942`, `gfx1100` or `gfx1151`.
@@ -190,10 +203,16 @@ def plans(
     found = list(_enumerate(arch_facts(arch), scheme, rows, row_blocks, n, k, cu_count))
     if not found:
         raise ShapeError(what, "activations do not fit in LDS", "use the GEMM")
-    if blocks:  # a share of the CUs for each, as if it were alone
-        share = max(1, cu_count // blocks)
-        return tuple(sorted(found, key=lambda p: modelled_us(arch, scheme, p, block_m, n, k, share)))
-    return tuple(sorted(found, key=lambda p: modelled_us(arch, scheme, p, m, n, k, cu_count)))
+    # Grouped: a share of the CUs for each block, as if it were alone.
+    here, share = (block_m, max(1, cu_count // blocks)) if blocks else (m, cu_count)
+    weights = n * k * (1 if FORMATS[scheme][0] == "e4m3" else 0.5) * row_blocks / cu_count
+    wanted = min(ENOUGH_IN_FLIGHT, weights)
+
+    def rank(p: AmdDecodePlan) -> tuple[bool, float]:
+        short = bytes_in_flight(scheme, p, row_blocks, cu_count) < wanted
+        return short, modelled_us(arch, scheme, p, here, n, k, share)
+
+    return tuple(sorted(found, key=rank))
 
 
 def _enumerate(facts: Arch, scheme: str, rows: int, row_blocks: int, n: int, k: int, cu_count: int) -> Any:
@@ -206,8 +225,7 @@ def _enumerate(facts: Arch, scheme: str, rows: int, row_blocks: int, n: int, k: 
         if split > 1 and row_blocks * row_groups > WORKSPACE_COUNTERS:
             continue
         lds = lds_bytes(facts.name, scheme, rows, tiles, split, waves_k, waves_n)
-        # Two waves a SIMD of gfx9 and four of gfx11 find their registers in any of these kernels, whatever M is.
-        resident = min(facts.lds_bytes // lds, max(1, 2 * most // waves))
+        resident = min(facts.lds_bytes // lds, max(1, RESIDENT_WAVES // waves))
         if not resident:
             continue
         for held in {1, resident}:

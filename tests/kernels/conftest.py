@@ -15,7 +15,8 @@ from sglang_amd_quant.runtime.arch import Arch, arch_facts
 from sglang_amd_quant.runtime.launch import ArgumentPacker, LaunchDescription
 from sglang_amd_quant.toolchain.compilers import find_compiler
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "emulator"))
+for _folder in (Path(__file__).parents[1] / "emulator", Path(__file__).parent):
+    sys.path.insert(0, str(_folder))
 
 NARROW = Path(__file__).parents[2] / "kernels" / "hip" / "include"
 

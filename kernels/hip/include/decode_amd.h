@@ -173,14 +173,14 @@ struct Activations {
 
     DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : most(ceil_div(s.tiles, a.split)) {
         values = lds;
-        scales = values + M * row_bytes(most);
+        scales = values + row_at(M, most);
         all_factors = reinterpret_cast<float*>(scales + (SCALES ? ceil_div(M * scale_bytes(most), 16) * 16 : 0));
         set_stride = LANE_GROUPS * group_floats(most);
         factors = all_factors + lane_group() * group_floats(most);
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) {
         const int most = ceil_div(s.tiles, a.split);
-        return M * row_bytes(most) + (SCALES ? ceil_div(M * scale_bytes(most), 16) * 16 : 0) +
+        return row_at(M, most) + (SCALES ? ceil_div(M * scale_bytes(most), 16) * 16 : 0) +
                (FACTORS ? SETS * LANE_GROUPS * group_floats(most) * 4 : 0);
     }
 
@@ -220,14 +220,17 @@ struct Activations {
             // Row of the matrix operand that this lane supplies, as a row of x. Those that do not exist are row 0 again.
             const int at = lane_index() % 16, row = 16 * set + (TARGET_GFX11 ? at : at / 4 + at % 4 * 4);
             const int used = row < rows.count ? row : 0;
-            values_of[set] = values + used * row_bytes(most);
+            values_of[set] = values + row_at(used, most);
             scales_of[set] = scales + used * scale_bytes(most);
         }
     }
 
    private:
-    // An odd number of 16 bytes (of words) from row to row: sixteen rows meet in no bank.
-    DEVICE static int row_bytes(int tiles) { return tiles * Tile<W>::K * BITS / 8 + 16; }
+    // An odd number of 16 bytes (of words) from row to row: rows that are read together meet in no bank. On gfx942 eight are
+    // read together, 0, 4, 8, 12, 1, 5, 9 and 13 or the other eight; those from 8 on are moved out of the way of the others.
+    DEVICE static int row_at(int row, int tiles) {
+        return row * (tiles * Tile<W>::K * BITS / 8 + 16) + (TARGET_GFX942 ? row / 8 * 32 : 0);
+    }
     DEVICE static int scale_bytes(int tiles) { return (tiles | 1) * Tile<W>::BLOCKS; }
     // Factors of one group of lanes [MX block][SUMS]; groups start in different banks.
     DEVICE static int group_floats(int tiles) { return ceil_div(tiles * Tile<W>::BLOCKS * SUMS, 32) * 32 + SUMS; }
@@ -239,7 +242,7 @@ struct Activations {
 
     /// Piece `j` (eight elements) of row `i`; three neighbouring lanes have the rest of its MX block.
     DEVICE void keep(const Words& x, int i, int j, int carry, float inverse) {
-        uint8_t* row = values + i * row_bytes(most);
+        uint8_t* row = values + row_at(i, most);
         int exponent;
         if constexpr (TARGET_GFX950 && A == Act::bf16) {
             store_words(row + 16 * j, x);
