@@ -25,7 +25,10 @@ def code_object(entry_point: str, arch: str, root: Path = CODE_OBJECT_DIR) -> Pa
     """
     facts = arch_facts(arch)
     try:
-        holder, _ = manifest.find(entry_point)
+        try:
+            holder, _ = manifest.find(entry_point, arch)
+        except KeyError:
+            holder, _ = manifest.find(entry_point)
     except KeyError:
         raise UnsupportedError(
             f"kernel {entry_point!r}", "not in the manifest", "see kernels/hip/manifest.py"
