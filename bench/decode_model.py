@@ -1,7 +1,7 @@
 """Modelled time of the decode GEMM on an MI355X: plans and counts, turned into microseconds. Nothing here is measured.
 
-`python -m bench.decode_model [--arch gfx950] [--json]`: for each shape and M the plan, the bytes, the floor (weights and
-scales once at the device's bandwidth) and `runtime.decode_gemm_amd.modelled_us`, whose terms docs/decode.md explains.
+`python -m bench.decode_model [--arch gfx950] [--json]`: for each shape and M the plan, the bytes, the floor (weights
+and scales once at the device's bandwidth) and `runtime.decode_gemm_amd.modelled_us`.
 """
 
 from __future__ import annotations

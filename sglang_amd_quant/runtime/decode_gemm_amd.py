@@ -79,12 +79,20 @@ class AmdDecodePlan:
         return 4 * (WORKSPACE_COUNTERS + places * self.split * self.rows * self.waves_n * TILE_ROWS)
 
 
+def takes_codes(arch: str, scheme: str) -> bool:
+    """Whether the matrix unit multiplies activations as codes (Activations::CODES), not as 16-bit floats."""
+    weight, act = FORMATS[scheme]
+    if arch == "gfx950":
+        return act != "bf16"
+    return arch == "gfx942" and weight == "e4m3" and act in ("e4m3", "fp8_static")
+
+
 def lds_bytes(arch: str, scheme: str, rows: int, tiles: int, split: int, waves_k: int, waves_n: int) -> int:
     """LDS of a block: what blocks meet by, activations with their scales or factors, partial sums."""
-    weight, act = FORMATS[scheme]
+    act = FORMATS[scheme][1]
     fp8, most = act in ("e4m3", "fp8_static"), -(-tiles // split)
     lane_groups = arch_facts(arch).wave // 16
-    codes = act != "bf16" if arch == "gfx950" else arch == "gfx942" and weight == "e4m3" and fp8
+    codes = takes_codes(arch, scheme)
     bits = 16 if not codes else 8 if fp8 else 4
     values = rows * (most * TILE_K * bits // 8 + 16) + (rows // 8 * 32 if arch == "gfx942" else 0)
     extra = 0
@@ -98,14 +106,15 @@ def lds_bytes(arch: str, scheme: str, rows: int, tiles: int, split: int, waves_k
 
 @dataclass(frozen=True)
 class _Cost:
-    """What a launch is modelled with, in cycles. Instructions are counted in machine code, the rest is from data
-    sheets; nothing is measured.
+    """What a launch is modelled with, in cycles. Instructions are counted by the emulator (differences between runs
+    that differ by tiles, row groups or K alone), the rest is from data sheets; nothing is measured.
 
     Attributes:
-        tile: instructions a wave spends on one tile of e2m1 and one of e4m3 with up to 16 rows, scales included.
+        codes: instructions a wave spends on one tile whose activations are codes, e2m1 and e4m3 weights.
+        wide: on one whose activations have 16 bits, likewise.
         sums: further ones for each sum of a lane, where scales are applied to sums.
-        piece: on quantizing eight activations.
-        output: on one sum of the last step, and each of its terms.
+        piece: on quantizing eight activations to e4m3, to e2m1, or to 16 bits.
+        group: on a row group, besides `output` for each of its sums that a thread finishes.
         issue: cycles that an instruction occupies its SIMD.
         bandwidth: bytes a cycle that memory delivers to each CU when all of them ask.
         latency: cycles from a load to its data when memory is busy.
@@ -113,22 +122,34 @@ class _Cost:
         clock: cycles a microsecond.
     """
 
-    tile: tuple[int, int]
+    codes: tuple[int, int]
+    wide: tuple[int, int]
     sums: int
-    piece: int
-    output: int
+    piece: tuple[int, int, int]
     issue: int
     bandwidth: float
     latency: int
     meet: int
     clock: int
+    group: int = 115
+    output: int = 130
+
+    def of_tile(self, scheme: str, rows: int, lane_sums: int, codes: bool) -> float:
+        """Instructions on one tile."""
+        base = (self.codes if codes else self.wide)[FORMATS[scheme][0] == "e4m3"]
+        return base * (1 if rows <= 16 else 1.5) + self.sums * lane_sums
+
+    def of_piece(self, scheme: str) -> int:
+        """Instructions on eight activations."""
+        return self.piece[{"e4m3": 0, "fp8_static": 0, "e2m1": 1, "bf16": 2}[FORMATS[scheme][1]]]
 
 
+_RDNA3 = {"codes": (0, 0), "wide": (305, 462), "sums": 12, "piece": (320, 257, 127), "issue": 1}
 _COSTS = {
-    "gfx950": _Cost((24, 28), 0, 60, 60, 4, 13.0, 2000, 4000, 2400),
-    "gfx942": _Cost((140, 60), 8, 75, 60, 4, 8.3, 2000, 4000, 2100),
-    "gfx1100": _Cost((360, 440), 8, 110, 60, 1, 4.2, 1500, 3000, 2500),
-    "gfx1151": _Cost((360, 440), 8, 110, 60, 1, 2.2, 1500, 3000, 2900),
+    "gfx950": _Cost((20, 22), (45, 53), 0, (100, 90, 40), 4, 13.0, 2000, 4000, 2400),
+    "gfx942": _Cost((0, 47), (105, 124), 4, (155, 230, 115), 4, 8.3, 2000, 4000, 2100),
+    "gfx1100": _Cost(**_RDNA3, bandwidth=4.2, latency=1500, meet=3000, clock=2500),  # type: ignore[arg-type]
+    "gfx1151": _Cost(**_RDNA3, bandwidth=2.2, latency=1500, meet=3000, clock=2900),  # type: ignore[arg-type]
 }
 
 
@@ -148,13 +169,13 @@ def modelled_us(arch: str, scheme: str, p: AmdDecodePlan, m: int, n: int, k: int
     of_block = -(-tiles // p.split)
     mine = -(-of_block // p.waves_k)
     lane_sums = -(-min(p.rows, 16) // (facts.wave // 16)) * -(-p.rows // 16)
-    tile = cost.tile[e4m3] * (1 if p.rows <= 16 else 1.5) + cost.sums * lane_sums
+    tile = cost.of_tile(scheme, p.rows, lane_sums, takes_codes(arch, scheme))
     concurrency = max(1.0, busiest * waves / facts.simds)  # waves of a SIMD
     here = min(m, p.rows)
-    staging = -(-here * k // (p.split * 8 * p.threads)) * cost.piece * cost.issue * concurrency
+    staging = -(-here * k // (p.split * 8 * p.threads)) * cost.of_piece(scheme) * cost.issue * concurrency
     work = rounds * mine * tile * cost.issue * concurrency
     outputs = -(-here * p.waves_n * TILE_ROWS // p.threads)
-    summing = rounds * outputs * (cost.output + 8 * p.waves_k) * cost.issue * concurrency
+    summing = rounds * (cost.group + outputs * (cost.output + 8 * p.waves_k)) * cost.issue * concurrency
     if p.split > 1:
         summing += rounds * (cost.meet + outputs * 30 * p.split)
     row_bytes = k * (1 if e4m3 else 0.5) + k / MX_BLOCK
