@@ -1,4 +1,4 @@
-"""Versions of the decode GEMM that are broken on purpose: the emulator's checks or the comparison with fp64 find them."""
+"""The decode GEMM broken on purpose: the emulator's checks or the comparison with fp64 find each version."""
 
 from __future__ import annotations
 
