@@ -1,0 +1,156 @@
+"""Before and after through real servers: the same model in bf16 and in MX schemes, timed by `sglang.bench_serving`.
+
+    python -m bench.serving --model qwen3-8b --variants bf16,amd_w4a16,amd_mxfp8 --concurrency 1,4,16 --out results
+    python -m bench.serving --model /path/to/model --flags "--attention-backend aiter" --input 1024 --output 1024
+
+`--model` is a folder, or one of the shapes below, which is served with random weights (`--load-format dummy`): right
+for speed, meaningless for quality. One server runs at a time; each concurrency is one run of `random-ids` prompts of
+exactly the lengths asked for, after one of each that does not count. Measured: output tokens a second over the whole
+run, and the median time between tokens of a request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from examples.server import Server, ServerError
+from examples.tiny_models import make_tokenizer
+
+_QWEN3 = {
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-8b": {
+        **_QWEN3, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096,
+        "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+    "qwen3-30b-a3b": {
+        **_QWEN3, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
+        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
+}  # fmt: skip
+"""Public configs of models, to be served with random weights."""
+
+
+def shape_folder(name: str, out: Path) -> Path:
+    """A folder with the config of `SHAPES[name]` and a small tokenizer."""
+    folder = out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SHAPES[name], indent=2))
+    make_tokenizer(folder)
+    return folder
+
+
+def run(server: Server, model: Path, concurrency: int, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """One run of sglang.bench_serving. Raises ServerError with its last words if it fails."""
+    file = work / "run.jsonl"
+    file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--host", "127.0.0.1"]
+    command += [
+        "--port",
+        str(server.port),
+        "--model",
+        str(model),
+        "--tokenizer",
+        str(model),
+        "--output-file",
+        str(file),
+    ]
+    command += ["--dataset-name", "random-ids", "--random-input-len", str(args.input), "--random-range-ratio", "1.0"]
+    command += ["--random-output-len", str(args.output), "--num-prompts", str(args.rounds * concurrency)]
+    command += ["--max-concurrency", str(concurrency), "--warmup-requests", str(min(concurrency, 2)), "--seed", "42"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=work)
+    if done.returncode or not file.exists():
+        raise ServerError("sglang.bench_serving", f"failed ({done.stderr.strip()[-200:]})", f"see {server.log}")
+    result = json.loads(file.read_text().splitlines()[-1])
+    names = ("output_throughput", "median_tpot_ms", "median_ttft_ms", "median_e2e_latency_ms", "completed")
+    return {name: result[name] for name in names}
+
+
+def variant(name: str, model: Path, args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """All runs of one variant, `bf16` or a `--quantization`; or the reason why there are none."""
+    flags = [] if name == "bf16" else ["--quantization", name]
+    flags += ["--load-format", "dummy"] if args.model in SHAPES else []
+    server = Server.start(model, work / f"{name}.log", flags=[*flags, *shlex.split(args.flags)])
+    try:
+        server.wait(args.timeout)
+        for c in args.concurrency:  # kernels that compile on first use have done so after this
+            run(server, model, c, args, work)
+        return {str(c): run(server, model, c, args, work) for c in args.concurrency}
+    except ServerError as error:
+        return {"why": str(error), "log": server.log_text()[-3000:]}
+    finally:
+        server.stop()
+
+
+def table(results: dict[str, dict[str, Any]], concurrency: list[int]) -> str:
+    """Output tokens a second, and how they compare with the first variant."""
+    first = next(iter(results.values()))
+    lines = [
+        "variant        "
+        + "".join(f"{f'conc {c}':>24}" for c in concurrency)
+        + "   (output tokens/s, x first, ms/token)"
+    ]
+    for name, runs in results.items():
+        if "why" in runs:
+            lines.append(f"{name:15} {runs['why']}")
+            continue
+        cells = []
+        for c in map(str, concurrency):
+            r = runs[c]
+            ratio = f"{r['output_throughput'] / first[c]['output_throughput']:.2f}x" if c in first else "-"
+            cells.append(f"{r['output_throughput']:9.1f} {ratio:>6} {r['median_tpot_ms']:6.2f}")
+        lines.append(f"{name:15}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve, measure, print. Returns 0, or 1 if a variant could not be served."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help=f"a folder, or one of {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--variants", default="bf16,amd_mx", help="bf16 and values of --quantization, the baseline first"
+    )
+    parser.add_argument("--concurrency", default="1,4,16", type=lambda s: [int(c) for c in s.split(",")])
+    parser.add_argument("--input", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument("--output", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--rounds", type=int, default=4, help="prompts a run, times the concurrency")
+    parser.add_argument("--flags", default="", help="more flags of sglang.launch_server")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds that a server may take to start")
+    parser.add_argument("--out", type=Path, help="write serving.json and the servers' logs into this folder")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = args.out or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        model = shape_folder(args.model, Path(scratch)) if args.model in SHAPES else Path(args.model)
+        results: dict[str, dict[str, Any]] = {}
+        for name in args.variants.split(","):
+            print(f"serving {args.model} as {name}", file=sys.stderr, flush=True)
+            results[name] = variant(name, model, args, work)
+            if args.out:
+                (work / "serving.json").write_text(json.dumps({"args": vars(args) | {"out": None}, "results": results}))
+        print(json.dumps(results, indent=1) if args.json else table(results, args.concurrency))
+        return int(any("why" in runs for runs in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
