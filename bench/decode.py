@@ -103,8 +103,8 @@ def launch(
 class Reference:
     """fp64 of the quantized operands, and how far from it a result may be.
 
-    Products are exact in the kernel; the matrix unit truncates its sums to fp32, so each of K additions costs at most an
-    ulp of the running sum, which |x| |w|^T bounds.
+    Products are exact in the kernel; the matrix unit truncates its sums to fp32, so each of K additions costs at most
+    an ulp of the running sum, which |x| |w|^T bounds.
     """
 
     def __init__(self, p: Problem, m: int, seed: int) -> None:
