@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .mx_gemm import MxGemmConfig, mx_gemm_kernel
+from .mx_gemm import STRIDED, MxGemmConfig, layout_constants, mx_gemm_kernel
 
 TRITON_ARCHS = ("gfx950", "gfx942", "gfx1100", "sm_90")
 
@@ -28,6 +28,7 @@ class Variant:
         grouped: over experts, with row weights and bias; else dense.
         even_k: BLOCK_K divides K.
         claims: as in `kernels/hip/manifest.py`.
+        layout: of values and of scales of the weights.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Variant:
     grouped: bool
     even_k: bool
     claims: tuple[str, ...]
+    layout: tuple[str, str] = STRIDED
 
     @property
     def kernel(self) -> Any:
@@ -59,7 +61,7 @@ class Variant:
         k = self.config.block_k * (1 if self.even_k else 2) - (0 if self.even_k else 32)
         given = self.config.constants(self.x_format, self.w_format, 2 if self.grouped else 1, k, self.arch)
         optional = ("x_scales", "bias", "row_ids", "block_experts", "row_weights")
-        return {name: None for name in optional if name not in self.signature} | given
+        return {name: None for name in optional if name not in self.signature} | given | layout_constants(self.layout)
 
     @property
     def divisible(self) -> tuple[str, ...]:

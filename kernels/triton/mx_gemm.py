@@ -76,17 +76,63 @@ def tile_of_program(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr, XCDS: tl.const
 
 
 @triton.jit
+def row_offsets(n, COLS, LAYOUT: tl.constexpr):
+    """What row n adds to the place in storage of each of its bytes, or scales; rows are padded to COLS of them.
+
+    The closed forms of docs/layouts.md, which are sums of a part of the row's and a part of the column's. n is int64.
+    """
+    tile = n // 16 * 16 * COLS
+    row = n.to(tl.int32)
+    if LAYOUT == "strided":
+        at = n * COLS
+    elif LAYOUT == "mxfp8_lane":
+        at = tile + row % 16 * 32
+    elif LAYOUT == "mma_tile":
+        at = tile + row % 16 // 8 * 512 + row % 8 * 64
+    elif LAYOUT == "tile_scale":
+        at = tile + row % 16 * 4
+    elif LAYOUT == "mma_scale":
+        at = tile + row % 8 * 4 + row % 16 // 8 * 2
+    else:
+        tl.static_assert(LAYOUT == "preshuffle" or LAYOUT == "cdna3_e2m1", "no such layout")
+        at = tile + row % 16 * 16
+    return at
+
+
+@triton.jit
+def column_offsets(c, LAYOUT: tl.constexpr):
+    """What byte, or scale, c of a row adds."""
+    if LAYOUT == "preshuffle":
+        at = c // 32 * 512 + c % 32 // 16 * 256 + c % 16
+    elif LAYOUT == "mxfp8_lane":
+        at = c // 128 * 2048 + c // 32 % 2 * 1024 + c // 16 % 2 * 512 + c // 64 % 2 * 16 + c % 16
+    elif LAYOUT == "cdna3_e2m1":
+        at = c // 64 * 1024 + c % 16 // 4 * 256 + c % 64 // 16 * 4 + c % 4
+    elif LAYOUT == "mma_tile":
+        at = c // 64 * 1024 + c % 32 // 8 * 16 + c % 64 // 32 * 8 + c % 8
+    elif LAYOUT == "tile_scale":
+        at = c // 4 * 64 + c % 4
+    elif LAYOUT == "mma_scale":
+        at = c // 2 * 32 + c % 2
+    else:
+        at = c
+    return at
+
+
+@triton.jit
 def mx_gemm_kernel(
     x, x_scales, w, w_scales, bias, y, row_ids, block_experts, row_weights,
     M, N, K, tiles_m,
     X_FORMAT: tl.constexpr, W_FORMAT: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, XCDS: tl.constexpr, SCALED: tl.constexpr, EVEN_K: tl.constexpr,
+    VALUES: tl.constexpr, SCALES: tl.constexpr, PAD: tl.constexpr, SCALE_PAD: tl.constexpr,
 ):  # fmt: skip
     """One BLOCK_M x BLOCK_N tile of y; see `mx_gemm` for the arguments.
 
     M: rows of y (routed rows when grouped). tiles_m: blocks along M. TOP_K: rows of y that share a row of x. SCALED:
-        use tl.dot_scaled. EVEN_K: BLOCK_K divides K. `bias`, `row_ids` with `block_experts`, and `row_weights` may be
+        use tl.dot_scaled. EVEN_K: BLOCK_K divides K. VALUES, SCALES: the weights' layouts, whose rows are padded to
+        PAD bytes and SCALE_PAD scales. `bias`, `row_ids` with `block_experts`, and `row_weights` may be
         None.
     """
     X_PACK: tl.constexpr = 2 if X_FORMAT == "e2m1" else 1
@@ -109,10 +155,14 @@ def mx_gemm_kernel(
     row_mask = (rows < M)[:, None]
     column_mask = (columns < N)[:, None]
     x_rows = (rows // TOP_K).to(tl.int64)[:, None]
-    w_rows = columns.to(tl.int64)[:, None]
     x_k = tl.arange(0, BLOCK_K // X_PACK)[None, :]
     w_k = tl.arange(0, BLOCK_K // W_PACK)[None, :]
     s_k = tl.arange(0, BLOCK_K // 32)[None, :]
+
+    w_cols = K // W_PACK if PAD == 1 else tl.cdiv(K // W_PACK, PAD) * PAD
+    s_cols = K // 32 if SCALE_PAD == 1 else tl.cdiv(K // 32, SCALE_PAD) * SCALE_PAD
+    w_rows = row_offsets(columns.to(tl.int64)[:, None], w_cols, VALUES)
+    s_rows = row_offsets(columns.to(tl.int64)[:, None], s_cols, SCALES)
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -123,8 +173,8 @@ def mx_gemm_kernel(
             xs_mask = row_mask & (k // 32 + s_k < K // 32)
             ws_mask = column_mask & (k // 32 + s_k < K // 32)
         x_tile = tl.load(x + x_rows * (K // X_PACK) + (k // X_PACK + x_k), mask=x_mask, other=0.0)
-        w_tile = tl.load(w + w_rows * (K // W_PACK) + (k // W_PACK + w_k), mask=w_mask, other=0.0)
-        w_scale = tl.load(w_scales + w_rows * (K // 32) + (k // 32 + s_k), mask=ws_mask, other=127)
+        w_tile = tl.load(w + w_rows + column_offsets(k // W_PACK + w_k, VALUES), mask=w_mask, other=0.0)
+        w_scale = tl.load(w_scales + s_rows + column_offsets(k // 32 + s_k, SCALES), mask=ws_mask, other=127)
         if X_FORMAT == "bf16":
             if SCALED:
                 total = tl.dot_scaled(x_tile, None, "bf16", w_tile.T, w_scale, W_FORMAT, total)
@@ -144,6 +194,19 @@ def mx_gemm_kernel(
         total *= tl.load(row_weights + rows, mask=rows < M, other=0.0)[:, None]
     inside = row_mask & (columns < N)[None, :]
     tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], total.to(y.dtype.element_ty), mask=inside)
+
+
+STRIDED = ("strided", "strided")
+PADS = {
+    "strided": 1, "preshuffle": 32, "mxfp8_lane": 128, "cdna3_e2m1": 64, "mma_tile": 64, "tile_scale": 4, "mma_scale": 2
+}  # fmt: skip
+"""What layouts pad rows to: bytes of values, or scales."""
+
+
+def layout_constants(layout: tuple[str, str] = STRIDED) -> dict[str, object]:
+    """The kernel's constexpr arguments for the names of the weights' layouts, of values and of scales."""
+    values, scales = layout
+    return {"VALUES": values, "SCALES": scales, "PAD": PADS[values], "SCALE_PAD": PADS[scales]}
 
 
 @dataclass(frozen=True)
@@ -201,6 +264,7 @@ def mx_gemm(
     block_experts: torch.Tensor | None = None,
     row_weights: torch.Tensor | None = None,
     top_k: int = 1,
+    layout: tuple[str, str] = STRIDED,
 ) -> torch.Tensor:
     """y = x w^T (+ bias) (* row_weights), into y. No host read of device data: may be captured in a graph.
 
@@ -217,11 +281,14 @@ def mx_gemm(
         block_experts: [blocks] int32.
         row_weights: [M] fp32, the routing weights.
         top_k: rows of y a row of x.
+        layout: names of the layouts of w and w_scales, which then have the shapes that those give them; dense only.
     """
     m, n = y.shape
-    k = w_scales.shape[-1] * 32
+    k = x.shape[-1] * (2 if element_of(x) == "e2m1" else 1)
+    if layout != STRIDED and row_ids is not None:
+        raise ValueError(f"grouped weights in layouts {layout}: the kernel finds experts in strided ones; keep them so")
     tiles_m = triton.cdiv(m, config.block_m) if row_ids is None else row_ids.numel() // config.block_m
-    constants = config.constants(element_of(x), element_of(w), top_k, k, arch)
+    constants = config.constants(element_of(x), element_of(w), top_k, k, arch) | layout_constants(layout)
     grid = (tiles_m * triton.cdiv(n, config.block_n),)
     mx_gemm_kernel[grid](
         x, x_scales, w, w_scales, bias, y, row_ids, block_experts, row_weights, m, n, k, tiles_m,

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_amd_quant.layouts.names import STRIDED
 from sglang_amd_quant.ops.packed import Weight, as_mx
 from sglang_amd_quant.ops.quantize import Quantized, quantize_activation
 from sglang_amd_quant.ops.routing import Routing, combine, route, slots
@@ -28,18 +27,16 @@ def tile_of(config: Config) -> MxGemmConfig:
 
 
 def run_mx_gemm(call: LinearCall) -> None:
-    """`kernels/triton/mx_gemm.py`, dense: quantize x, multiply.
-
-    Weights that lie as a decode kernel reads them are unpacked first, for the many rows that are left to this one.
-    """
+    """`kernels/triton/mx_gemm.py`, dense: quantize x, multiply by weights that lie as decode kernels read them."""
     from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm
 
-    x, w, tile = quantize_activation(call.x, call.act), as_mx(call.weight).to_layout(STRIDED), tile_of(call.config)
+    x, w, tile = quantize_activation(call.x, call.act), as_mx(call.weight), tile_of(call.config)
+    layout = w.layout.value, w.layout.scale
     if x.factor is None:
-        mx_gemm(x.data, x.scales, w.data, w.scales, call.y, tile, call.problem.arch, bias=call.bias)
+        mx_gemm(x.data, x.scales, w.data, w.scales, call.y, tile, call.problem.arch, bias=call.bias, layout=layout)
         return
     y = torch.empty(call.y.shape, dtype=torch.float32, device=call.y.device)
-    mx_gemm(x.data, x.scales, w.data, w.scales, y, tile, call.problem.arch)
+    mx_gemm(x.data, x.scales, w.data, w.scales, y, tile, call.problem.arch, layout=layout)
     y *= x.factor
     call.y.copy_(y if call.bias is None else y.add_(call.bias))
 

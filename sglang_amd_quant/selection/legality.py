@@ -188,7 +188,7 @@ def _tile_n(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:
 
 
 def _layout_block(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:
-    if not kernel.triton:
+    if not kernel.triton or kernel.gathers:
         return  # a hand-written kernel states the layouts that it reads with its own blocks
     name = layout_of(p, kernel)
     block_n, block_k = _min_block(name, p.scheme)

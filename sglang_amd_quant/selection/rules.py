@@ -25,6 +25,17 @@ def _m3_down(rows: Range) -> Rule:
     )  # fmt: skip
 
 
+_MXFP4_WEIGHTS = ("w4a16", "w4a8", "mxfp4")
+_AMD_DECODE = (
+    # arch, weights, schemes, layout: of the decode kernels, which the prefill kernel reads too
+    ("gfx950", "e2m1", _MXFP4_WEIGHTS, "preshuffle+tile_scale"),
+    ("gfx950", "e4m3", ("mxfp8",), "mxfp8_lane+tile_scale"),
+    ("gfx942", "e2m1", _MXFP4_WEIGHTS, "cdna3_e2m1+tile_scale"),
+    ("gfx11", "e2m1", _MXFP4_WEIGHTS, "preshuffle+tile_scale"),
+    ("gfx11", "e4m3", ("mxfp8",), "preshuffle+tile_scale"),
+)
+
+
 RULES: tuple[Rule, ...] = (
     # Dense: any M up to 16 in the GEMV's envelope. The matrix-unit crossover has no rule: untuned M > 16 lost.
     Rule("hip_mxfp8_gemv", "gfx950", "linear", "mxfp8", "aiter #3783 envelope", m=(1, 16)),
@@ -43,6 +54,13 @@ RULES: tuple[Rule, ...] = (
         Rule("hip_decode", "sm_90", "linear", scheme, "runtime/decode_gemm.py: plans measured up to M=32", m=(1, 32))
         for scheme in ("mxfp8", "w4a8", "mxfp4", "w4a16")
     ),
+    *(
+        Rule(
+            f"hip_decode_{arch}_{weight}", arch, "linear", scheme, "docs/decode_amd.md: counted and modelled", m=(1, 32)
+        )
+        for arch, weight, schemes, _ in _AMD_DECODE
+        for scheme in schemes
+    ),
 )
 
 HIP_MARGIN = 1.03
@@ -60,15 +78,13 @@ LAYOUT_RULES: tuple[LayoutRule, ...] = (
     LayoutRule("gfx950", "w4a8", _GROUPED, "strided", "vllm#44804: strided scales win 23 of 28 cells at TP4 and TP8"),
     *(LayoutRule("sm_90", s, ("linear",), "hopper_bf16", _DECODING) for s in ("w4a16", "w4a8", "mxfp4")),
     LayoutRule("sm_90", "mxfp8", ("linear",), "mma_tile+mma_scale", _DECODING),
+    *(LayoutRule(arch, s, ("linear",), layout, _DECODING) for arch, _, schemes, layout in _AMD_DECODE for s in schemes),
     LayoutRule("sm_90", "w4a16", _GROUPED, "hopper_bf16", _FRAGMENTS),
     *(LayoutRule("sm_90", s, _GROUPED, "hopper_e4m3", _FRAGMENTS) for s in ("mxfp8", "w4a8", "mxfp4")),
     LayoutRule("gfx11", "int4_w4a16", _GROUPED, "exllama", "ROCm/vllm #1015 reads ExLlama order"),
 )
 # fmt: on
-"""Which layout, for weights that are about to be laid out; the first that holds. Without one: strided.
-
-AMD's decode kernels have layouts of their own (`AMD_DECODE_LAYOUTS`). No row gives linears these, nor is there a rule
-for the kernels: above M=64 weights would be unpacked at every call, until a prefill kernel reads them. Packs may."""
+"""Which layout, for weights that are about to be laid out; the first that holds. Without one: strided."""
 
 _A8W4 = "aiter #3580 heuristic"
 _ROCPROF = "aiter #3580 heuristic (rocprof)"
@@ -153,7 +169,7 @@ TILE_RULES: tuple[TileRule, ...] = (
     *_many("gfx11", 32, 64, 64, num_stages=1),
     *_few("sm_90", 64, 128, num_stages=3),
     TileRule("triton_mx_moe", "sm_90", _AOT, 32, ((None, 64),), 128, num_stages=3, routed=True),
-    TileRule("triton_mx_moe", "sm_90", _AOT, 128, block_k=128, num_warps=8, num_stages=3, routed=True),
+    TileRule("triton_mx_moe", "sm_90", _AOT, 128, block_k=64, num_warps=8, num_stages=3, routed=True),
     *_many("sm_90", 64, 128, 128, num_warps=8, num_stages=3),
 )
 # fmt: on

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sglang_amd_quant.selection import families  # noqa: F401  registers first, whoever imports this: plans depend on order
 from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.buckets import routed_block_m
 from sglang_amd_quant.selection.lds import lds_bytes
@@ -66,6 +67,7 @@ def _mx_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ("strid
         space=_TILE,
         configure=_dense_tile if ops == ("linear",) else _grouped_tile,
         triton=True,
+        gathers=True,
         acts=("e4m3", "e2m1", "bf16", "fp8_static"),
         out_dtypes=("bf16", "fp16", "fp32"),
         fuses=("bias",),

@@ -38,9 +38,9 @@ def test_a_kernel_that_was_not_built_is_not_promised(capsys: Out, monkeypatch: p
     """gfx1101 is of a family that is served, but nothing is compiled for it: Triton is what is left."""
     line = "--op linear --scheme w4a16 --m 2 --n 2048 --k 4096 --arch "
     _, out, _ = run(capsys, line + "gfx1101")
-    assert "planned  gemv_mxfp4   source: rule" in out
+    assert "planned  hip_decode_gfx11_e2m1   source: rule" in out
     assert "here     triton_mx_gemm would run (heuristic)" in out
-    assert "gemv_mxfp4 cannot be launched here: nothing is compiled for gfx1101" in out
+    assert "hip_decode_gfx11_e2m1 cannot be launched here: nothing is compiled for gfx1101" in out
     monkeypatch.setattr(detect, "find_spec", lambda name: None)
     detect.launchable.cache_clear()
     detect.missing.cache_clear()

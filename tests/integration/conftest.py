@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # triton_twin
 
 MODEL = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -131,6 +135,7 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """
     pytest.importorskip("triton")
     from sglang_amd_quant.kernels.triton import mx_gemm
+    from triton_twin import mx_gemm_twin
 
     from sglang_amd_quant.integration import linear as linear_method
     from sglang_amd_quant.integration import moe as moe_method
@@ -148,7 +153,7 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def twin(x, x_scales, w, w_scales, y, config, arch, **options):  # type: ignore[no-untyped-def]
         gpu.calls.append(arch)
-        return y.copy_(mx_gemm.mx_gemm_torch(x, x_scales, w, w_scales, **options))
+        return y.copy_(mx_gemm_twin(x, x_scales, w, w_scales, y.shape[1], **options))
 
     for module in (linear_method, moe_method, layout, operand):
         monkeypatch.setattr(module, "current_arch", lambda: "gfx950")

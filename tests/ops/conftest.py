@@ -106,6 +106,7 @@ def triton_twins(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Triton kernels run as their torch twins; gives the calls, each as its keyword arguments."""
     pytest.importorskip("triton")
     from sglang_amd_quant.kernels.triton import mx_gemm
+    from triton_twin import mx_gemm_twin
 
     calls: list[dict[str, Any]] = []
 
@@ -119,7 +120,7 @@ def triton_twins(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             y.fill_(torch.nan)  # rows that stand nowhere in row_ids would stay so
             written = options["row_ids"].long()
             y[written[written < y.shape[0]]] = 0
-        result = mx_gemm.mx_gemm_torch(x, x_scales, w, w_scales, **options)
+        result = mx_gemm_twin(x, x_scales, w, w_scales, y.shape[1], **options)
         y.copy_(result + 0 * y if options.get("row_ids") is not None else result)
         return y
 

@@ -56,8 +56,16 @@ def test_a_layout_that_kernels_cannot_serve_everywhere_is_refused():
     assert choose_layout(replace(int4, op="linear", e_local=1, e_total=1, top_k=1), EMPTY).layout == "strided"
 
 
-def test_no_rule_no_swizzle():
+def test_linears_lie_as_the_decode_kernels_read_them():
     dense = GemmProblem("linear", "mxfp8", "gfx950", 1, 2304, 6144)
+    assert choose_layout(dense, EMPTY).layout == "mxfp8_lane+tile_scale"
+    for arch, layout in (("gfx950", "preshuffle"), ("gfx942", "cdna3_e2m1"), ("gfx1100", "preshuffle")):
+        mxfp4 = GemmProblem("linear", "w4a16", arch, 1, 2304, 6144)
+        assert choose_layout(mxfp4, EMPTY).layout == f"{layout}+tile_scale"
+
+
+def test_no_rule_no_swizzle():
+    dense = GemmProblem("linear", "mxfp8", "gfx942", 1, 2304, 6144)
     assert choose_layout(dense, EMPTY).layout == "strided"
     assert choose_layout(replace(dense, arch="cpu", cu_count=0), EMPTY).layout == "strided"
 

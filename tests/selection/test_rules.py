@@ -65,7 +65,7 @@ def test_3783_block_n_is_16_for_down_and_8_for_gate_up(select):
     ],
 )
 def test_3783_dense_envelope_without_an_entry(select, m, k, kernel, block_n):
-    choice = select(GemmProblem("linear", "mxfp8", "gfx950", m, 2048, k))
+    choice = select(GemmProblem("linear", "mxfp8", "gfx950", m, 2048, k, layout="strided"))
     assert (choice.kernel, choice.config.block_n) == (kernel, block_n)
 
 
@@ -145,7 +145,7 @@ def test_3580_sync_free_bound_of_tiles():
 
 
 def test_46117_decode_tile_and_stock_tile(select):
-    tiny = GemmProblem("linear", "w4a8", "gfx950", 4, 2048, 4096)
+    tiny = GemmProblem("linear", "w4a8", "gfx950", 4, 2048, 4096, layout="strided")
     assert select(tiny).config.tile == (16, 16, 1024)
     assert select(replace(tiny, m=128)).config.tile == (64, 128, 128)
 

@@ -12,8 +12,10 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it
 
 from sglang_amd_quant.kernels.triton.manifest import SCHEMES, Variant
 
+from sglang_amd_quant.layouts.names import TensorLayout
 from sglang_amd_quant.ops.triton_mx import tile_of
 from sglang_amd_quant.selection import GemmProblem, Selector
+from sglang_amd_quant.selection.rules import LAYOUT_RULES
 from sglang_amd_quant.toolchain.triton_aot import compile_variant
 
 MEMBER = {"gfx11": "gfx1100"}
@@ -41,3 +43,28 @@ def test_compiles_without_spills(arch, scheme, config):
     variant = Variant(name, MEMBER.get(arch, arch), x_format, w_format, tile_of(config), True, True, claims)
     report = compile_variant(variant).report
     assert report.problems == []
+
+
+def dense_tiles():
+    """(arch, scheme, layout, tile): what linears get whose weights lie as the decode kernels of an arch read them."""
+    here = Selector(available={"triton_mx_gemm"})
+    for rule in LAYOUT_RULES:
+        if rule.ops != ("linear",) or rule.layout.startswith("hopper"):
+            continue
+        for m in (48, 1024):
+            problem = GemmProblem("linear", rule.scheme, rule.arch, m, 2304, 6144, layout=rule.layout)
+            config = here.decide(problem).config
+            name = f"{rule.arch}-{rule.scheme}-{'x'.join(map(str, config.tile))}"
+            yield pytest.param(rule.arch, rule.scheme, rule.layout, config, id=name)
+
+
+@pytest.mark.parametrize(("arch", "scheme", "layout", "config"), dict.fromkeys(dense_tiles()))
+def test_layouts_of_decode_kernels_compile_without_spills(arch, scheme, layout, config):
+    x_format, w_format = SCHEMES[scheme]
+    claims = ("matrix",) if x_format == "bf16" else ("matrix", "scaled_mfma")
+    lies = TensorLayout.parse(layout)
+    variant = Variant(
+        f"{scheme}_{config}", MEMBER.get(arch, arch), x_format, w_format, tile_of(config), False, True, claims,
+        (lies.value, lies.scale),
+    )  # fmt: skip
+    assert compile_variant(variant).report.problems == []
