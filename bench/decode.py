@@ -19,6 +19,7 @@ import bench.source_tree  # noqa: F401
 # isort: split
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict, replace
 from functools import partial
@@ -183,26 +184,37 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], file: Path) -> None:
-    """% of floor over M, a line a shape."""
+    """A column a scheme, a line a shape over M: % of the floor; below, times the best peer that was measured."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    def faster(row: dict[str, Any]) -> float:
+        return min((peer["us"] for peer in row["peers"].values() if "us" in peer), default=math.nan) / row["us"]
+
     schemes = list(dict.fromkeys(r["scheme"] for r in result["rows"]))
-    figure, axes = pyplot.subplots(1, len(schemes), figsize=(5 * len(schemes), 4), sharey=True, squeeze=False)
-    for axis, scheme in zip(axes[0], schemes, strict=True):
+    figure, axes = pyplot.subplots(
+        2, len(schemes), figsize=(5 * len(schemes), 7), sharex=True, sharey="row", squeeze=False
+    )
+    for (share, peers), scheme in zip(axes.T, schemes, strict=True):
         for k, n in dict.fromkeys((r["K"], r["N"]) for r in result["rows"] if r["scheme"] == scheme):
             rows = [r for r in result["rows"] if (r["scheme"], r["K"], r["N"]) == (scheme, k, n)]
-            axis.plot([r["M"] for r in rows], [100 * r["of_floor"] for r in rows], "o-", label=f"{k} to {n}")
-        axis.set(title=scheme, xlabel="M", xscale="log", ylim=(0, 105))
-        axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
-        axis.legend()
+            m = [r["M"] for r in rows]
+            share.plot(m, [100 * r["of_floor"] for r in rows], "o-", label=f"{k} to {n}")
+            peers.plot(m, [faster(r) for r in rows], "o-")
+        share.set(title=scheme, ylim=(0, 105))
+        peers.set(xlabel="M", ylim=(0, None))
+        peers.set_xscale("log", base=2)
+        peers.axhline(1, color="black", linewidth=0.8)
+        share.grid(alpha=0.3)
+        peers.grid(alpha=0.3)
+    axes[0][0].legend(fontsize="small")
     axes[0][0].set_ylabel("% of the memory floor")
+    axes[1][0].set_ylabel("times the best peer")
     figure.suptitle(result["device"])
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=100)
 
 
 def main() -> int:
@@ -217,8 +229,20 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=Path, help="write decode.json and decode.png into this folder")
+    parser.add_argument(
+        "--show",
+        type=Path,
+        metavar="JSON",
+        help="measure nothing (no GPU needed): the table and plot of an earlier run",
+    )
     args = parser.parse_args()
 
+    if args.show:
+        earlier = json.loads(args.show.read_text())
+        if args.out:
+            plot(earlier, args.out / "decode.png")
+        print(table(earlier))
+        return 0
     device = gpu(0)
     for scheme in args.schemes.split(","):
         device.load(*(e.name for e in find(f"decode_{scheme}_m2")[0].entry_points))
