@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import bench.source_tree  # noqa: F401
+from bench.timing import graph_us, read_bandwidth
 from sglang_amd_quant.runtime.device import Gpu, gpu
 from sglang_amd_quant.runtime.gemv_mxfp4 import GemvPlan, gemv_mxfp4, plans
 from sglang_amd_quant.runtime.launch import LaunchDescription
@@ -110,34 +109,6 @@ def check_special(device: Gpu) -> int:
 
 def _describe(device: Gpu, x, w, s, y, bias, chosen: GemvPlan | None) -> LaunchDescription:
     return gemv_mxfp4(x, w, s, y, arch=device.arch_name, cu_count=device.cu_count, bias=bias, chosen=chosen)
-
-
-def graph_us(launches: list[Callable[[], object]], replays: int = 30) -> float:
-    """Median microseconds a launch of a graph of `launches`."""
-    for launch in launches[:3]:
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(replays):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(launches))
-    return statistics.median(times)
-
-
-def read_bandwidth() -> float:
-    """Bytes a second that torch reads when it sums up 8 GiB."""
-    data = torch.ones(1 << 31, dtype=torch.float32, device="cuda")
-    return data.nbytes / graph_us([lambda: torch.sum(data)] * 2, replays=10) * 1e6
 
 
 def measure(device: Gpu, m: int, n: int, k: int, bandwidth: float, explore: bool) -> list[dict]:

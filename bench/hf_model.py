@@ -7,7 +7,6 @@ share nothing with the serving path but the formats.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn import functional
 
 from sglang_amd_quant.errors import UnsupportedError
 from sglang_amd_quant.formats import dequantize_int4, dequantize_mx, fake_quantize_mx, quantize_int4, quantize_mx
+from sglang_amd_quant.integration.cpu_platform import declare_torchvision_ops
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import Scheme
 
@@ -33,15 +33,6 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-
-
-def declare_torchvision_ops() -> None:
-    """transformers imports torchvision, and a CUDA build of it cannot be imported beside a CPU torch without these."""
-    if torch.version.cuda is not None or torch.version.hip is not None or "torchvision" in sys.modules:
-        return
-    for op in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, op):
-            torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def round_trip(weight: Tensor, scheme: Scheme) -> Tensor:

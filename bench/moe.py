@@ -21,7 +21,6 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +52,7 @@ from bench.moe_problem import (
 )
 from bench.moe_tune import candidates, everything, timings, tune
 from bench.peers_moe import PEERS
+from bench.timing import graph_us, read_bandwidth
 
 # scheme -> (elements of weights and of activations, what the kernel multiplies activations as)
 SCHEMES = {
@@ -190,33 +190,6 @@ def quantized(x: torch.Tensor, ours: Ours, what: str) -> tuple[torch.Tensor, tor
     return left, factors
 
 
-def graph_us(launches: Sequence[Callable[[], object]], replays: int = 15) -> float:
-    """Median microseconds a launch of a graph of `launches`."""
-    for launch in launches[:2]:
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(launches))
-    return statistics.median(times)
-
-
-def read_bandwidth() -> float:
-    """Bytes a second that torch reads when it sums up 8 GiB."""
-    data = torch.ones(1 << 31, dtype=torch.float32, device="cuda")
-    return data.nbytes / graph_us([lambda: torch.sum(data)] * 2, replays=10) * 1e6
-
-
 def measure(
     name: str, schemes: list[str], ms: list[int], peers: list[str], bandwidth: float, tuned: bool
 ) -> tuple[list[dict], bool]:
@@ -254,7 +227,7 @@ def measure(
             configs = default_configs(m, shape.top_k, shape.experts, ours.w13.x_format, ours.w13.w_format)
             if tuned:
                 space = candidates(m, shape.top_k, shape.experts, ours.w13.x_format, ours.w13.w_format)
-                configs = tune(ours, x, routings, space, graph_us)
+                configs = tune(ours, x, routings, space)
             placed = [route(i, shape.experts, configs[0].block_m) for i, _ in routings]
             both = zip(routings, placed, strict=True)
             gemms = graph_us([partial(ours.gemms, x, i, w, configs, r) for (i, w), r in both])

@@ -11,13 +11,15 @@ import bench.source_tree  # noqa: F401
 
 # isort: split
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from sglang_amd_quant.kernels.triton.hopper import HopperConfig, activations
 from sglang_amd_quant.kernels.triton.routing import route
+
+from bench.timing import graph_us
 
 SHARED_MEMORY = 227 << 10
 
@@ -61,7 +63,6 @@ def tune(
     x: torch.Tensor,
     routings: Sequence[tuple[torch.Tensor, torch.Tensor]],
     space: dict[int, list[HopperConfig]],
-    graph_us: Callable[..., float],
 ) -> tuple[HopperConfig, HopperConfig]:
     """The fastest pair of configs of one block_m: each GEMM is timed alone with each config."""
     xf, rows = ours.w13.x_format, routings[0][0].numel()

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.hf_model import declare_torchvision_ops
+from sglang_amd_quant.integration.cpu_platform import declare_torchvision_ops
 
 SHARD_BYTES = 10**9
 VOCABULARY = 32768

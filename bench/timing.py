@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-def graph_us(launches: Sequence[Callable[[], object]], replays: int = 20, at_least: int = 30) -> float:
+def graph_us(launches: Sequence[Callable[[], object]], replays: int = 20, at_least: int = 1) -> float:
     """Median microseconds a launch, of replays of a graph that holds all launches, over and over up to `at_least`.
 
     Launches should use weights of their own that together exceed the L2, or the cache is what is measured.
@@ -35,6 +35,6 @@ def graph_us(launches: Sequence[Callable[[], object]], replays: int = 20, at_lea
 
 
 def read_bandwidth() -> float:
-    """Bytes a microsecond that torch reads when it sums up 4 GiB."""
-    data = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
-    return data.nbytes / graph_us([lambda: torch.sum(data)] * 2, 10, 2)
+    """Bytes a second that torch reads when it sums up 8 GiB."""
+    data = torch.ones(1 << 31, dtype=torch.float32, device="cuda")
+    return data.nbytes / graph_us([lambda: torch.sum(data)] * 2, replays=10) * 1e6

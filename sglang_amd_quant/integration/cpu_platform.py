@@ -27,7 +27,7 @@ def activate() -> str | None:
     """
     if os.environ.get("SGLANG_PLATFORM") != ENTRY_POINT and not _nothing_else():
         return None
-    _declare_torchvision_ops()
+    declare_torchvision_ops()
     print_once()
     return PLATFORM
 
@@ -47,10 +47,11 @@ def _activates(entry_point: importlib.metadata.EntryPoint) -> bool:
         return False
 
 
-def _declare_torchvision_ops() -> None:
+def declare_torchvision_ops() -> None:
     """PyPI's torchvision is a CUDA build whose operators cannot load beside a CPU torch, and importing it then fails.
 
-    SGLang imports torchvision always and never calls these two on a text model; a schema without a kernel is enough.
+    SGLang and transformers always import torchvision, and never call these two on a text model: a schema without a
+    kernel is enough.
     """
     if torch.version.cuda is not None or torch.version.hip is not None or "torchvision" in sys.modules:
         return

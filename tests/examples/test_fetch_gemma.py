@@ -71,7 +71,7 @@ def test_tokenizer_is_sentencepieces(vocabulary, tmp_path, text):
 
 
 def test_config_is_one_that_transformers_reads(vocabulary):
-    from bench.hf_model import declare_torchvision_ops
+    from sglang_amd_quant.integration.cpu_platform import declare_torchvision_ops
 
     declare_torchvision_ops()
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig

@@ -83,7 +83,7 @@ def prompts() -> Callable[[Path], list[list[int]]]:
 
     @cache
     def ids(model: Path) -> list[list[int]]:
-        from bench.hf_model import declare_torchvision_ops
+        from sglang_amd_quant.integration.cpu_platform import declare_torchvision_ops
 
         declare_torchvision_ops()
         from transformers import AutoTokenizer
