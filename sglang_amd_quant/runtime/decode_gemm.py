@@ -261,18 +261,9 @@ def decode_gemm(
     Raises:
         ShapeError: shapes, strides or dtypes that do not fit each other or the kernel.
     """
+    check_operands(x, y, n, top_k, epilogue)
     m, k = y.shape[0], x.shape[1]
     grouped = row_ids is not None
-    columns = n // 2 if epilogue.activation else n
-    shapes = f"x {tuple(x.shape)}, y {tuple(y.shape)}, N {n}"
-    if y.shape[1] != columns or x.shape[0] * top_k != m or (epilogue.activation and n % TILE_ROWS):
-        raise ShapeError(
-            shapes, f"want [M / top_k, K] and [M, {columns}], N in 16s with an activation", "check the layer"
-        )
-    if x.stride(1) != 1 or x.stride(0) % 8 or y.stride(1) != 1:
-        raise ShapeError(
-            f"{shapes}, strides {x.stride()}, {y.stride()}", "rows must be 16-byte aligned", "make x contiguous"
-        )
     pairs = epilogue.activation is not None
     if plan is None and grouped:
         plan = grouped_plan(scheme, block_m, len(block_experts), n, k, cu_count)
@@ -287,7 +278,7 @@ def decode_gemm(
         args=(
             x, data, scales, factors, epilogue.bias, x_scale, epilogue.residual, y, row_ids, block_experts,
             epilogue.row_weights, None, x.stride(0), y.stride(0), m, n, k, top_k, plan.split, plan.waves_k,
-            plan.waves_n, plan.groups, plan.depth, plan.chunk, carry, OUTS[_dtype(y)],
+            plan.waves_n, plan.groups, plan.depth, plan.chunk, carry, out_code(y),
             ACTIVATIONS[epilogue.activation] | (INTERLEAVED if epilogue.interleaved else 0),
             epilogue.alpha, epilogue.limit or 0.0,
         ),
@@ -296,9 +287,30 @@ def decode_gemm(
     )  # fmt: skip
 
 
-def _dtype(y: Any) -> str:
+def check_operands(x: Any, y: Any, n: int, top_k: int, epilogue: Epilogue) -> None:
+    """What every target asks of x and y.
+
+    Raises:
+        ShapeError: shapes or strides that do not fit each other or the kernel.
+    """
+    columns = n // 2 if epilogue.activation else n
+    shapes = f"x {tuple(x.shape)}, y {tuple(y.shape)}, N {n}"
+    if y.shape[1] != columns or x.shape[0] * top_k != y.shape[0] or (epilogue.activation and n % TILE_ROWS):
+        want = f"want [M / top_k, K] and [M, {columns}], N in 16s with an activation"
+        raise ShapeError(shapes, want, "check the layer")
+    if x.stride(1) != 1 or x.stride(0) % 8 or y.stride(1) != 1:
+        strides = f"{shapes}, strides {x.stride()}, {y.stride()}"
+        raise ShapeError(strides, "rows must be 16-byte aligned", "make x contiguous")
+
+
+def out_code(y: Any) -> int:
+    """The kernel's number of y's dtype.
+
+    Raises:
+        ShapeError: a dtype that it does not store.
+    """
     name = str(y.dtype).removeprefix("torch.")
     known = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     if name not in known:
         raise ShapeError(f"y of {name}", "the kernel stores bf16, fp16 or fp32", "pass one of those")
-    return known[name]
+    return OUTS[known[name]]

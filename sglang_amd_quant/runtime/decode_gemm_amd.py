@@ -14,7 +14,7 @@ from typing import Any
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.kernels.hip.manifest import AMD_DECODE_M, AMD_MOE_DECODE_M
 from sglang_amd_quant.runtime.arch import Arch, arch_facts
-from sglang_amd_quant.runtime.decode_gemm import ACTIVATIONS, INTERLEAVED, NOTHING, OUTS, Epilogue
+from sglang_amd_quant.runtime.decode_gemm import ACTIVATIONS, INTERLEAVED, NOTHING, Epilogue, check_operands, out_code
 from sglang_amd_quant.runtime.launch import LaunchDescription
 from sglang_amd_quant.schemes import MX_BLOCK
 
@@ -37,7 +37,7 @@ FORMATS = {
     "mxfp8_static": ("e4m3", "fp8_static"),
     "w8a16": ("e4m3", "bf16"),
 }
-"""Formats of weights and activations of the manifest's `DECODEFORMATS`."""
+"""Formats of weights and activations of the manifest's `DECODE_SCHEMES`."""
 
 
 def layout_name(arch: str, scheme: str) -> str:
@@ -207,7 +207,7 @@ def plans(
 
     Args:
         arch: `gfx950`, `gfx942`, `gfx1100` or `gfx1151`.
-        scheme: one of the manifest's `DECODEFORMATS`.
+        scheme: one of the manifest's `DECODE_SCHEMES`.
         cu_count: compute units.
         block_m, blocks: grouped: rows of a routed block, and how many blocks there are; 0: dense.
 
@@ -281,7 +281,7 @@ def decode_gemm_amd(
         data, scales: weights [E, N, K] or [N, K] in the layout `layout_name(arch, scheme)`.
         y: [M, N], or [M, N / 2] after an activation; bf16, fp16 or fp32, last dimension contiguous.
         arch: target.
-        scheme: one of the manifest's `DECODEFORMATS`.
+        scheme: one of the manifest's `DECODE_SCHEMES`.
         n: rows of the weights (of one expert).
         cu_count: compute units.
         carry: rounds the activations' scales (`formats.mx.Element.carry`).
@@ -296,15 +296,8 @@ def decode_gemm_amd(
     Raises:
         ShapeError: shapes, strides or dtypes that do not fit each other or the kernel, or too small a workspace.
     """
+    check_operands(x, y, n, top_k, epilogue)
     m, k = y.shape[0], x.shape[1]
-    columns = n // 2 if epilogue.activation else n
-    shapes = f"x {tuple(x.shape)}, y {tuple(y.shape)}, N {n}"
-    if y.shape[1] != columns or x.shape[0] * top_k != m or (epilogue.activation and n % TILE_ROWS):
-        want = f"want [M / top_k, K] and [M, {columns}], N in 16s with an activation"
-        raise ShapeError(shapes, want, "check the layer")
-    if x.stride(1) != 1 or x.stride(0) % 8 or y.stride(1) != 1:
-        strides = f"{shapes}, strides {x.stride()}, {y.stride()}"
-        raise ShapeError(strides, "rows must be 16-byte aligned", "make x contiguous")
     grouped = row_ids is not None
     blocks = len(block_experts) if grouped else 0
     if plan is None:
@@ -315,13 +308,10 @@ def decode_gemm_amd(
     row_blocks = blocks or -(-m // plan.rows)
     needed = plan.workspace_bytes(row_blocks, n)
     if needed and (workspace is None or workspace.nbytes < needed):
+        shapes = f"x {tuple(x.shape)}, y {tuple(y.shape)}, N {n}"
         raise ShapeError(
             shapes, f"{plan.split} blocks share K and need {needed} bytes of workspace", "pass a workspace"
         )
-    dtype = str(y.dtype).removeprefix("torch.")
-    out = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(dtype)
-    if out is None:
-        raise ShapeError(f"y of {dtype}", "the kernel stores bf16, fp16 or fp32", "pass one of those")
     return LaunchDescription(
         kernel=f"{'moe_decode' if grouped else 'decode'}_{scheme}_m{plan.rows}",
         grid=row_blocks * plan.groups * plan.split,
@@ -330,7 +320,7 @@ def decode_gemm_amd(
         args=(
             x, data, scales, None, epilogue.bias, x_scale, epilogue.residual, y, row_ids, block_experts,
             epilogue.row_weights, workspace if needed else None, x.stride(0), y.stride(0), m, n, k, top_k, plan.split,
-            plan.waves_k, plan.waves_n, plan.groups, 0, 0, carry, OUTS[out],
+            plan.waves_k, plan.waves_n, plan.groups, 0, 0, carry, out_code(y),
             ACTIVATIONS[epilogue.activation] | (INTERLEAVED if epilogue.interleaved else 0),
             epilogue.alpha, epilogue.limit or 0.0,
         ),
