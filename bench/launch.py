@@ -19,6 +19,7 @@ import torch
 
 import bench.source_tree  # noqa: F401
 from bench.gemv import prepare, weights
+from sglang_amd_quant.ops.hip import current_stream
 from sglang_amd_quant.runtime.device import gpu
 from sglang_amd_quant.runtime.gemv_mxfp4 import gemv_mxfp4
 
@@ -66,15 +67,13 @@ def main() -> int:
     y = torch.empty(1, 16, device="cuda", dtype=torch.bfloat16)
     description = gemv_mxfp4(x, w, s, y, arch=device.arch_name, cu_count=device.cu_count)
     kernel, d = device.kernel(description.kernel), description
-    stream = torch.cuda.current_stream().cuda_stream
+    stream = current_stream(0)
     cases: dict[str, Callable[[], object] | None] = {
         "Kernel.launch, arguments packed each time": lambda: kernel.launch(d.grid, d.block, d.lds, stream, d.args),
         "Gpu.launch of a description": lambda: device.launch(description, stream),
-        "... and asking torch for its stream": lambda: device.launch(
-            description, torch.cuda.current_stream().cuda_stream
-        ),
+        "... and asking torch for its stream": lambda: device.launch(description, current_stream(0)),
         "... and planning and describing it": lambda: device.launch(
-            gemv_mxfp4(x, w, s, y, arch=device.arch_name, cu_count=device.cu_count), stream
+            gemv_mxfp4(x, w, s, y, arch=device.arch_name, cu_count=device.cu_count), current_stream(0)
         ),
         "torch: y.add_(0)": lambda: y.add_(0),
         "Triton: 12 arguments": triton_launch(),

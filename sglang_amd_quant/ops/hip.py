@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -37,6 +37,11 @@ class Device(Protocol):
         """Launch on the current stream."""
 
 
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda ordinal: 0)
+"""The handle of torch's current stream on a device, of CUDA and of HIP alike, without making a Stream object of it: what
+Triton and inductor ask too. A torch for CPUs has none."""
+
+
 class GpuDevice:
     """A GPU, launched on torch's current stream."""
 
@@ -49,7 +54,7 @@ class GpuDevice:
 
     def start(self, description: LaunchDescription) -> None:
         """Launch. Raises as `Gpu.launch`."""
-        self._gpu.launch(description, torch.cuda.current_stream(self._gpu.ordinal).cuda_stream)
+        self._gpu.launch(description, current_stream(self._gpu.ordinal))
 
 
 _devices: dict[int, GpuDevice] = {}

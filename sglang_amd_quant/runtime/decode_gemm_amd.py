@@ -236,6 +236,16 @@ def plans(
     return tuple(sorted(found, key=rank))
 
 
+@cache
+def plan_within(
+    room: int, arch: str, scheme: str, m: int, n: int, k: int, cu_count: int, block_m: int, blocks: int
+) -> AmdDecodePlan:
+    """The first of `plans` whose workspace has at most `room` bytes, or else the first. Raises ShapeError as it does."""
+    candidates = plans(arch, scheme, m, n, k, cu_count, block_m, blocks)
+    fitting = (p for p in candidates if p.workspace_bytes(blocks or -(-m // p.rows), n) <= room)
+    return next(fitting, candidates[0])
+
+
 def _enumerate(facts: Arch, scheme: str, rows: int, row_blocks: int, n: int, k: int, cu_count: int) -> Any:
     tiles, row_tiles, most = -(-k // TILE_K), -(-n // TILE_ROWS), MAX_THREADS // facts.wave
     for waves_n, waves_k, split in itertools.product((1, 2, 4, 8), range(1, most + 1), SPLITS):
@@ -302,9 +312,7 @@ def decode_gemm_amd(
     blocks = len(block_experts) if grouped else 0
     if plan is None:
         room = 0 if workspace is None else workspace.nbytes
-        candidates = plans(arch, scheme, m, n, k, cu_count, block_m, blocks)
-        fitting = (p for p in candidates if p.workspace_bytes(blocks or -(-m // p.rows), n) <= room)
-        plan = next(fitting, candidates[0])
+        plan = plan_within(room, arch, scheme, m, n, k, cu_count, block_m, blocks)
     row_blocks = blocks or -(-m // plan.rows)
     needed = plan.workspace_bytes(row_blocks, n)
     if needed and (workspace is None or workspace.nbytes < needed):

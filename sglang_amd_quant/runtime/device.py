@@ -21,12 +21,13 @@ class Kernel:
     Args:
         gpu: the device.
         name: entry point.
-        function: the driver's handle.
+        function: the driver's handle, from `Driver.function`.
         arguments: packs its arguments.
     """
 
-    def __init__(self, gpu: Gpu, name: str, function: int, arguments: ArgumentPacker) -> None:
-        self.gpu, self.name, self._function, self._arguments = gpu, name, function, arguments
+    def __init__(self, gpu: Gpu, name: str, function: ctypes.c_void_p, arguments: ArgumentPacker) -> None:
+        self.gpu, self.name, self._function = gpu, name, function
+        self._pack_into, self._driver, self._ordinal = arguments.pack_into, gpu.driver, gpu.ordinal
         self._buffer = ctypes.create_string_buffer(arguments.size)
         self._size = ctypes.c_size_t(arguments.size)
         self._extra = gpu.driver.extra(self._buffer, self._size)
@@ -48,21 +49,25 @@ class Kernel:
             grid: blocks of threads.
             block: threads a block.
             lds: bytes of dynamic LDS a block.
-            stream: the stream's handle, such as `torch.cuda.current_stream().cuda_stream`; 0 is the default stream.
+            stream: the stream's handle, such as `ops.hip.current_stream(ordinal)`; 0 is the default stream.
             args, cluster, overlap: as in `LaunchDescription`.
 
         Raises:
             ShapeError: arguments that do not fit the signature.
             DriverError: what the driver refuses. Faults of a running kernel show at a later call.
         """
-        driver = self.gpu.driver
+        driver = self._driver
         with self._lock:
-            self._arguments.pack_into(self._buffer, args)
-            previous = driver.enter(self.gpu.ordinal)
+            self._pack_into(self._buffer, args)
+            previous = driver.enter(self._ordinal)
             try:
-                driver.launch(self._function, grid, block, lds, stream, self._extra, self.name, cluster, overlap)
+                status = driver.launch(self._function, grid, block, lds, stream, self._extra, cluster, overlap)
             finally:
-                driver.leave(previous)
+                if previous is not None:
+                    driver.leave(previous)
+        if status:
+            what = f"launching {self.name}, grid {grid}, block {block}, LDS {lds}, cluster {cluster}"
+            driver.check(status, what)
 
 
 class Gpu:

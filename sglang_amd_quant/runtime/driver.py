@@ -2,22 +2,23 @@
 extension.
 
 Both drivers take a kernel's arguments as one packed buffer (`extra`), so a launch costs one call whatever the
-signature.
+signature. The functions that a launch calls declare no argument types: ctypes passes ints as they are, and converting
+eleven arguments by their declared types costs as much again as the call. Whatever has 64 bits goes in a `c_void_p`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
+import struct
 from abc import ABC, abstractmethod
 from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_void_p
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sglang_amd_quant.errors import UnsupportedError
 from sglang_amd_quant.runtime.errors import driver_error
-
-_LAUNCH = [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p]
 
 
 class Driver(ABC):
@@ -33,7 +34,7 @@ class Driver(ABC):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self._launch = self._function(self.launch_name, _LAUNCH)
+        self._launch = self._function(self.launch_name)
         self._load = self._function(f"{self.module}LoadData", [POINTER(c_void_p), c_char_p])
         self._find = self._function(f"{self.module}GetFunction", [POINTER(c_void_p), c_void_p, c_char_p])
 
@@ -57,7 +58,7 @@ class Driver(ABC):
     def describe(self, code: int) -> tuple[str, str]:
         """The driver's name and sentence for a status code."""
 
-    def allow_lds(self, function: int, device: int) -> None:  # noqa: B027
+    def allow_lds(self, function: c_void_p, device: int) -> None:  # noqa: B027
         """Let a function take as much dynamic LDS as the device has; HIP needs no leave for that."""
 
     def load(self, image: bytes, what: str) -> int:
@@ -66,23 +67,20 @@ class Driver(ABC):
         self.check(self._load(byref(module), image), f"loading {what}")
         return int(module.value or 0)
 
-    def function(self, module: int, name: str) -> int:
+    def function(self, module: int, name: str) -> c_void_p:
         """An entry point of a module. Raises DriverError."""
         function = c_void_p()
         self.check(self._find(byref(function), module, name.encode()), f"kernel {name}")
-        return int(function.value or 0)
+        return function
 
+    @abstractmethod
     def launch(
-        self, function: int, grid: int, block: int, lds: int, stream: int, extra: Any, what: str,
-        cluster: int = 1, overlap: bool = False,
-    ) -> None:  # fmt: skip
-        """Start a kernel; `extra` is the packed arguments' description (see `extra`). Raises DriverError.
+        self, function: c_void_p, grid: int, block: int, lds: int, stream: int, extra: Any, cluster: int, overlap: bool
+    ) -> int:
+        """Start a kernel; `extra` is the packed arguments' description (see `extra`). Returns the driver's status.
 
         `cluster` and `overlap` are as in `LaunchDescription`; AMD has neither, and runs without.
         """
-        status = self._launch(function, grid, 1, 1, block, 1, 1, lds, stream, None, extra)
-        if status:
-            self.check(status, f"launching {what}, grid {grid}, block {block}, LDS {lds}")
 
     def extra(self, buffer: Any, size: Any) -> Any:
         """The `extra` argument that points to packed arguments and their size."""
@@ -93,7 +91,7 @@ class Driver(ABC):
         if status:
             raise driver_error(status, *self.describe(status), call)
 
-    def _function(self, name: str, argtypes: list[Any], restype: Any = c_int) -> Any:
+    def _function(self, name: str, argtypes: list[Any] | None = None, restype: Any = c_int) -> Any:
         function = getattr(self._library, name)
         function.argtypes, function.restype = argtypes, restype
         return function
@@ -105,24 +103,32 @@ class _LaunchAttribute(ctypes.Structure):
     _fields_ = (("id", c_int), ("pad", c_int), ("value", c_uint * 16))
 
 
-class _LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (("dims", c_uint * 7), ("stream", c_void_p), ("attributes", c_void_p), ("count", c_uint))
-
-
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
+
+_LAUNCH_CONFIG = struct.Struct("@7IPPI0P")
+"""CUlaunchConfig: grid, block, LDS; stream; attributes and their number."""
+
+
+@cache
+def _attributes(cluster: int, overlap: bool) -> tuple[Any, int, int]:
+    """Launch attributes that never change once made: what keeps them alive, their address, how many they are."""
+    if cluster == 1 and not overlap:
+        return None, 0, 0
+    attributes = (_LaunchAttribute * 2)()
+    attributes[0].id, attributes[0].value[0:3] = _CLUSTER_DIMENSION, (cluster, 1, 1)
+    attributes[1].id, attributes[1].value[0] = _PROGRAMMATIC_STREAM_SERIALIZATION, 1
+    return attributes, ctypes.addressof(attributes), 2 if overlap else 1
 
 
 class CudaDriver(Driver):
     """The CUDA driver API. Modules live in the devices' primary contexts, the ones that torch uses."""
 
-    launch_name, module, end_of_extra = "cuLaunchKernel", "cuModule", 0
+    launch_name, module, end_of_extra = "cuLaunchKernelEx", "cuModule", 0
 
     def __init__(self, library: ctypes.CDLL) -> None:
         super().__init__(library)
         self._contexts: dict[int, int] = {}
-        self._get_current = self._function("cuCtxGetCurrent", [POINTER(c_void_p)])
+        self._get_current = self._function("cuCtxGetCurrent")
         self._set_current = self._function("cuCtxSetCurrent", [c_void_p])
         self._retain = self._function("cuDevicePrimaryCtxRetain", [POINTER(c_void_p), c_int])
         self._attribute = self._function("cuDeviceGetAttribute", [POINTER(c_int), c_int, c_int])
@@ -130,26 +136,15 @@ class CudaDriver(Driver):
         self._get_function = self._function("cuFuncGetAttribute", [POINTER(c_int), c_int, c_void_p])
         self._name = self._function("cuGetErrorName", [c_int, POINTER(c_char_p)])
         self._text = self._function("cuGetErrorString", [c_int, POINTER(c_char_p)])
-        self._launch_ex = self._function("cuLaunchKernelEx", [POINTER(_LaunchConfig), c_void_p, c_void_p, c_void_p])
         self.check(self._function("cuInit", [c_uint])(0), "cuInit")
 
     def launch(
-        self, function: int, grid: int, block: int, lds: int, stream: int, extra: Any, what: str,
-        cluster: int = 1, overlap: bool = False,
-    ) -> None:  # fmt: skip
-        """As `Driver.launch`, with clusters of blocks and programmatic dependent launch."""
-        if cluster == 1 and not overlap:
-            super().launch(function, grid, block, lds, stream, extra, what)
-            return
-        attributes = (_LaunchAttribute * 2)()
-        attributes[0].id, attributes[0].value[0:3] = _CLUSTER_DIMENSION, (cluster, 1, 1)
-        attributes[1].id, attributes[1].value[0] = _PROGRAMMATIC_STREAM_SERIALIZATION, 1
-        config = _LaunchConfig(
-            (grid, 1, 1, block, 1, 1, lds), stream, ctypes.addressof(attributes), 2 if overlap else 1
-        )
-        status = self._launch_ex(byref(config), function, None, extra)
-        if status:
-            self.check(status, f"launching {what}, grid {grid}, block {block}, LDS {lds}, cluster {cluster}")
+        self, function: c_void_p, grid: int, block: int, lds: int, stream: int, extra: Any, cluster: int, overlap: bool
+    ) -> int:
+        """cuLaunchKernelEx, which knows clusters of blocks and programmatic dependent launch."""
+        _, attributes, count = _attributes(cluster, overlap)
+        config = _LAUNCH_CONFIG.pack(grid, 1, 1, block, 1, 1, lds, stream, attributes, count)
+        return self._launch(config, function, None, extra)  # type: ignore[no-any-return]
 
     def arch_name(self, device: int) -> str:
         """`sm_` and the compute capability."""
@@ -167,9 +162,10 @@ class CudaDriver(Driver):
             self.check(self._retain(byref(retained), device), f"device {device}")
             context = self._contexts[device] = int(retained.value or 0)
         current = c_void_p()
-        self.check(self._get_current(byref(current)), "cuCtxGetCurrent")
+        status = self._get_current(byref(current))
         if current.value == context:
             return None
+        self.check(status, "cuCtxGetCurrent")
         self.check(self._set_current(context), f"device {device}")
         return current
 
@@ -178,7 +174,7 @@ class CudaDriver(Driver):
         if previous is not None and previous.value:
             self.check(self._set_current(previous), "cuCtxSetCurrent")
 
-    def allow_lds(self, function: int, device: int) -> None:
+    def allow_lds(self, function: c_void_p, device: int) -> None:
         """Beyond 48 KiB a function must be allowed its dynamic shared memory."""
         static = c_int()
         self.check(self._get_function(byref(static), 1, function), "cuFuncGetAttribute")
@@ -208,13 +204,20 @@ class HipDriver(Driver):
 
     def __init__(self, library: ctypes.CDLL) -> None:
         super().__init__(library)
-        self._get_device = self._function("hipGetDevice", [POINTER(c_int)])
+        self._get_device = self._function("hipGetDevice")
         self._set_device = self._function("hipSetDevice", [c_int])
         self._properties = self._function("hipGetDevicePropertiesR0600", [c_void_p, c_int])
         self._attribute = self._function("hipDeviceGetAttribute", [POINTER(c_int), c_int, c_int])
         self._name = self._function("hipGetErrorName", [c_int], c_char_p)
         self._text = self._function("hipGetErrorString", [c_int], c_char_p)
         self.check(self._function("hipInit", [c_uint])(0), "hipInit")
+
+    def launch(
+        self, function: c_void_p, grid: int, block: int, lds: int, stream: int, extra: Any, cluster: int, overlap: bool
+    ) -> int:
+        """hipModuleLaunchKernel."""
+        status = self._launch(function, grid, 1, 1, block, 1, 1, lds, c_void_p(stream), None, extra)
+        return status  # type: ignore[no-any-return]
 
     def arch_name(self, device: int) -> str:
         """The first `gfx...` in the device's properties: gcnArchName, wherever this version of the struct has it."""
@@ -231,10 +234,11 @@ class HipDriver(Driver):
 
     def enter(self, device: int) -> Any:
         """hipSetDevice, if need be."""
-        current = c_int()
-        self.check(self._get_device(byref(current)), "hipGetDevice")
+        current = c_int(-1)
+        status = self._get_device(byref(current))
         if current.value == device:
             return None
+        self.check(status, "hipGetDevice")
         self.check(self._set_device(device), f"device {device}")
         return current.value
 

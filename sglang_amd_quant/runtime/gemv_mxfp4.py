@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from sglang_amd_quant.errors import ShapeError
@@ -40,6 +40,11 @@ class GemvPlan:
     grid: int
     threads: int
     lds: int
+
+    @cached_property
+    def kernels(self) -> dict[int, str]:
+        """Entry points by the bytes of an element of y."""
+        return {size: f"gemv_mxfp4_{out}_m{self.kernel_m}" for size, out in ((2, "bf16"), (4, "f32"))}
 
 
 def tile(arch: Arch, kernel_m: int) -> tuple[int, int]:
@@ -138,6 +143,7 @@ def plans(m: int, n: int, k: int, arch: str, cu_count: int) -> tuple[GemvPlan, .
     return tuple(sorted(found, key=lambda p: found[p]))
 
 
+@cache
 def plan(m: int, n: int, k: int, arch: str, cu_count: int) -> GemvPlan:
     """The first of `plans`. Raises ShapeError as it does."""
     return plans(m, n, k, arch, cu_count)[0]
@@ -162,16 +168,14 @@ def gemv_mxfp4(
         ShapeError: shapes that do not fit each other or the kernel.
     """
     (m, k), n = x.shape, w.shape[0]
-    shapes = f"x {tuple(x.shape)}, w {tuple(w.shape)}, scales {tuple(scales.shape)}, y {tuple(y.shape)}"
-    if tuple(w.shape) != (n, k // 2) or tuple(scales.shape) != (n, k // MX_BLOCK) or tuple(y.shape) != (m, n):
-        raise ShapeError(shapes, "want [M, K], [N, K/2], [N, K/32] and [M, N]", "check the layer's layout")
     x_stride, y_stride = _row_stride(x), _row_stride(y)
-    if x_stride % 8:
-        raise ShapeError(shapes, f"rows of x are {x_stride} elements apart, not a multiple of 8", "make x contiguous")
+    if w.shape != (n, k // 2) or scales.shape != (n, k // MX_BLOCK) or y.shape != (m, n) or x_stride % 8:
+        shapes = f"x {tuple(x.shape)}, w {tuple(w.shape)}, scales {tuple(scales.shape)}, y {tuple(y.shape)}"
+        want = "want [M, K], [N, K/2], [N, K/32] and [M, N], and rows of x a multiple of 8 elements apart"
+        raise ShapeError(f"{shapes}, stride of x {x_stride}", want, "check the layer's layout, make x contiguous")
     p = chosen or plan(m, n, k, arch, cu_count)
-    out = {2: "bf16", 4: "f32"}[y.itemsize if hasattr(y, "itemsize") else y.element_size()]
     return LaunchDescription(
-        kernel=f"gemv_mxfp4_{out}_m{p.kernel_m}",
+        kernel=p.kernels[y.itemsize],
         grid=p.grid,
         block=p.threads,
         lds=p.lds,
@@ -181,6 +185,7 @@ def gemv_mxfp4(
 
 def _row_stride(matrix: Any) -> int:
     """Elements between rows of a torch tensor or a numpy array."""
-    if callable(getattr(matrix, "stride", None)):
-        return int(matrix.stride(0))
-    return int(matrix.strides[0] // matrix.itemsize)
+    try:
+        return matrix.stride(0)  # type: ignore[no-any-return]
+    except AttributeError:
+        return int(matrix.strides[0] // matrix.itemsize)

@@ -16,7 +16,7 @@ STRUCT_CODES = {"ptr": "P", "i32": "i", "i64": "q", "f32": "f"}
 the AMD code object ABI alike; the build compares it with the offsets that the code object states."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, which would cost a microsecond a launch; nobody changes one
 class LaunchDescription:
     """One launch of one entry point.
 
@@ -49,15 +49,14 @@ def address(value: Any) -> int:
     """
     if value is None:
         return 0
-    try:  # a tensor is the case that must be quick
-        return value.data_ptr()  # type: ignore[no-any-return]
-    except AttributeError:
-        if isinstance(value, int):
-            return value
-        if hasattr(value, "ctypes"):
-            return int(value.ctypes.data)
-        kind = type(value).__name__
-        raise TypeError(f"a pointer argument must be a tensor, an array, an int or None, not {kind}") from None
+    if isinstance(value, int):
+        return value
+    if hasattr(value, "data_ptr"):
+        return int(value.data_ptr())
+    if hasattr(value, "ctypes"):
+        return int(value.ctypes.data)
+    kind = type(value).__name__
+    raise TypeError(f"a pointer argument must be a tensor, an array, an int or None, not {kind}")
 
 
 class ArgumentPacker:
@@ -94,7 +93,14 @@ class ArgumentPacker:
         values = list(args)
         try:
             for i in self._pointers:
-                values[i] = address(values[i])
+                value = values[i]
+                if value is None:
+                    values[i] = 0
+                    continue
+                try:  # a tensor is the case that must be quick
+                    values[i] = value.data_ptr()
+                except AttributeError:
+                    values[i] = address(value)
             self._layout.pack_into(buffer, 0, *values)
         except (struct.error, IndexError, TypeError) as error:
             raise ShapeError(

@@ -76,7 +76,6 @@ int cuFuncGetAttribute(int *value, int attribute, handle f) { (void)f; *value = 
 int cuFuncSetAttribute(handle f, int attribute, int value) { (void)f; attribute_set = attribute == 8 ? value : -1; return 0; }
 int cuModuleLoadData(handle *module, const char *image) { return load("cuModuleLoadData", module, image); }
 int cuModuleGetFunction(handle *f, handle module, const char *name) { return find("cuModuleGetFunction", f, module, name); }
-START(cuLaunchKernel)
 struct attribute { int id, pad; uint32_t value[16]; };
 struct config { uint32_t size[7]; handle stream; struct attribute *attributes; uint32_t count; };
 int cuLaunchKernelEx(const struct config *config, handle f, void **params, void **extra) {

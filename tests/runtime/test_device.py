@@ -72,7 +72,7 @@ def fake(request: pytest.FixtureRequest, library_file: Path, tmp_path: Path) -> 
     cls: type[Driver] = CudaDriver if request.param == "cuda" else HipDriver
     names = {n: n for n in ("Init", "ModuleLoadData", "ModuleGetFunction")}
     prefix = "cu" if request.param == "cuda" else "hip"
-    launch_name = "cuLaunchKernel" if request.param == "cuda" else "hipModuleLaunchKernel"
+    launch_name = "cuLaunchKernelEx" if request.param == "cuda" else "hipModuleLaunchKernel"
     calls = {k: prefix + v for k, v in names.items()} | {"LaunchKernel": launch_name}
     return SimpleNamespace(
         api=request.param,
