@@ -253,6 +253,9 @@ def test_storing_a_register_that_is_being_loaded():
     assert finding.text.startswith("global_store_b32")
 
 
+WORD = "v_mov_b32 v1, 7\nds_write_b32 v62, v1\nWAIT\ns_barrier\n"
+"""Both waves write the same to a word."""
+
 RACE = {  # body with two waves, whether they race
     "write, barrier, read": ("ds_write_b32 v60, v0\nWAIT\ns_barrier\nds_read_b32 v1, v61\nWAIT", False),
     "write, read": ("ds_write_b32 v60, v0\nWAIT\nds_read_b32 v1, v61\nWAIT", True),
@@ -277,6 +280,15 @@ RACE = {  # body with two waves, whether they race
         True,
     ),
     "bytes of one word": ("ds_write_b8 v63, v0\nWAIT", False),
+    "word, barrier, own bytes of it read and written": (
+        f"{WORD}ds_read_u8 v2, v63\nWAIT\nds_write_b8 v63, v0\nWAIT",
+        False,
+    ),
+    "own bytes of a word, word": (f"{WORD}ds_write_b8 v63, v0\nWAIT\nds_read_b32 v2, v62\nWAIT", True),
+    "own bytes of a word, barrier, word, barrier, own bytes": (
+        f"{WORD}ds_write_b8 v63, v0\nWAIT\ns_barrier\n{WORD}ds_write_b8 v63, v0\nWAIT\nds_read_u8 v2, v63\nWAIT",
+        False,
+    ),
 }
 
 

@@ -244,10 +244,8 @@ class _Launch:
         executed = np.zeros(len(program.lines), np.uint64)
         waves = -(-self.threads // kernel.wave_size)
         scratch_bytes = kernel.descriptor.scratch_bytes
-        granule_shift = _lds_granule_shift(program)
-        granules = (self.lds_bytes >> granule_shift) + 16
-        written, read = np.zeros(granules, np.uint64), np.zeros(granules, np.uint64)
-        reader = np.zeros(granules, np.uint32)
+        words, kept_words = _records(self.lds_bytes // 4 + 16)
+        bytes_, kept_bytes = _records(self.lds_bytes + 64) if _narrow_lds(program) else (native.Records(), ())
         lds = np.zeros(self.lds_bytes + 16, np.uint8)
         scratch = np.zeros(waves * kernel.wave_size * scratch_bytes + 16, np.uint8)
         wave_memory = np.empty(waves * interpreter.wave_bytes(), np.uint8)
@@ -264,14 +262,11 @@ class _Launch:
             buffer_count=len(buffers),
             lds_bytes=self.lds_bytes,
             scratch_bytes=scratch_bytes,
-            lds_granule_shift=granule_shift,
-            last_granule=max(self.lds_bytes - 1, 0) >> granule_shift,
             lds_banks=LDS_BANKS[kernel.arch],
             vgprs=_vgprs_used(program),
             lds=lds.ctypes.data,
-            written=written.ctypes.data,
-            read=read.ctypes.data,
-            reader=reader.ctypes.data,
+            words=words,
+            bytes=bytes_,
             scratch=scratch.ctypes.data,
             waves=wave_memory.ctypes.data,
             grid=(ctypes.c_uint32 * 3)(*self.grid),
@@ -287,6 +282,7 @@ class _Launch:
             limit=limit,
         )
         status = interpreter.run_grid(ctypes.byref(machine))
+        del kept_words, kept_bytes
         if machine.finding_count:
             found = [describe(machine.finding[n], program, self.memory) for n in range(machine.finding_count)]
             raise KernelFault(kernel.name, found)
@@ -298,13 +294,18 @@ class _Launch:
         return collect(machine, buffers, executed, program, self.memory, self.regions)
 
 
-def _lds_granule_shift(program: Program) -> int:
-    """Log2 of the bytes LDS is watched by: 4 at once, unless the kernel accesses less than that."""
-    narrow = any(
+def _records(count: int) -> tuple[native.Records, tuple[np.ndarray, ...]]:
+    """Records of `count` words or bytes of LDS, and the arrays that they point to."""
+    arrays = np.zeros(count, np.uint64), np.zeros(count, np.uint64), np.zeros(count, np.uint32)
+    return native.Records(*(array.ctypes.data for array in arrays)), arrays
+
+
+def _narrow_lds(program: Program) -> bool:
+    """Whether the kernel accesses less of LDS at once than a word, so that bytes have to be told apart."""
+    return any(
         row.category in ("lds", "load_to_lds") and 0 < record["bytes"] < 4
         for row, record in zip(program.rows, program.records, strict=True)
     )
-    return 0 if narrow else 2
 
 
 def _vgprs_used(program: Program) -> int:

@@ -67,6 +67,12 @@ class Finding(ctypes.Structure):
     ]
 
 
+class Records(ctypes.Structure):
+    """`Records` of machine.h."""
+
+    _fields_ = [("written", _ADDRESS), ("read", _ADDRESS), ("reader", _ADDRESS)]
+
+
 class Machine(ctypes.Structure):
     """`Machine` of machine.h."""
 
@@ -82,14 +88,11 @@ class Machine(ctypes.Structure):
         ("buffer_count", _U32),
         ("lds_bytes", _U32),
         ("scratch_bytes", _U32),
-        ("lds_granule_shift", _U32),
-        ("last_granule", _U32),
         ("lds_banks", _U32),
         ("vgprs", _U32),
         ("lds", _ADDRESS),
-        ("written", _ADDRESS),
-        ("read", _ADDRESS),
-        ("reader", _ADDRESS),
+        ("words", Records),
+        ("bytes", Records),
         ("scratch", _ADDRESS),
         ("waves", _ADDRESS),
         ("grid", _U32 * 3),
@@ -177,5 +180,4 @@ def library() -> ctypes.CDLL:
     mirrored = (ctypes.sizeof(Machine), instruction.INSTRUCTION.itemsize)
     if mirrored != (native.machine_size(), native.instruction_size()):
         raise EmulatorError("the structs of native.py and machine.h differ")
-    native.prepare_tables()
     return native

@@ -41,7 +41,7 @@ INLINE u32 f32_to_f16_rtz(f32 x) {
 typedef struct {
   int exponent, mantissa, bias;
   u32 top, infinity, nan; /* codes; infinity == 0 where the format has none, nan == 0 likewise */
-  int unsigned_zero;      /* fnuz: no negative zero */
+  u32 unsigned_zero;       /* fnuz: no negative zero */
 } Format;
 
 static const Format E4M3 = {4, 3, 7, 0x7E, 0, 0x7F, 0};
@@ -52,16 +52,19 @@ static const Format E2M3 = {2, 3, 1, 0x1F, 0, 0, 0};
 static const Format E3M2 = {3, 2, 3, 0x1F, 0, 0, 0};
 static const Format E2M1 = {2, 1, 1, 0x07, 0, 0, 0};
 
-static inline f32 small_to_f32(const Format *f, u32 code) {
-  int bits = f->exponent + f->mantissa;
-  u32 sign = code >> bits & 1, magnitude = code & ((1u << bits) - 1);
-  if (f->unsigned_zero && code == f->nan) return NAN;
-  if (!f->unsigned_zero && f->nan && magnitude > f->top)
-    return magnitude == f->infinity ? (sign ? -INFINITY : INFINITY) : NAN;
-  u32 fraction = magnitude & ((1u << f->mantissa) - 1), exponent = magnitude >> f->mantissa;
-  f32 value = exponent ? ldexpf((f32)(fraction | 1u << f->mantissa), (int)exponent - f->bias - f->mantissa)
-                       : ldexpf((f32)fraction, 1 - f->bias - f->mantissa);
-  return sign ? -value : value;
+/* For the compiler to vectorise: no branches, not even those that it would make of `?:` around the subtraction. Nor are
+ * there fp32 subnormals on the way, which some processors are slow at: a subnormal is taken as the fraction of a number
+ * one binade up, less that number's leading one. */
+INLINE f32 small_to_f32(const Format *f, u32 code) {
+  const u32 bits = (u32)(f->exponent + f->mantissa), one = (u32)(128 - f->bias) << 23;
+  u32 magnitude = code & ((1u << bits) - 1), sign = (code >> bits & 1) << 31, wide = magnitude << (23 - f->mantissa);
+  u32 subnormal = as_u32(as_f32(wide + one) - as_f32(one)), normal = wide + one - (1u << 23);
+  u32 is_normal = -(u32)(magnitude >> f->mantissa != 0), beyond = -(u32)(magnitude > f->top);
+  u32 infinite = beyond & -(u32)(magnitude == f->infinity), negative_zero = -(u32)((sign | magnitude) == 1u << 31);
+  u32 is_nan = (beyond & ~infinite) | (negative_zero & -f->unsigned_zero);
+  u32 finite = sign | (normal & is_normal) | (subnormal & ~is_normal);
+  u32 number = (finite & ~infinite) | ((sign | 0x7F800000) & infinite);
+  return as_f32((number & ~is_nan) | (0x7FC00000 & is_nan));
 }
 
 /* `saturate`: finite values beyond the largest go to the largest, as do infinities (mode bit FP16_OVFL, or a format
@@ -89,4 +92,4 @@ static inline u32 f32_to_small(const Format *f, f32 x, int saturate) {
 }
 
 /* E8M0: 2^(code - 127), 255 is NaN. */
-INLINE f32 e8m0_to_f32(u32 code) { return code == 255 ? NAN : ldexpf(1.0f, (int)code - 127); }
+INLINE f32 e8m0_to_f32(u32 code) { return as_f32(code == 255 ? 0x7FC00000 : code ? code << 23 : 1u << 22); }

@@ -1,5 +1,6 @@
 /* DS instructions: reads, writes, atomics and transposing reads of LDS; cross-lane moves through the LDS crossbar. */
 #include "machine.h"
+#include "rows.h"
 
 /* ---- one access ---- */
 
@@ -27,25 +28,35 @@ static void account(Machine *m, u64 lanes, const u32 *address, u32 bytes, u64 *t
   if (m->record) count_bank_conflicts(m, lanes, address, bytes);
 }
 
-/* Reads `bytes` per lane into value[l]; lanes outside LDS read 0. */
-static void read_lds(Wave *w, const Instr *i, u64 lanes, const u32 *address, u32 bytes, u32 value[LANES][4]) {
+/* Reads `bytes` per lane into value[word][l]; lanes outside LDS read 0. */
+static void read_lds(Wave *w, const Instr *i, u64 lanes, const u32 *address, u32 bytes, u32 value[4][LANES]) {
   Machine *m = w->machine;
-  memset(value, 0, LANES * sizeof value[0]);
-  lanes = within(w, i, lanes, address, bytes);
-  if (CHECKED(m)) check_lds(w, i, lanes, address, bytes, LDS_READ, 0);
-  FOR_LANES(lanes, l) memcpy(value[l], m->lds + address[l], bytes);
-  account(m, lanes, address, bytes, &m->lds_loaded);
+  u64 inside = within(w, i, lanes, address, bytes);
+  if (inside != all_lanes(w)) memset(value, 0, (bytes + 3) / 4 * sizeof value[0]);
+  if (CHECKED(m)) check_lds(w, i, inside, address, bytes, LDS_READ, 0);
+  if (bytes >= 4) {
+    const u8 *from[LANES];
+    for (u32 l = 0; l < LANES; l++) from[l] = m->lds + address[l];
+    rows_from_lanes(value, from, inside, bytes);
+  } else {
+    FOR_LANES(inside, l) value[0][l] = bytes == 2 ? m->lds[address[l]] | m->lds[address[l] + 1] << 8 : m->lds[address[l]];
+  }
+  account(m, inside, address, bytes, &m->lds_loaded);
 }
 
-static void write_lds(Wave *w, const Instr *i, u64 lanes, const u32 *address, u32 bytes, u32 value[LANES][4]) {
+/* Writes the first `bytes` of the registers from `data` on, or from its upper half if that is `half` 2. */
+static void write_lds(Wave *w, const Instr *i, u64 lanes, const u32 *address, u32 bytes, const u32 (*data)[LANES]) {
   Machine *m = w->machine;
+  u32 value[LANES][4], upper = i->half == 2 ? 16 : 0;
   lanes = within(w, i, lanes, address, bytes);
+  lanes_from_rows(value, data, (bytes + 3) / 4);
+  for (u32 l = 0; upper && l < LANES; l++) value[l][0] >>= upper;
   if (CHECKED(m)) {
     u64 changed = 0;
-    FOR_LANES(lanes, l) changed |= (u64)(memcmp(m->lds + address[l], value[l], bytes) != 0) << l;
+    FOR_LANES(lanes, l) changed |= (u64)differ(m->lds + address[l], value[l], bytes) << l;
     check_lds(w, i, lanes, address, bytes, LDS_WRITE, changed);
   }
-  FOR_LANES(lanes, l) memcpy(m->lds + address[l], value[l], bytes);
+  FOR_LANES(lanes, l) move(m->lds + address[l], value[l], bytes);
   account(m, lanes, address, bytes, &m->lds_stored);
 }
 
@@ -54,63 +65,56 @@ static void address_lanes(const Wave *w, const Instr *i, u32 offset, u32 *addres
   for (u32 l = 0; l < LANES; l++) address[l] = base[l] + offset;
 }
 
-static void gather(const Wave *w, u32 first, u32 words, u32 value[LANES][4]) {
-  for (u32 k = 0; k < words; k++)
-    for (u32 l = 0; l < LANES; l++) value[l][k] = w->v[first + k][l];
-}
-
-static void scatter(Wave *w, u32 first, u32 words, u64 lanes, u32 value[LANES][4]) {
-  for (u32 k = 0; k < words; k++)
-    FOR_LANES(lanes, l) w->v[first + k][l] = value[l][k];
+static void fill_registers(Wave *w, u32 first, u32 words, u64 lanes, u32 value[4][LANES]) {
+  for (u32 k = 0; k < words; k++) {
+    if (lanes == ~0ull) memcpy(w->v[first + k], value[k], sizeof value[k]);
+    else FOR_LANES(lanes, l) w->v[first + k][l] = value[k][l];
+  }
 }
 
 /* ---- reads and writes ---- */
 
 void ds_read(Wave *w, const Instr *i) {
-  u32 address[LANES], value[LANES][4], *d = w->v[i->dst.index];
+  u32 address[LANES], value[4][LANES], *d = w->v[i->dst.index];
   u64 lanes = exec_mask(w);
   address_lanes(w, i, (u32)i->offset, address);
   read_lds(w, i, lanes, address, i->bytes, value);
   track(w, i, COUNT_LDS, IN_ORDER, LDS_READ, lanes, address, NULL);
   if (i->bytes >= 4) {
-    scatter(w, i->dst.index, i->bytes / 4, lanes, value);
+    fill_registers(w, i->dst.index, i->bytes / 4, lanes, value);
     return;
   }
   FOR_LANES(lanes, l) {
-    u32 x = value[l][0];
+    u32 x = value[0][l];
     if (i->is_signed) x = i->bytes == 1 ? (u32)(i32)(i8)x : (u32)(i32)(i16)x;
     d[l] = i->half == 1 ? (d[l] & 0xFFFF0000u) | (x & 0xFFFF) : i->half == 2 ? (d[l] & 0xFFFF) | x << 16 : x;
   }
 }
 
 void ds_write(Wave *w, const Instr *i) {
-  u32 address[LANES], value[LANES][4];
+  u32 address[LANES];
   address_lanes(w, i, (u32)i->offset, address);
-  gather(w, i->src[1].index, (i->bytes + 3) / 4, value);
-  if (i->half == 2)
-    for (u32 l = 0; l < LANES; l++) value[l][0] >>= 16;
-  write_lds(w, i, exec_mask(w), address, i->bytes, value);
+  write_lds(w, i, exec_mask(w), address, i->bytes, &w->v[i->src[1].index]);
   track(w, i, COUNT_LDS, IN_ORDER, LDS_WRITE, exec_mask(w), address, NULL);
 }
 
 /* Two elements per lane, at offsets counted in elements (x 64 in the st64 forms): i->stride is that unit in dwords. */
 void ds_read2(Wave *w, const Instr *i) {
-  u32 address[2][LANES], value[2][LANES][4], words = i->bytes / 4;
+  u32 address[2][LANES], value[2][4][LANES], words = i->bytes / 4;
   u64 lanes = exec_mask(w);
   for (u32 n = 0; n < 2; n++) {
     address_lanes(w, i, (u32)(n ? i->offset2 : i->offset) * i->stride * 4, address[n]);
     read_lds(w, i, lanes, address[n], i->bytes, value[n]);
   }
-  for (u32 n = 0; n < 2; n++) scatter(w, i->dst.index + n * words, words, lanes, value[n]);
+  for (u32 n = 0; n < 2; n++) fill_registers(w, i->dst.index + n * words, words, lanes, value[n]);
   track(w, i, COUNT_LDS, IN_ORDER, LDS_READ, lanes, address[0], address[1]);
 }
 
 void ds_write2(Wave *w, const Instr *i) {
-  u32 address[2][LANES], value[LANES][4];
+  u32 address[2][LANES];
   for (u32 n = 0; n < 2; n++) {
     address_lanes(w, i, (u32)(n ? i->offset2 : i->offset) * i->stride * 4, address[n]);
-    gather(w, i->src[1 + n].index, i->bytes / 4, value);
-    write_lds(w, i, exec_mask(w), address[n], i->bytes, value);
+    write_lds(w, i, exec_mask(w), address[n], i->bytes, &w->v[i->src[1 + n].index]);
   }
   track(w, i, COUNT_LDS, IN_ORDER, LDS_WRITE, exec_mask(w), address[0], address[1]);
 }
@@ -148,7 +152,7 @@ void ds_atomic(Wave *w, const Instr *i) {
  * a piece of a row, and each lane keeps one column. With E elements per lane, row r is held by 16 / E consecutive lanes:
  *   element e of lane l (0 <= l < 16)  =  element l % E of what lane e x (16 / E) + l / E has read. */
 void ds_read_transposed(Wave *w, const Instr *i) {
-  u32 address[LANES], value[LANES][4], turned[LANES][4] = {{0}};
+  u32 address[LANES], value[4][LANES], turned[4][LANES] = {{0}};
   u32 bits = i->flag, elements = i->bytes * 8u / bits, per_row = 16 / elements;
   u64 lanes = exec_mask(w);
   address_lanes(w, i, (u32)i->offset, address);
@@ -157,11 +161,11 @@ void ds_read_transposed(Wave *w, const Instr *i) {
     for (u32 e = 0; e < elements; e++) {
       u32 from = (l & ~15u) + e * per_row + (l & 15) / elements, at = (l & 15) % elements * bits, to = e * bits;
       for (u32 b = 0; b < bits; b++) { /* bit by bit: 6-bit elements straddle registers */
-        u32 bit = value[from][(at + b) / 32] >> (at + b) % 32 & 1;
-        turned[l][(to + b) / 32] |= bit << (to + b) % 32;
+        u32 bit = value[(at + b) / 32][from] >> (at + b) % 32 & 1;
+        turned[(to + b) / 32][l] |= bit << (to + b) % 32;
       }
     }
-  scatter(w, i->dst.index, i->bytes / 4, lanes, turned);
+  fill_registers(w, i->dst.index, i->bytes / 4, lanes, turned);
   track(w, i, COUNT_LDS, IN_ORDER, LDS_READ, lanes, address, NULL);
 }
 

@@ -73,6 +73,12 @@ struct Wave {
   u32 v[VGPRS][LANES];
 };
 
+/* Who last wrote and read each word, or byte, of LDS. */
+typedef struct {
+  u64 *written, *read;
+  u32 *reader;
+} Records;
+
 struct Machine {
   /* the program */
   const Instr *program;
@@ -81,10 +87,9 @@ struct Machine {
   u64 code_base;
   /* memory */
   Buffer *buffers;
-  u32 buffer_count, lds_bytes, scratch_bytes, lds_granule_shift, last_granule, lds_banks, vgprs;
+  u32 buffer_count, lds_bytes, scratch_bytes, lds_banks, vgprs;
   u8 *lds;
-  u64 *written, *read; /* per granule of LDS (4 bytes, or 1 where the kernel stores less at once): races.c */
-  u32 *reader;
+  Records words, bytes; /* of LDS; bytes.written is NULL where the kernel accesses whole words only: races.c */
   u8 *scratch;
   Wave *waves;
   /* the launch */

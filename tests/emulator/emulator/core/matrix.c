@@ -26,7 +26,11 @@
 
 #define MAX_M 32
 #define MAX_ELEMENTS 2048 /* M x K of the largest operand */
+#ifdef __AVX512F__ /* as wide as a vector register: gcc takes wider ones apart, badly */
 #define COLUMNS 8
+#else
+#define COLUMNS 4
+#endif
 #define ROWS 4
 
 static const u8 BITS[] = {[ELEMENT_F64] = 64, [ELEMENT_F32] = 32, [ELEMENT_F16] = 16, [ELEMENT_BF16] = 16,
@@ -34,42 +38,52 @@ static const u8 BITS[] = {[ELEMENT_F64] = 64, [ELEMENT_F32] = 32, [ELEMENT_F16] 
                           [ELEMENT_FP4] = 4,  [ELEMENT_I8] = 8,   [ELEMENT_U8] = 8,   [ELEMENT_I4] = 4,
                           [ELEMENT_U4] = 4};
 
-/* The value of every code of the types of at most 8 bits, [FNUZ][type][code]; filled once by prepare_tables(). */
-static f64 VALUE[2][ELEMENT_I32][256], SCALE[256];
-
-void prepare_tables(void) {
-  for (u32 fnuz = 0; fnuz < 2; fnuz++)
-    for (u32 code = 0; code < 256; code++) {
-      f64(*value)[256] = VALUE[fnuz];
-      value[ELEMENT_FP8][code] = small_to_f32(fnuz ? &E4M3_FNUZ : &E4M3, code);
-      value[ELEMENT_BF8][code] = small_to_f32(fnuz ? &E5M2_FNUZ : &E5M2, code);
-      value[ELEMENT_FP6][code] = small_to_f32(&E2M3, code & 63);
-      value[ELEMENT_BF6][code] = small_to_f32(&E3M2, code & 63);
-      value[ELEMENT_FP4][code] = small_to_f32(&E2M1, code & 15);
-      value[ELEMENT_I8][code] = (i8)code;
-      value[ELEMENT_U8][code] = code;
-      value[ELEMENT_I4][code] = (i8)(code << 4) >> 4;
-      value[ELEMENT_U4][code] = code & 15;
-      SCALE[code] = e8m0_to_f32(code);
-    }
+/* Where element e of a lane begins: words from the first register on, with the bits from `shift` on. */
+INLINE void codes(const u32 *first, u32 lanes, u32 bits, u32 e, u32 *code) {
+  const u32 shift = e * bits % 32, *low = first + e * bits / 32 * LANES;
+  for (u32 l = 0; l < lanes; l++) code[l] = low[l] >> shift;
+  if (shift + bits > 32) /* 6-bit elements straddle registers */
+    for (u32 l = 0; l < lanes; l++) code[l] |= low[LANES + l] << (32 - shift);
 }
+#define EACH(bits, value)                                                          \
+  for (u32 e = from; e < to; e++, x += lanes) {                                    \
+    codes(first, lanes, bits, e, code);                                            \
+    for (u32 l = 0; l < lanes; l++) x[l] = (f64)(value) * scale[l];                \
+  }                                                                                \
+  break
 
-/* Element e of each of `lanes` lanes from `lane` on. */
-static void unpack(const Wave *w, const Operand *op, u32 type, u32 lane, u32 lanes, u32 e, f64 *x) {
-  u32 bits = BITS[type], word = e * bits / 32, shift = e * bits % 32, straddles = shift + bits > 32;
-  const u32 *low = w->v[op->index + word] + lane, *high = w->v[op->index + word + straddles] + lane;
-  const f64 *value = VALUE[w->machine->gfx == 942][type];
+/* Elements from .. to - 1 of `lanes` lanes whose first register is `first`, times their lanes' scales, as x[element][lane].
+ * Formats are constants, and so is `lanes` where this is expanded: loops that the compiler can vectorise. */
+INLINE void unpack_lanes(const u32 *first, u32 type, int fnuz, u32 lanes, u32 from, u32 to, const f64 *scale, f64 *restrict x) {
+  u32 code[LANES];
   switch (type) {
-    case ELEMENT_F64: for (u32 l = 0; l < lanes; l++) x[l] = as_f64(join(low[l], high[l])); break;
-    case ELEMENT_F32: for (u32 l = 0; l < lanes; l++) x[l] = as_f32(low[l]); break;
-    case ELEMENT_F16: for (u32 l = 0; l < lanes; l++) x[l] = f16_to_f32(low[l] >> shift & 0xFFFF); break;
-    case ELEMENT_BF16: for (u32 l = 0; l < lanes; l++) x[l] = bf16_to_f32(low[l] >> shift & 0xFFFF); break;
-    default: for (u32 l = 0; l < lanes; l++) x[l] = value[join(low[l], high[l]) >> shift & ((1u << bits) - 1)];
+    case ELEMENT_F64: /* one element a lane, in two registers */
+      for (u32 l = 0; l < lanes; l++) x[l] = as_f64(join(first[l], first[LANES + l]));
+      break;
+    case ELEMENT_F32: EACH(32, as_f32(code[l]));
+    case ELEMENT_F16: EACH(16, f16_to_f32(code[l] & 0xFFFF));
+    case ELEMENT_BF16: EACH(16, bf16_to_f32(code[l] & 0xFFFF));
+    case ELEMENT_FP8: if (fnuz) { EACH(8, small_to_f32(&E4M3_FNUZ, code[l])); } else { EACH(8, small_to_f32(&E4M3, code[l])); }
+    case ELEMENT_BF8: if (fnuz) { EACH(8, small_to_f32(&E5M2_FNUZ, code[l])); } else { EACH(8, small_to_f32(&E5M2, code[l])); }
+    case ELEMENT_FP6: EACH(6, small_to_f32(&E2M3, code[l]));
+    case ELEMENT_BF6: EACH(6, small_to_f32(&E3M2, code[l]));
+    case ELEMENT_FP4: EACH(4, small_to_f32(&E2M1, code[l]));
+    case ELEMENT_I8: EACH(8, (i8)code[l]);
+    case ELEMENT_U8: EACH(8, (i32)(code[l] & 255));
+    case ELEMENT_I4: EACH(4, (i32)(code[l] << 28) >> 28);
+    case ELEMENT_U4: EACH(4, (i32)(code[l] & 15));
   }
 }
 
-/* d[i][j] = sum_k a[k][i] b[k][j], by tiles of 4 rows and 16 columns, so that sums wait neither for each other nor for
- * memory (gcc's vectors work on any processor). For m = 4 twelve of the columns are computed and not looked at. */
+static void unpack(const Wave *w, const Operand *op, u32 type, u32 lane, u32 lanes, u32 from, u32 to, const f64 *scale, f64 *x) {
+  const u32 *first = w->v[op->index] + lane;
+  const int fnuz = w->machine->gfx == 942;
+  if (lanes == 16) unpack_lanes(first, type, fnuz, 16, from, to, scale, x);
+  else unpack_lanes(first, type, fnuz, lanes, from, to, scale, x);
+}
+
+/* d[i][j] = sum_k a[k][i] b[k][j], by tiles of 4 rows and two vectors of columns, so that sums wait neither for each other
+ * nor for memory. (gcc's vectors work on any processor.) For m = 4 the columns from 4 on are not looked at. */
 typedef f64 Columns __attribute__((vector_size(COLUMNS * sizeof(f64)), aligned(sizeof(f64))));
 static void multiply(u32 m, u32 depth, const f64 *a, const f64 *b, f64 (*d)[MAX_M]) {
   for (u32 i = 0; i < m; i += ROWS)
@@ -90,7 +104,7 @@ static f64 scale_of(const Wave *w, const Instr *i, u32 which, u32 lane) {
   const Operand *op = &i->src[3 + which];
   u32 word = op->kind == KIND_VGPR ? w->v[op->index][lane] : op->kind == KIND_SGPR ? w->s[op->index] : (u32)op->value;
   u32 byte = (i->op_sel >> which & 1) | (i->op_sel_hi >> which & 1) << 1;
-  return SCALE[word >> 8 * byte & 255];
+  return e8m0_to_f32(word >> 8 * byte & 255);
 }
 
 /* One block of operand A (which = 0) or B (which = 1) as to[k][row], rows of m elements. */
@@ -101,12 +115,8 @@ static void load_operand(const Wave *w, const Instr *i, u32 which, u32 block, f6
     for (u32 e0 = 0; e0 < held; e0 += run) {
       u32 k0 = run < held ? 16 * g + groups * e0 : g * held;
       f64 scale[MAX_M];
-      for (u32 row = 0; i->scaled && row < m; row++) scale[row] = scale_of(w, i, which, row + m * (k0 / 32));
-      for (u32 e = 0; e < run; e++) {
-        f64 *x = to + (k0 + e) * m;
-        unpack(w, &i->src[which], type, m * (block + i->blocks * g), m, e0 + e, x);
-        for (u32 row = 0; i->scaled && row < m; row++) x[row] *= scale[row];
-      }
+      for (u32 row = 0; row < m; row++) scale[row] = i->scaled ? scale_of(w, i, which, row + m * (k0 / 32)) : 1;
+      unpack(w, &i->src[which], type, m * (block + i->blocks * g), m, e0, e0 + run, scale, to + k0 * m);
     }
 }
 
@@ -121,9 +131,16 @@ static u64 rounded(u32 type, f64 product, u64 c) {
   return as_u32((f32)(product + as_f32((u32)c)));
 }
 
+/* Row and block of D that register r holds in lanes m n .. m n + m - 1. */
+static void place(u32 m, u32 words, u32 r, u32 n, u32 *row, u32 *block) {
+  *block = m == 4 ? n : words == 2 ? 0 : m == 16 ? r / 4 : r / 16;
+  *row = m == 4 ? r : words == 2 ? 4 * r + n : m == 16 ? 4 * n + r % 4 : 8 * (r % 16 / 4) + 4 * n + r % 4;
+}
+
 void mfma(Wave *w, const Instr *i) {
   static __thread f64 a[MAX_ELEMENTS], b[MAX_ELEMENTS + 2 * COLUMNS], d[16][MAX_M][MAX_M];
   static __thread u32 result[2 * MAX_M][LANES];
+  const Operand *c = &i->src[2];
   const u32 m = i->m;
   for (u32 block = 0; block < i->blocks; block++) {
     load_operand(w, i, 0, block, a);
@@ -132,14 +149,19 @@ void mfma(Wave *w, const Instr *i) {
   }
   u32 words = i->d_type == ELEMENT_F64 ? 2 : 1, registers = m * m * i->blocks / LANES;
   for (u32 r = 0; r < registers; r++)
-    for (u32 l = 0; l < LANES; l++) {
+    for (u32 n = 0; n < LANES / m; n++) {
       u32 row, block;
-      if (m == 4) row = r, block = l / 4;
-      else if (words == 2) row = 4 * r + l / 16, block = 0;
-      else if (m == 16) row = 4 * (l / 16) + r % 4, block = r / 4;
-      else row = 8 * (r % 16 / 4) + 4 * (l / 32) + r % 4, block = r / 16;
-      u64 x = rounded(i->d_type, d[block][row][l % m], accumulator(w, &i->src[2], r, words, l));
-      for (u32 k = 0; k < words; k++) result[r * words + k][l] = (u32)(x >> 32 * k);
+      place(m, words, r, n, &row, &block);
+      const f64 *product = d[block][row];
+      if (i->d_type == ELEMENT_F32 && c->kind == KIND_VGPR) { /* the usual case, for the compiler to vectorise */
+        const u32 *sum = w->v[c->index + r] + m * n;
+        for (u32 j = 0; j < m; j++) result[r][m * n + j] = as_u32((f32)(product[j] + as_f32(sum[j])));
+        continue;
+      }
+      for (u32 j = 0, l = m * n; j < m; j++, l++) {
+        u64 x = rounded(i->d_type, product[j], accumulator(w, c, r, words, l));
+        for (u32 k = 0; k < words; k++) result[r * words + k][l] = (u32)(x >> 32 * k);
+      }
     }
   memcpy(w->v[i->dst.index], result, registers * words * sizeof result[0]);
 }
@@ -158,6 +180,7 @@ static void check_replicated(Wave *w, const Instr *i, u32 which, u32 type) {
 
 /* f16 and bf16 results fill one half of their registers, the upper if op_sel[2]; C is read from the same half. */
 void wmma(Wave *w, const Instr *i) {
+  static const f64 ONES[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
   static __thread f64 a[256], b[256], d[MAX_M][MAX_M];
   u32 result[8][LANES];
   u32 shift = i->op_sel >> 2 & 1 ? 16 : 0, keep = shift ? 0xFFFFu : 0xFFFF0000u;
@@ -168,7 +191,7 @@ void wmma(Wave *w, const Instr *i) {
       if (type == ELEMENT_U4) type = ELEMENT_I4;
     }
     if (w->machine->checks & CHECK_OPERANDS) check_replicated(w, i, which, type);
-    for (u32 k = 0; k < 16; k++) unpack(w, &i->src[which], type, 0, 16, k, (which ? b : a) + 16 * k);
+    unpack(w, &i->src[which], type, 0, 16, 0, 16, ONES, which ? b : a);
   }
   multiply(16, 16, a, b, d);
   for (u32 r = 0; r < 8; r++)

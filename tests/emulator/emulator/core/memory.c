@@ -1,11 +1,16 @@
 /* Global memory and scratch: addresses of the four vector address spaces, scalar loads, atomics, loads to LDS. */
 #include "formats.h"
 #include "machine.h"
+#include "rows.h"
 
 /* ---- one access ---- */
 
 INLINE void set_bits(u8 *map, u64 first, u32 count) { /* count <= 16 */
-  u32 word;
+  u32 word, whole = 0xFFFF;
+  if (first % 8 == 0 && count == 16) { /* what lanes beside this one have just stored is not waited for */
+    memcpy(map + (first >> 3), &whole, 2);
+    return;
+  }
   memcpy(&word, map + (first >> 3), 4);
   word |= ((1u << count) - 1) << (first & 7);
   memcpy(map + (first >> 3), &word, 4);
@@ -22,7 +27,7 @@ INLINE Buffer *buffer_at(Machine *m, u64 address) {
   return slot < m->buffer_count && m->buffers[slot].size ? &m->buffers[slot] : NULL;
 }
 
-static void note(Wave *w, const Instr *i, Buffer *b, u64 lane, u64 offset, u32 bytes, int store) {
+INLINE void note(Wave *w, const Instr *i, Buffer *b, u64 lane, u64 offset, u32 bytes, int store) {
   if (store) {
     b->stored_bytes += bytes;
     if (b->stored) set_bits(b->stored, offset, bytes);
@@ -43,7 +48,7 @@ static void note(Wave *w, const Instr *i, Buffer *b, u64 lane, u64 offset, u32 b
 }
 
 /* Host address of `bytes` bytes of device memory, NULL if they lie outside every buffer. */
-static u8 *touch_memory(Wave *w, const Instr *i, u64 lane, u64 address, u32 bytes, int store) {
+INLINE u8 *touch_memory(Wave *w, const Instr *i, u64 lane, u64 address, u32 bytes, int store) {
   Machine *m = w->machine;
   Buffer *b = buffer_at(m, address);
   if (b && address - b->base <= b->size && bytes <= b->size - (address - b->base)) {
@@ -136,7 +141,7 @@ static u8 *flat_to_lds(Wave *w, const Instr *i, u64 lane, u32 at, u32 bytes, int
   return m->lds + at;
 }
 
-static u8 *host_address(Wave *w, const Instr *i, const Addresses *a, u64 l, u32 bytes, int store) {
+INLINE u8 *host_address(Wave *w, const Instr *i, const Addresses *a, u64 l, u32 bytes, int store) {
   if (a->suppressed >> l & 1) return NULL;
   if (i->space == SPACE_SCRATCH) return w->scratch + l * w->machine->scratch_bytes + a->address[l];
   if (a->shared >> l & 1) return flat_to_lds(w, i, l, (u32)a->address[l], bytes, store);
@@ -155,6 +160,33 @@ static void count_transfer(Wave *w, const Instr *i, int store, LdsUse use, u64 l
   if (i->space == SPACE_FLAT) track(w, i, COUNT_LDS, ordering, LDS_NONE, lanes, NULL, NULL);
 }
 
+/* Where the lanes of a load read: NOTHING where they may not. */
+static void sources(Wave *w, const Instr *i, const Addresses *a, u32 bytes, const u8 **from) {
+  static const u8 NOTHING[16];
+  u64 others = a->lanes, plain = a->lanes & ~(a->suppressed | a->shared | a->private);
+  Buffer *b = plain && i->space != SPACE_SCRATCH ? buffer_at(w->machine, a->address[__builtin_ctzll(plain)]) : NULL;
+  if (b && !b->initialised && b->size >= bytes) { /* the usual case: lanes that read one buffer, with nothing to report */
+    const u64 base = b->base, last = b->size - bytes;
+    const u8 *host = b->host;
+    u8 *map = b->loaded;
+    others &= ~plain;
+    FOR_LANES(plain, l) {
+      u64 offset = a->address[l] - base;
+      if (offset > last) {
+        others |= 1ull << l;
+        continue;
+      }
+      from[l] = host + offset;
+      if (map) set_bits(map, offset, bytes);
+    }
+    b->loaded_bytes += (u64)__builtin_popcountll(a->lanes & ~others) * bytes;
+  }
+  FOR_LANES(others, l) {
+    const u8 *there = host_address(w, i, a, l, bytes, 0);
+    from[l] = there ? there : NOTHING;
+  }
+}
+
 /* ---- the instructions ---- */
 
 /* The value of `bytes` (1 or 2) bytes as a load leaves it in its register. */
@@ -167,13 +199,10 @@ void load_memory(Wave *w, const Instr *i) {
   Addresses a;
   u32 bytes = i->bytes, (*d)[LANES] = &w->v[i->dst.index];
   addresses(w, i, bytes, &a);
-  FOR_LANES(a.lanes, l) {
-    u32 value[4] = {0};
-    const u8 *from = host_address(w, i, &a, l, bytes, 0);
-    if (from) memcpy(value, from, bytes);
-    if (bytes < 4) d[0][l] = widen(i, value[0], d[0][l]);
-    else for (u32 k = 0; k < bytes / 4; k++) d[k][l] = value[k];
-  }
+  const u8 *from[LANES];
+  sources(w, i, &a, bytes, from);
+  if (bytes >= 4) rows_from_lanes(d, from, a.lanes, bytes);
+  else FOR_LANES(a.lanes, l) d[0][l] = widen(i, bytes == 2 ? from[l][0] | from[l][1] << 8 : from[l][0], d[0][l]);
   count_transfer(w, i, 0, LDS_NONE, a.lanes, NULL);
 }
 
@@ -186,7 +215,7 @@ void store_memory(Wave *w, const Instr *i) {
     for (u32 k = 0; k < (bytes + 3) / 4; k++) value[k] = data[k][l];
     if (i->half == 2) value[0] >>= 16;
     u8 *to = host_address(w, i, &a, l, bytes, 1);
-    if (to) memcpy(to, value, bytes);
+    if (to) move(to, value, bytes);
   }
   count_transfer(w, i, 1, LDS_NONE, a.lanes, NULL);
 }
@@ -216,9 +245,9 @@ void load_to_lds(Wave *w, const Instr *i) {
   FOR_LANES(lanes, l) {
     u32 value[4] = {0};
     const u8 *from = host_address(w, i, &a, l, bytes, 0);
-    if (from) memcpy(value, from, bytes);
+    if (from) move(value, from, bytes);
     if (bytes < 4) value[0] = widen(i, value[0], 0);
-    memcpy(m->lds + at[l], value, room);
+    move(m->lds + at[l], value, room);
   }
   m->lds_stored += (u64)__builtin_popcountll(lanes) * room;
   count_transfer(w, i, 0, LDS_DMA, lanes, at);
