@@ -13,6 +13,8 @@ import sys
 
 import torch
 
+from sglang_amd_quant.integration import fast_start
+
 ENTRY_POINT = "amd_mx_cpu"
 GROUP = "sglang.srt.platforms"
 PLATFORM = "sglang_amd_quant.integration.cpu_platform_class.AmdMxCpuPlatform"
@@ -28,6 +30,8 @@ def activate() -> str | None:
     if os.environ.get("SGLANG_PLATFORM") != ENTRY_POINT and not _nothing_else():
         return None
     declare_torchvision_ops()
+    if fast_start.requested():
+        fast_start.prepare()
     print_once()
     return PLATFORM
 

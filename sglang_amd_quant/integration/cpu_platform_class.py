@@ -10,6 +10,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from sglang_amd_quant.integration import fast_start
+
 KV_TOKENS = 32768
 """KV-cache tokens by default: SGLang would otherwise take most of the machine's memory for it."""
 
@@ -21,6 +23,11 @@ class AmdMxCpuPlatform(CpuDeviceMixin, SRTPlatform):
     device_name = "amd_mx_cpu"
     device_type = "cpu"
     capabilities = PlatformCapabilities()
+
+    def __init__(self) -> None:
+        super().__init__()
+        if fast_start.requested():
+            fast_start.register()
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         # Read by the scheduler, which this process starts, when it loads OpenMP. Threads would otherwise spin while

@@ -72,7 +72,7 @@ def serve(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Any]:
             print("\n".join(server.log_text().splitlines()[-40:]))
             raise
         finally:
-            server.stop()
+            server.kill()
 
     return started
 
