@@ -48,18 +48,18 @@ IN_A_GRAPH = 30
 
 
 class Problem:
-    """Weights for one (scheme, N, K), in several sets.
+    """Weights for one (scheme, N, K), in several sets: as many as exceed the L2, or `sets`.
 
     Attributes:
         codes, scales: [sets, N, ...] as formats have them.
         packed: (data, scales, factors) of each set.
     """
 
-    def __init__(self, scheme: str, k: int, n: int, seed: int) -> None:
+    def __init__(self, scheme: str, k: int, n: int, seed: int, sets: int = 0) -> None:
         self.scheme, self.k, self.n = SCHEMES[scheme], k, n
         element, generator = self.scheme.weight, torch.Generator("cuda").manual_seed(seed)
         columns = k * self.scheme.weight_bits // 8
-        self.sets = max(2, min(40, -(-(1 << 28) // (n * columns))))
+        self.sets = sets or max(2, min(40, -(-(1 << 28) // (n * columns))))
         codes = torch.randint(0, 256, (self.sets, n, columns), dtype=torch.uint8, device="cuda", generator=generator)
         self.codes = torch.where(codes & 0x7F == 0x7F, 0x31, codes).to(torch.uint8) if element == "e4m3" else codes
         self.scales = torch.randint(

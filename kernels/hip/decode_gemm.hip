@@ -19,6 +19,7 @@
 template <Weight W, Act A, int M, bool Grouped>
 DEVICE void decode_gemm(const DecodeArgs& a) {
     using X = Activations<W, A, M>;
+    constexpr int COLUMNS = Sums<X::ROOM>::COLUMNS;
     allow_next_launch();
     const Share s(a, Tile<W>::K, share_rank(a));
     uint8_t* lds = dynamic_lds();
@@ -28,8 +29,8 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     if (Grouped) wait_for_previous_launch();
     const auto rows = Rows<Grouped>::template of<M>(a);
     if (rows.expert < 0 || rows.count == 0) return;
-    Stream<W> stream(a, s, rows.expert, lds + wave_index() * Stream<W>::bytes(a), barriers + 1 + wave_index() * a.depth);
-    lds += a.waves_k * a.waves_n * Stream<W>::bytes(a);
+    Stream<W, M> stream(a, s, rows.expert, lds + wave_index() * Stream<W, M>::bytes(a), barriers + 1 + wave_index() * a.depth);
+    lds += a.waves_k * a.waves_n * Stream<W, M>::bytes(a);
     X x(a, s, lds);
     lds += X::bytes(a, s);
     Sums<X::ROOM> sums(a, s, lds, barriers);
@@ -40,10 +41,12 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     for (int group = s.first_group; group < s.row_groups; group += s.groups) {
         sums.template look_ahead<W, A, M>(rows.expert, group);
         Totals<W, A, M> totals;
-        if (group * s.waves_n + s.wave_n < s.row_tiles)
-            stream.template each_tile<W == Weight::e2m1 && M != 8 ? 2 : 1>([&](const auto& tile, int number) {
-                totals.add(stream, tile, x, (number - s.block_first) * Tile<W>::BLOCKS);
-            });
+        if (M >= WIDE_FROM || group * s.waves_n + s.wave_n < s.row_tiles)
+            stream.template each_tile<W == Weight::e2m1 && M < 8 ? 2 : 1>(
+                [&](const auto& tile, int number) { totals.add(stream, tile, x, (number - s.block_first) * Tile<W>::BLOCKS); },
+                [&] {
+                    if constexpr (M >= WIDE_FROM) totals.settle();
+                });
         totals.join();
         sums.hand_over(totals, rows.count, group == s.first_group);
 
@@ -51,19 +54,25 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
         const int first = group * s.waves_n * TILE_ROWS + sums.first;
         const bool paired = late(a).activation != NO_ACTIVATION;
         const int outputs = paired ? sums.owned / 2 : sums.owned;
-        for (int j = thread_index(); j < rows.count * outputs; j += s.threads) {
+        for (int j = thread_index(); j < ceil_div(rows.count, COLUMNS) * outputs; j += s.threads) {
             const auto& e = late(a);
-            const int output = j % outputs, column = j / outputs;
+            const int output = j % outputs, column = j / outputs * COLUMNS;
             const int at = paired ? output / 8 * TILE_ROWS + output % 8 : output;
             if (first + at >= e.n) continue;
-            float gate = 0, value = 0;
+            float gate[COLUMNS] = {}, value[COLUMNS] = {};
 #pragma unroll 1
             for (int half = 0; half <= paired; half++) {
-                gate = value;
-                value = finish<W, A>(e, s, rows.expert, first + at + 8 * half, sums.sum(at + 8 * half, column));
+#pragma unroll
+                for (int c = 0; c < COLUMNS; c++) gate[c] = value[c];
+                sums.sum(at + 8 * half, column, value);
+                finish<W, A>(e, s, rows.expert, first + at + 8 * half, value);
             }
-            if (paired) value = activated(gate, value, e);
-            store_result(e, rows.out(e, column), (paired ? first / 2 : first) + output, value);
+#pragma unroll
+            for (int c = 0; c < COLUMNS; c++) {
+                if (column + c >= rows.count) break;
+                const float result = paired ? activated(gate[c], value[c], e) : value[c];
+                store_result(e, rows.out(e, column + c), (paired ? first / 2 : first) + output, result);
+            }
         }
         if (group + s.groups < s.row_groups) sums.done();
     }
@@ -93,10 +102,13 @@ constexpr int FEW_GROUPED = TARGET_SM90 && W == Weight::e4m3 ? 256 : FEW<W>;
     DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)     \
     DECODE(decode_##NAME##_m8, W, A, 8, FEW<W>, 2, false)     \
     DECODE(decode_##NAME##_m16, W, A, 16, MANY, 1, false)   \
-    DECODE(decode_##NAME##_m32, W, A, 32, FEW<W>, 1, false)   \
+    DECODE(decode_##NAME##_m32, W, A, 32, MANY, 1, false)   \
+    DECODE(decode_##NAME##_m64, W, A, 64, MANY, 1, false)   \
     DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW_GROUPED<W>, 2, true)  \
     DECODE(moe_decode_##NAME##_m8, W, A, 8, FEW_GROUPED<W>, 2, true)  \
-    DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)
+    DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)  \
+    DECODE(moe_decode_##NAME##_m32, W, A, 32, MANY, 1, true)  \
+    DECODE(moe_decode_##NAME##_m64, W, A, 64, MANY, 1, true)
 #else  // a matrix unit takes sixteen rows whatever M is: fewer sizes will do
 #define SCHEME(NAME, W, A)                                  \
     DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)   \

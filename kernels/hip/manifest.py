@@ -72,8 +72,8 @@ _DECODE += ("k:i32", "top_k:i32", "split:i32", "waves_k:i32", "waves_n:i32", "gr
 _DECODE += ("carry:i32", "out:i32", "activation:i32", "alpha:f32", "limit:f32")
 
 DECODE_SCHEMES = ("mxfp8", "w4a8", "w4a16", "mxfp4", "w4a8_static", "mxfp8_static", "w8a16")
-DECODE_M = (2, 4, 8, 16, 32)
-MOE_DECODE_M = (4, 8, 16)
+DECODE_M = (2, 4, 8, 16, 32, 64)
+MOE_DECODE_M = (4, 8, 16, 32, 64)
 """Rows of activations that the dense and the grouped decode kernels are instantiated for on sm_90 ..."""
 AMD_DECODE_M = (4, 16, 32)
 AMD_MOE_DECODE_M = (4, 16)

@@ -6,12 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
+from .overlap import begin_after_previous, overlap
+
 
 @triton.jit
 def combine_kernel(
-    routed, topk_ids, y, N, E, scale, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr
+    routed, topk_ids, y, N, E, scale, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """One token, BLOCK_N columns; see `combine`."""
+    begin_after_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)
@@ -40,7 +44,9 @@ def combine(
     if m:
         block = min(triton.next_power_of_2(n), 1024)
         grid = (m, triton.cdiv(n, block))
-        combine_kernel[grid](routed, topk_ids, y, n, experts, scale, topk_ids.shape[1], block, n % block == 0)
+        combine_kernel[grid](
+            routed, topk_ids, y, n, experts, scale, topk_ids.shape[1], block, n % block == 0, **overlap(y)
+        )  # fmt: skip
     return y
 
 

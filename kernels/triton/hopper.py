@@ -10,6 +10,7 @@ import triton
 from .combine import combine
 from .hopper_moe import hopper_moe_kernel
 from .hopper_pack import HopperWeights
+from .overlap import overlap
 from .quant_mx import quant_mx
 from .routing import Routing, route
 
@@ -88,12 +89,15 @@ def hopper_gemm(
     tiles_m = triton.cdiv(rows, config.block_m) if experts is None else experts.numel()
     if tiles_m:
         grid = (tiles_m * triton.cdiv(w.n, config.block_n * config.run),)
+        # Behind the short launch that quantizes x. Behind another GEMM, blocks that come early gather where it has
+        # finished first, and the load is no longer even: gpt-oss-120b with one token lost 5 us.
+        early = {} if x_factors is None else overlap(x)
         hopper_moe_kernel[grid](
             x, x_factors, w.data, w.scales, w.factors, bias, y, row_ids, experts, row_weights,
             rows, w.n, w.k, k_tiles, groups, tiles_m, alpha, limit or 0.0, beta,
             w.x_format, w.w_format, top_k, activation, w.pairs == "interleaved", limit is not None,
             config.block_m, config.block_n, config.block_k, config.num_stages, config.group_m,
-            config.run, num_warps=config.num_warps,
+            config.run, num_warps=config.num_warps, **early,
         )  # fmt: skip
     return y
 

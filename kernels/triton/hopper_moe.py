@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @gluon.constexpr_function
@@ -216,6 +217,7 @@ def hopper_moe_kernel(
     X_FORMAT: gl.constexpr, W_FORMAT: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr,
     INTERLEAVED: gl.constexpr, CLAMP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, RUN: gl.constexpr,
+    OVERLAP: gl.constexpr = False,
 ):  # fmt: skip
     """RUN tiles of BLOCK_N weight rows, one after another, and BLOCK_M tokens; see `hopper.py` for the arguments.
 
@@ -248,6 +250,9 @@ def hopper_moe_kernel(
     height = gl.minimum(tiles_m - top, GROUP_M)
     tile_m = top + pid % band % height
     tile_n = pid % band // height * RUN
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     # Where things come from: 16 bytes a thread, whole rows of x or groups of w to as few threads as it takes.
     vector: gl.constexpr = 8 if WIDE else 16
     x_threads: gl.constexpr = BLOCK_K // vector

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .overlap import begin_after_previous, overlap
+
 # What is added to the bits of a block's largest magnitude for its exponent to step up where the scale mode wants it;
 # by element and mode. `formats.mx.Element.carry` derives them.
 CARRY = {
@@ -106,8 +108,10 @@ def quant_mx_kernel(
     x, norm, data, scales, row_factors, M, K, alpha, limit, beta, epsilon,
     FRONT: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr,
     CARRY: tl.constexpr, EMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, NATIVE: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """BLOCK_M rows, BLOCK_K columns; see `quant_mx`. OUT: `mx`, `bf16` or `row`; ELEMENT `none`: no MX round trip."""
+    begin_after_previous(OVERLAP)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (rows < M)[:, None] & (columns < K)[None, :]
@@ -231,7 +235,7 @@ def quant_mx(
         constants = constants_of(element, out, mode, front, block_m, block_k, native)
         quant_mx_kernel[(triton.cdiv(m, block_m), triton.cdiv(k, block_k))](
             x, front.weight, data, scales, factors, m, k, front.alpha, front.limit or 0.0, front.beta, front.epsilon,
-            **constants, num_warps=warps,
+            **constants, num_warps=warps, **overlap(x),
         )  # fmt: skip
     if out != "bf16" and dtype == torch.uint8 and shape == (m, k):
         data = data.view(torch.float8_e4m3fn)

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .overlap import begin_after_previous, overlap
+
 CHUNK = 256
 """Routed rows a program counts and places."""
 
@@ -65,9 +67,11 @@ def experts_of(ids, chunk, R, E, CHUNK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["R", "E", "places", "blocks"])
 def count_kernel(
-    ids, counts, row_ids, block_experts, R, E, places, blocks, CHUNK: tl.constexpr, BINS: tl.constexpr
+    ids, counts, row_ids, block_experts, R, E, places, blocks, CHUNK: tl.constexpr, BINS: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """Counts of each chunk of rows by expert, [chunks, BINS]; and everything marked empty."""
+    begin_after_previous(OVERLAP)
     chunk = tl.program_id(0)
     tl.store(counts + chunk * BINS + tl.arange(0, BINS), tl.histogram(experts_of(ids, chunk, R, E, CHUNK), BINS))
     mark_empty(row_ids, block_experts, R, places, blocks, chunk, tl.num_programs(0), 1024)
@@ -77,11 +81,13 @@ def count_kernel(
 def place_kernel(
     ids, counts, starts, row_ids, block_experts, totals, R, E, places, blocks,
     BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, ALONE: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """Rows of one chunk to their places, and a share of the blocks to their experts.
 
     counts: of `count_kernel`. starts: [chunks, BINS] scratch. ALONE: this program does everything, without counts.
     """
+    begin_after_previous(OVERLAP)
     chunk = tl.program_id(0)
     chunks = tl.num_programs(0)
     bins = tl.arange(0, BINS)
@@ -151,11 +157,11 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int) -> Routing:
     places = row_ids.numel()
     if chunks > 1:
         count_kernel[(chunks,)](
-            topk_ids, counts, row_ids, block_experts, rows, experts, places, blocks, chunk, bins
+            topk_ids, counts, row_ids, block_experts, rows, experts, places, blocks, chunk, bins, **overlap(topk_ids)
         )  # fmt: skip
     place_kernel[(chunks,)](
         topk_ids, counts, starts, row_ids, block_experts, totals, rows, experts, places, blocks,
-        block_m, chunk, bins, chunks == 1, num_warps=8 if bins > 512 else 4,
+        block_m, chunk, bins, chunks == 1, num_warps=8 if bins > 512 else 4, **overlap(topk_ids),
     )  # fmt: skip
     return Routing(row_ids, block_experts, totals, block_m)
 

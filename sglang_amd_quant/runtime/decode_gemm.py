@@ -25,6 +25,10 @@ INTERLEAVED = 4
 
 E4M3_SCHEMES = ("mxfp8", "mxfp8_static", "w8a16")
 TILE_ROWS, TILE_K = 16, 64
+WIDE_FROM = 16
+"""Rows from which on four waves multiply together, by wgmma (decode_sm90_many.h)."""
+RESIDENT_WAVES = {2: 24, 4: 24, 8: 24, 16: 28, 32: 20, 64: 16}
+"""Waves that find registers on a multiprocessor, by rows."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,17 @@ def lds_bytes(e4m3: bool, rows: int, tiles: int, split: int, waves_k: int, waves
     waves, most, columns = waves_k * waves_n, -(-tiles // split), room(e4m3, rows)
     barriers = -(-(8 + waves * depth * 8) // 128) * 128
     ring = waves * depth * chunk * ((1024 if e4m3 else 512) + 32)
-    factors = most * 2 * 4 if e4m3 or rows <= 8 else 0
-    activations = 16 + columns * ((most * TILE_K + 32) * 2 + factors)
+    if rows < WIDE_FROM:
+        activations = 16 + columns * ((most * TILE_K + 32) * 2 + most * 2 * 4)
+    else:
+        activations, columns = most * 2 * (64 * (rows + 1) + 16 * e4m3), columns + 4
     sums = 2 * 4 * waves_n * TILE_ROWS // split + 4 * waves * TILE_ROWS * columns
     return barriers + ring + activations + sums
 
 
 def max_waves(e4m3: bool, rows: int) -> int:
     """Waves that a block may have: `KERNEL(...)` in decode_gemm.hip."""
-    return 16 if rows == 16 else 8 if e4m3 else 12
+    return 16 if rows >= WIDE_FROM else 8 if e4m3 else 12
 
 
 Shape = tuple[int, int, int, int, int]
@@ -81,21 +87,28 @@ Shape = tuple[int, int, int, int, int]
 
 
 def _wanted(e4m3: bool, rows: int, m: int, tiles: int, row_tiles: int, cu_count: int) -> Shape:
-    """What measured best, or within a few percent, on an H100 80GB HBM3: of up to 90 plans each for 60 dense problems
-    (`python -m bench.decode --schemes w4a8,mxfp8 --m 1,2,4,8,16,32 --explore 90`).
+    """What measured best, or within a few percent, on an H100 80GB HBM3: of up to 60 plans each for 70 dense problems
+    (`python -m bench.decode --schemes w4a8,mxfp8 --explore 60`).
 
     K is shared by more blocks the longer it is and the more activations each would have to quantize, and waves share
     what is left of it, so that 6 to 16 tiles remain to a wave; where every block has many row groups to take, by fewer.
     """
     if row_tiles >= 8 * cu_count:
-        return (2, 4, 2, 2, 4) if rows <= 16 else (4, 1, 8, 2, 4)
+        if rows < WIDE_FROM:
+            return (2, 4, 2, 4, 4) if e4m3 else (2, 4, 2, 2, 8) if m <= 4 else (4, 2, 4, 2, 8)
+        wide = {16: (8, 1, 16, 2, 4), 32: (8, 1, 12, 2, 4), 64: (8, 1, 8, 2, 2)}
+        return wide[rows] if e4m3 else {16: (4, 1, 12, 2, 8), 32: (4, 1, 12, 2, 4), 64: (8, 1, 12, 2, 2)}[rows]
     if tiles >= 64:
-        if rows <= 8:
-            return ((8, 2, 2, 2, 2) if m <= 2 else (8, 1, 8, 2, 3)) if e4m3 else (8, 2, 4, 2, 3)
-        return (8, 2, 8, 2, 2) if rows == 16 else (8, 1, 8, 2, 4) if e4m3 else (8, 1, 12, 2, 4)
-    if rows <= 8:
-        return (1, 4, 1 if e4m3 else 2, 2, 4) if m == 1 else (2, 2, 4, 2, 2)
-    return (4, 1, 8, 2, 3) if rows == 16 else (2, 1, 8, 2, 4) if e4m3 else (2, 2, 6, 2, 2)
+        if rows >= WIDE_FROM:
+            return (8, 2, 8, 2, 3) if rows == 16 else (8, 1, 12, 2, 6 if rows == 32 and not e4m3 else 3)
+        if not e4m3:
+            return 8, 2, 6, 2, 3
+        return (8, 2, 2, 2, 2) if m <= 2 else (8, 1, 8, 2, 3)
+    if rows >= WIDE_FROM:
+        return (4, 1, 8, 2, 4) if rows == (16 if e4m3 else 32) else (4, 1, 16, 2, 4 if rows == 16 else 2)
+    if m == 1:
+        return (2, 2, 2, 2, 4) if e4m3 else (1, 4, 2, 2, 4)
+    return (2, 2, 4, 2, 2) if e4m3 else (2, 2, 4, 4, 2)
 
 
 def _distance(plan: DecodePlan, wanted: Shape, row_tiles: int, cu_count: int) -> float:
@@ -124,11 +137,12 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
     """
     _check(m, n, k)
     e4m3 = scheme in E4M3_SCHEMES
-    rows = next((r for r in DECODE_M if m <= r), DECODE_M[-1])
-    found = _enumerate(e4m3, rows, n, k, cu_count, pairs, -(-m // rows))
-    if not found:
-        raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
-    return _sorted(found, e4m3, rows, min(m, rows), n, k, cu_count)
+    least = next((r for r in DECODE_M if m <= r), DECODE_M[-1])
+    for rows in (least, 32) if least > 32 else (least,):  # by 32 where the activations of more do not fit
+        found = _enumerate(e4m3, rows, n, k, cu_count, pairs, -(-m // rows))
+        if found:
+            return _sorted(found, e4m3, rows, min(m, rows), n, k, cu_count)
+    raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
 
 
 @cache
@@ -161,6 +175,12 @@ def _sorted(
     return tuple(sorted(found, key=lambda p: _distance(p, wanted, row_tiles, cu_count)))
 
 
+def _in_clusters(cu_count: int, split: int) -> int:
+    """Multiprocessors that clusters of `split` blocks find places on: a cluster stays within one of the GPU's groups,
+    of which not all are whole. Of an H100's 132, 120 (cuOccupancyMaxActiveClusters)."""
+    return cu_count if split <= 2 else cu_count * 10 // 11
+
+
 def _enumerate(
     e4m3: bool,
     rows: int,
@@ -179,16 +199,16 @@ def _enumerate(
         if waves > most or waves % waves_k or (waves_n > row_tiles and waves > 4) or (mine < 1 and waves_k > 1):
             continue
         owned, uneven = divmod(waves_n * TILE_ROWS, split)
-        if uneven or (pairs and owned % TILE_ROWS) or split > tiles:
+        if (rows >= WIDE_FROM and waves_n % 4) or uneven or (pairs and owned % TILE_ROWS) or split > tiles:
             continue
         row_groups = -(-row_tiles // waves_n)
         # Rings that hold all, or half, or a quarter of a wave's share of a row tile
         for depth, ring in itertools.product((2, 4), (1, 2, 4)):
             chunk = min(12, max(1, math.ceil(mine / depth / ring)))
             lds = lds_bytes(e4m3, rows, tiles, split, waves_k, waves_n, depth, chunk)
-            resident = min((facts.lds_bytes + 1024) // (lds + 1024), (24 if rows <= 8 else 16) // waves)
+            resident = min((facts.lds_bytes + 1024) // (lds + 1024), RESIDENT_WAVES[rows] // waves)
             if resident:
-                groups = min(row_groups, max(1, cu_count * resident // (split * row_blocks)))
+                groups = min(row_groups, max(1, _in_clusters(cu_count, split) * resident // (split * row_blocks)))
                 found.append(DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds))
     return list(dict.fromkeys(found))
 

@@ -112,7 +112,9 @@ class NvidiaCompiler:
             BuildError: the source does not compile.
         """
         cubin = work / f"{source.stem}.cubin"
-        flags = ["-x", "cu", "-std=c++17", "-O3", f"-arch={arch.name}", "-cubin", "-Xptxas", "-v"]
+        digits = arch.name.removeprefix("sm_")
+        target = f"-gencode=arch=compute_{digits}a,code=sm_{digits}a"  # "a": wgmma is no part of plain sm_90
+        flags = ["-x", "cu", "-std=c++17", "-O3", target, "-cubin", "-Xptxas", "-v"]
         flags += [f"-I{include}", *(f"-D{d}" for d in defines)]
         notes = run([self.nvcc, *flags, str(source), "-o", str(cubin)], source, arch)
         sass = run([self.cuobjdump, "-sass", str(cubin)], source, arch) if self.cuobjdump else ""

@@ -6,6 +6,9 @@
 enum class Weight { e4m3, e2m1 };
 enum class Act { bf16, e4m3, e2m1, fp8_static };
 
+/// Rows of x from which on the waves of a group multiply together, and need row tiles all of them.
+constexpr int WIDE_FROM = TARGET_SM90 ? 16 : 1 << 30;
+
 constexpr int TILE_ROWS = 16;  // rows of weights that a wave takes together: one side of the matrix unit, everywhere
 
 /// Entries of `DecodeArgs::out` and `::activation`; sglang_amd_quant/runtime/decode_gemm.py has the same numbers.
@@ -60,7 +63,7 @@ struct Share {
     DEVICE Share(const DecodeArgs& a, int tile_k, int rank) : rank(rank) {
         threads = a.waves_k * a.waves_n * WAVE;
         waves_n = opaque(a.waves_n), groups = opaque(a.groups);
-        wave_k = wave_index() % a.waves_k, wave_n = wave_index() / a.waves_k;
+        wave_k = wave_index() / a.waves_n, wave_n = wave_index() % a.waves_n;
         tiles = ceil_div(a.k, tile_k);
         row_tiles = ceil_div(a.n, TILE_ROWS), row_groups = ceil_div(row_tiles, a.waves_n);
         first_group = block_index() / a.split % a.groups;

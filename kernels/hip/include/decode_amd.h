@@ -74,7 +74,7 @@ struct Range {
 /// A wave's weights: DEPTH tiles on their way at any time, across row groups.
 ///
 /// A row group's tiles are taken DEPTH at a time; where they are no multiple of it, the last round's rest loads nothing.
-template <Weight W>
+template <Weight W, int M>
 class Stream {
    public:
     static constexpr int DEPTH = 4;
@@ -90,8 +90,8 @@ class Stream {
     DEVICE static int bytes(const DecodeArgs&) { return 0; }
 
     /// `each(tile of the wave's lanes, its number along K)` for all tiles of the next row group.
-    template <int, typename Each>
-    DEVICE void each_tile(Each each) {
+    template <int, typename Each, typename Settle>
+    DEVICE void each_tile(Each each, Settle) {
 #pragma unroll 1
         for (int tile = s.wave_first; tile < s.wave_end; tile += DEPTH) {
             uint32_t scales[SCALE_WORDS];
@@ -287,6 +287,7 @@ constexpr int WORKSPACE_COUNTERS = 4096;
 template <int Room>
 class Sums {
    public:
+    static constexpr int COLUMNS = 1;  // that one thread finishes together
     int owned = 0;  // rows of a group that this block finishes, from `first` on
     static constexpr int first = 0;
 
@@ -310,7 +311,9 @@ class Sums {
     }
 
     /// The sum of an owned row, in an order that never changes.
-    DEVICE float sum(int row, int column) const { return ranks > 1 ? sum_of_ranks(row, column) : sum_of_waves(row, column); }
+    DEVICE void sum(int row, int column, float (&total)[COLUMNS]) const {
+        total[0] = ranks > 1 ? sum_of_ranks(row, column) : sum_of_waves(row, column);
+    }
 
     DEVICE void done() const {}
 
@@ -355,8 +358,7 @@ class Sums {
 
 /// The finished sum of weight row `row`: times the scale of static activations, plus bias.
 template <Weight W, Act A>
-DEVICE float finish(const DecodeArgs& a, const Share&, int expert, int row, float sum) {
-    if (A == Act::fp8_static) sum *= *a.x_scale * Activations<W, A, 16>::UNIT;
-    if (a.bias != nullptr && row < a.n) sum += float_from_bf16(a.bias[static_cast<int64_t>(expert) * a.n + bias_index(a, row)]);
-    return sum;
+DEVICE void finish(const DecodeArgs& a, const Share&, int expert, int row, float (&sum)[1]) {
+    if (A == Act::fp8_static) sum[0] *= *a.x_scale * Activations<W, A, 16>::UNIT;
+    if (a.bias != nullptr && row < a.n) sum[0] += float_from_bf16(a.bias[static_cast<int64_t>(expert) * a.n + bias_index(a, row)]);
 }

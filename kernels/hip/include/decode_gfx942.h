@@ -11,7 +11,7 @@ struct Totals : ScaledSums<W, A, M> {
     using X = Activations<W, A, M>;
 
     /// Adds a tile; `block` is its first MX block in the block's activations.
-    DEVICE void add(const Stream<W>&, const LaneTile<W>& tile, const X& x, int block) {
+    DEVICE void add(const Stream<W, M>&, const LaneTile<W>& tile, const X& x, int block) {
         this->tile_scales(tile.scales);
 #pragma unroll
         for (int set = 0; set < X::SETS; set++) {

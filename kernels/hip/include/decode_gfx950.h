@@ -11,7 +11,7 @@ struct Totals {
     Accumulator sums[X::SETS] = {};
 
     /// Adds a tile; `block` is its first MX block in the block's activations.
-    DEVICE void add(const Stream<W>&, const LaneTile<W>& tile, const X& x, int block) {
+    DEVICE void add(const Stream<W, M>&, const LaneTile<W>& tile, const X& x, int block) {
         if constexpr (A != Act::bf16)
             add_codes(tile, x, block);
         else if constexpr (W == Weight::e2m1)

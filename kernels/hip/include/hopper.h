@@ -1,6 +1,7 @@
 // Hopper's ways to move data without holding registers or making others wait: bulk copies announced by barriers in shared
 // memory, stores into other blocks of a cluster, and launches that begin before the one in front of them has ended.
 #pragma once
+#include "matrix.h"
 #include "memory.h"
 
 #if TARGET_SM90
@@ -66,12 +67,81 @@ DEVICE uint32_t address_in(const void* local, int rank) {
     return remote;
 }
 
-/// Two floats into another block's shared memory, 8 bytes announced to a barrier of that block. Both addresses are
-/// `address_in` it; it must have started and may not have ended.
-DEVICE void cluster_store(uint32_t to, float a, float b, uint32_t barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(to),
-                 "r"(bits<uint32_t>(a)), "r"(bits<uint32_t>(b)), "r"(barrier)
+/// Floats into another block's shared memory, announced to a barrier of that block. Both addresses are `address_in` it; it must
+/// have started and may not have ended.
+DEVICE void cluster_store(uint32_t to, const Floats<2>& floats, uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+                 "f"(floats.v[0]), "f"(floats.v[1]), "r"(barrier)
                  : "memory");
+}
+DEVICE void cluster_store(uint32_t to, const Floats<4>& floats, uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "f"(floats.v[0]), "f"(floats.v[1]), "f"(floats.v[2]), "f"(floats.v[3]), "r"(barrier)
+                 : "memory");
+}
+// ---- wgmma: the four waves of a warpgroup, of consecutive indices from a multiple of four, multiply together
+
+/// A matrix in shared memory as wgmma's right operand, K-major and not swizzled: rows of 16 bytes, eight of them in a row,
+/// `along_k` bytes from eight of K (bf16) to the next, `along_n` bytes from eight rows to the next.
+DEVICE uint64_t matrix_in_lds(const void* at, int along_k, int along_n) {
+    return (shared_address(at) & 0x3ffff) >> 4 | static_cast<uint64_t>(along_k >> 4) << 16 | static_cast<uint64_t>(along_n >> 4) << 32;
+}
+
+/// All threads that wrote shared memory, before a barrier: makes it visible to matrix instructions behind that.
+DEVICE void show_to_matrix_unit() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/// Before the first `warpgroup_matrix` after registers that it reads or adds to have been written.
+DEVICE void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+/// Until at most `Pending` committed groups are under way; only then may registers that they use be touched.
+template <int Pending>
+DEVICE void warpgroup_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+}
+
+/// sum += A B, A of 64 x 16 and B of 16 x N in bf16, N being 8 times `sum`'s first dimension. Wave w of the warpgroup holds rows
+/// 16 w ... 16 w + 15 of A and of the sum, as `matrix_bf16` does (matrix.h); B is a `matrix_in_lds`.
+DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint64_t b, float (&sum)[1][4]) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, %8, 1, 1, 1, 0;"
+        : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint64_t b, float (&sum)[2][4]) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7}, "
+        "{%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
+        : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
+          "+f"(sum[1][2]), "+f"(sum[1][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint64_t b, float (&sum)[4][4]) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "{%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
+        : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
+          "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]),
+          "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint64_t b, float (&sum)[8][4]) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+        : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
+          "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]),
+          "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3]), "+f"(sum[4][0]), "+f"(sum[4][1]),
+          "+f"(sum[4][2]), "+f"(sum[4][3]), "+f"(sum[5][0]), "+f"(sum[5][1]), "+f"(sum[5][2]), "+f"(sum[5][3]),
+          "+f"(sum[6][0]), "+f"(sum[6][1]), "+f"(sum[6][2]), "+f"(sum[6][3]), "+f"(sum[7][0]), "+f"(sum[7][1]),
+          "+f"(sum[7][2]), "+f"(sum[7][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 #else
 DEVICE void wait_for_previous_launch() {}

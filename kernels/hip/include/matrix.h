@@ -19,7 +19,7 @@ typedef float Float8Vector __attribute__((ext_vector_type(8)));
 #endif
 
 template <int Count>
-struct Floats {
+struct alignas(Count == 1 || Count == 2 || Count == 4 ? 4 * Count : 4) Floats {
     float v[Count];
 };
 template <int Count>

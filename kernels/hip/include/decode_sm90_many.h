@@ -1,0 +1,148 @@
+// Many rows of x, by wgmma: four waves, a row tile each, multiply 64 rows of w together.
+//
+// Weights are wgmma's left operand, which lies in registers: a wave decodes its own row tile once, however many rows x has.
+// Activations are the right one, which the matrix unit reads from shared memory by itself. Both are bf16 with their scales
+// applied, which holds every code times every scale, so all products are exact.
+#pragma once
+
+/// The block's activations in shared memory: for every eight of K one column of 16-byte rows, wgmma's "core matrices" (PTX ISA,
+/// "Shared memory matrix layout", no swizzle).
+template <Weight W, Act A, int M>
+struct Activations<W, A, M, true> {
+    static constexpr int ROOM = M;
+    // e4m3 codes are read as bf16 2^-120 too small, and their scales applied 2^-60 too small, to fit (`scale_as_bf16`).
+    static constexpr float UNLIFT = W == Weight::e4m3 ? 0x1p60f : 1.0f;
+    static constexpr bool STATIC_SCALE_LAST = true;
+    // Bytes from eight of K to the next, and from MX block to MX block: threads that store together meet in no bank.
+    static constexpr int CHUNK = 16 * (M + 1), BLOCK = 4 * CHUNK + (W == Weight::e4m3 ? 16 : 0);
+
+    uint8_t* values;
+
+    Pieces<W> pieces;
+
+    DEVICE Activations(const DecodeArgs&, const Share& s, uint8_t* lds) : values(lds), pieces(s) {}
+    DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return ceil_div(s.tiles, a.split) * Tile<W>::BLOCKS * BLOCK; }
+
+    /// All threads: quantizes the block's part of x. Visible to the block's matrix instructions after its next barrier.
+    template <bool Grouped>
+    DEVICE void stage(const DecodeArgs& a, const Share&, const Rows<Grouped>& rows) {
+        stage_rows<A, M <= 16 ? 4 : 8>(*this, a, pieces, rows);
+        show_to_matrix_unit();
+    }
+
+    /// What step `step` of 16 (two to an MX block) multiplies.
+    DEVICE uint64_t at(int block, int step) const {
+        return matrix_in_lds(values + (block + step / 2) * BLOCK + step % 2 * 2 * CHUNK, CHUNK, 128);
+    }
+
+    /// Eight values, piece `j` along K, of row `i`.
+    DEVICE void keep(const Words& x, int i, int j, bool wanted, int carry, float static_scale) {
+        const int quarter = j & 3;
+        uint8_t* to = values + (j >> 2) * BLOCK + i * 16;
+        Words out = x;
+        if constexpr (A != Act::bf16) {
+            float factor, v[8];
+            quantize_activations<A>(x, carry, static_scale, v, factor);
+            const float scale = A == Act::fp8_static ? 1.0f : factor;
+#pragma unroll
+            for (int p = 0; p < 4; p++) out.v[p] = bf16x2_from_floats({v[2 * p] * scale, v[2 * p + 1] * scale});
+        }
+        if (!wanted) return;
+        if constexpr (W == Weight::e2m1) {
+            store_words(to + quarter * CHUNK, out);
+        } else {  // lane q multiplies k = 8 q ... 8 q + 7, two of them in each half of two steps
+#pragma unroll
+            for (int p = 0; p < 4; p++) *reinterpret_cast<uint32_t*>(to + p * CHUNK + 4 * quarter) = out.v[p];
+        }
+    }
+};
+
+/// Two codes of e4m3, in the upper bytes of either half, as bf16 times 2^-120: the same bits further down.
+DEVICE Bf16x2 bf16_from_upper_e4m3(uint32_t codes) { return (codes & 0x80008000u) | (codes >> 4 & 0x07f007f0u); }
+
+/// Byte `i` of a word of e8m0 codes, twice: a pair of bf16, 2^60 times the scale; infinity from 2^68 on and for NaN (`has_nan`).
+DEVICE Bf16x2 scale_as_bf16(uint32_t word, int i) {
+    const uint32_t twice = __byte_perm(word, 0, 0x4040 | 0x101 * i);
+    return __vminu2(twice + 0x003c003cu, 0x00ff00ffu) << 7;
+}
+
+/// What a wave sums up for one row tile: rows g and g + 8 (g = l / 4) times the columns 2 q and 2 q + 1 of every eight.
+template <Weight W, Act A, int M>
+struct Totals<W, A, M, true> {
+    using X = Activations<W, A, M, true>;
+    float sum[M / 8][4];
+
+    DEVICE Totals() {
+#pragma unroll
+        for (int i = 0; i < M / 2; i++) sum[i / 4][i % 4] = 0;
+    }
+
+    /// Starts adding tile `t` of the stream's chunk; `block` is its first MX block in the activations.
+    DEVICE void add(const Stream<W, M>& stream, int t, const X& x, int block) {
+        uint32_t fragments[4][4];  // for each step of 16 along K: rows g and g + 8 by turns, lower K first
+        load(stream.codes(t), stream.scale_words(t)[lane_index() / 4], fragments);
+        warpgroup_fence();
+#pragma unroll
+        for (int step = 0; step < 4; step++) warpgroup_matrix_bf16(fragments[step], x.at(block, step), sum);
+        warpgroup_commit();
+    }
+
+    /// Waits for what was started. The compiler cannot look through this: it must not think of moving sums, or taking them for
+    /// integers, before, or ptxas would let every matrix instruction wait for the one in front of it.
+    DEVICE void settle() {
+        warpgroup_wait<0>();
+#pragma unroll
+        for (int i = 0; i < M / 2; i++) asm volatile("" : "+f"(sum[i / 4][i % 4]));
+    }
+
+    DEVICE void join() {}
+
+    static constexpr int TOGETHER = 4;  // columns that `each` hands on
+
+    /// `store(row, column, values of four columns)` for all that this lane has to hand on. Neighbours trade rows for columns.
+    template <typename Store>
+    DEVICE void each(int columns, Store store) const {
+        const int g = lane_index() / 4, q = lane_index() % 4, odd = q % 2;
+#pragma unroll
+        for (int set = 0; set < M / 8; set++) {
+            const float(&mine)[4] = sum[set];
+            const float theirs[2] = {shuffle_xor(odd ? mine[0] : mine[2], 1), shuffle_xor(odd ? mine[1] : mine[3], 1)};
+            const int column = 8 * set + q / 2 * 4;
+            if (column >= columns) continue;
+            if (odd)
+                store(g + 8, column, Floats<4>{theirs[0], theirs[1], mine[2], mine[3]});
+            else
+                store(g, column, Floats<4>{mine[0], mine[1], theirs[0], theirs[1]});
+        }
+    }
+
+   private:
+    DEVICE static void load(const uint8_t* codes, uint32_t scales, uint32_t (&fragments)[4][4]) {
+        const int lane = lane_index();
+        if constexpr (W == Weight::e4m3) {
+#pragma unroll
+            for (int row = 0; row < 2; row++) {
+                const Words words = load_words(codes + row * 512 + lane * 16);
+#pragma unroll
+                for (int step = 0; step < 4; step++) {
+                    const Bf16x2 scale = scale_as_bf16(scales, 2 * row + step / 2);
+                    const uint32_t word = words.v[step], low = __byte_perm(word, 0, 0x1404), high = __byte_perm(word, 0, 0x3424);
+                    fragments[step][row] = times_bf16(bf16_from_upper_e4m3(low), scale);
+                    fragments[step][row + 2] = times_bf16(bf16_from_upper_e4m3(high), scale);
+                }
+            }
+        } else {
+            const Words words = load_words(codes + lane * 16);
+#pragma unroll
+            for (int part = 0; part < 4; part++) {  // a word has one part of all four steps, two of each MX block
+                Bf16x2 steps[4];
+                bf16_from_spread_e2m1(words.v[part], steps);
+#pragma unroll
+                for (int step = 0; step < 4; step++) {
+                    const uint32_t scale = scales >> (16 * (part % 2) + 8 * (step / 2)) & 0xff;
+                    fragments[step][part] = times_bf16(steps[step], scale * 0x00800080u);
+                }
+            }
+        }
+    }
+};
