@@ -2,7 +2,8 @@
 
 Where the hardware multiplies MX blocks (gfx950), `tl.dot_scaled` becomes scaled MFMA; elsewhere both sides are
 dequantized to bf16, which is exact (`mx_gemm.py`). Gate and up columns of one output column belong to one tile: two
-accumulators, fed from rows 2 j and 2 j + 1 of the weights or j and j + I, so weights stay as checkpoints have them.
+accumulators, fed from rows 2 j and 2 j + 1 of the weights or j and j + I, so weights stay as checkpoints have them; or
+they lie as the decode kernels (`kernels/hip/decode_gemm.hip`) read them, of whose rows 8 gates and 8 ups alternate.
 The result may leave as MX blocks, quantized for the next GEMM.
 """
 
@@ -14,7 +15,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .mx_gemm import MxGemmConfig, dequantize, element_of, mx_gemm_torch, tile_of_program
+from .mx_gemm import (
+    STRIDED,
+    MxGemmConfig,
+    column_offsets,
+    dequantize,
+    element_of,
+    layout_constants,
+    mx_gemm_torch,
+    row_offsets,
+    tile_of_program,
+)
 from .quant_mx import (
     CARRY,
     DEFAULT_MODE,
@@ -32,11 +43,12 @@ from .routing import Routing
 
 @triton.jit
 def weight_step(
-    total, left, x_tile, x_scale, w, w_scales, w_rows, inside, k, K,
+    total, left, x_tile, x_scale, w, w_scales, w_rows, s_rows, inside, k, K,
     X_FORMAT: tl.constexpr, W_FORMAT: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VALUES: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
-    """total + x times BLOCK_K of K of the weight rows given. `left`: x dequantized, unless SCALED."""
+    """total + x times BLOCK_K of K of the weights whose rows begin at w_rows and s_rows. `left`: x dequantized, unless
+    SCALED."""
     W_PACK: tl.constexpr = 2 if W_FORMAT == "e2m1" else 1
     w_k = k // W_PACK + tl.arange(0, BLOCK_K // W_PACK)[None, :]
     s_k = k // 32 + tl.arange(0, BLOCK_K // 32)[None, :]
@@ -44,8 +56,8 @@ def weight_step(
     if MASKED:
         w_mask = inside & (w_k < K // W_PACK)
         s_mask = inside & (s_k < K // 32)
-    w_tile = tl.load(w + w_rows * (K // W_PACK) + w_k, mask=w_mask, other=0.0)
-    w_scale = tl.load(w_scales + w_rows * (K // 32) + s_k, mask=s_mask, other=127)
+    w_tile = tl.load(w + w_rows + column_offsets(w_k, VALUES), mask=w_mask, other=0.0)
+    w_scale = tl.load(w_scales + s_rows + column_offsets(s_k, SCALES), mask=s_mask, other=127)
     if SCALED:
         total = tl.dot_scaled(x_tile, x_scale, X_FORMAT, w_tile.T, w_scale, W_FORMAT, total)
     else:
@@ -55,9 +67,9 @@ def weight_step(
 
 @triton.jit
 def k_step(
-    first, second, x, x_scales, x_rows, x_inside, w, w_scales, w_rows, w_rows2, w_inside, k, K,
+    first, second, x, x_scales, x_rows, x_inside, w, w_scales, w_rows, s_rows, w_rows2, s_rows2, w_inside, k, K,
     X_FORMAT: tl.constexpr, W_FORMAT: tl.constexpr, PAIRED: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VALUES: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """One step along K of the accumulators of gate and up, or of the first alone."""
     X_PACK: tl.constexpr = 2 if X_FORMAT == "e2m1" else 1
@@ -77,13 +89,13 @@ def k_step(
     elif not SCALED:
         left = x_tile.to(tl.bfloat16)
     first = weight_step(
-        first, left, x_tile, x_scale, w, w_scales, w_rows, w_inside, k, K, X_FORMAT, W_FORMAT, SCALED, MASKED, BLOCK_N,
-        BLOCK_K,
+        first, left, x_tile, x_scale, w, w_scales, w_rows, s_rows, w_inside, k, K, X_FORMAT, W_FORMAT, SCALED, MASKED,
+        BLOCK_N, BLOCK_K, VALUES, SCALES,
     )  # fmt: skip
     if PAIRED:
         second = weight_step(
-            second, left, x_tile, x_scale, w, w_scales, w_rows2, w_inside, k, K, X_FORMAT, W_FORMAT, SCALED, MASKED,
-            BLOCK_N, BLOCK_K,
+            second, left, x_tile, x_scale, w, w_scales, w_rows2, s_rows2, w_inside, k, K, X_FORMAT, W_FORMAT, SCALED,
+            MASKED, BLOCK_N, BLOCK_K, VALUES, SCALES,
         )  # fmt: skip
     return first, second
 
@@ -96,11 +108,14 @@ def moe_gemm_kernel(
     INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr, OUT: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, XCDS: tl.constexpr,
     SCALED: tl.constexpr, NATIVE: tl.constexpr, EVEN_K: tl.constexpr,
+    VALUES: tl.constexpr = "strided", SCALES: tl.constexpr = "strided", PAD: tl.constexpr = 1,
+    SCALE_PAD: tl.constexpr = 1,
 ):  # fmt: skip
     """BLOCK_M routed rows and BLOCK_N columns of the result; see `moe_gemm` for the arguments.
 
     M: routed rows. N: columns of the result, so half the weights' rows with an activation. OUT: `e4m3`, `e2m1` or
         `none`: y is what it is. EVEN_K: BLOCK_K divides K; else the last step stands behind the loop, with masks.
+        VALUES, SCALES, PAD, SCALE_PAD: as in `mx_gemm_kernel`.
     """
     PAIRED: tl.constexpr = ACTIVATION != "none"
     W_PACK: tl.constexpr = 2 if W_FORMAT == "e2m1" else 1
@@ -110,14 +125,23 @@ def moe_gemm_kernel(
     if expert < 0:
         return
     n_rows = 2 * N if PAIRED else N
-    w += expert * n_rows * (K // W_PACK)
-    w_scales += expert * n_rows * (K // 32)
+    w_cols = K // W_PACK if PAD == 1 else tl.cdiv(K // W_PACK, PAD) * PAD
+    s_cols = K // 32 if SCALE_PAD == 1 else tl.cdiv(K // 32, SCALE_PAD) * SCALE_PAD
+    stored = n_rows if VALUES == "strided" else tl.cdiv(n_rows, 16) * 16
+    w += expert * stored * w_cols
+    w_scales += expert * stored * s_cols
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if PAIRED and INTERLEAVED:
-        w_rows, w_rows2 = 2 * columns, 2 * columns + 1
+        b_rows, b_rows2 = 2 * columns, 2 * columns + 1
     else:
-        w_rows, w_rows2 = columns, columns + N
-    wide_w, wide_w2 = w_rows.to(tl.int64)[:, None], w_rows2.to(tl.int64)[:, None]
+        b_rows, b_rows2 = columns, columns + N
+    rows1, rows2 = b_rows, b_rows2
+    if PAIRED and VALUES != "strided":
+        rows1 = columns // 8 * 16 + columns % 8
+        rows2 = rows1 + 8
+    wide1, wide2 = rows1.to(tl.int64)[:, None], rows2.to(tl.int64)[:, None]
+    w_rows, w_rows2 = row_offsets(wide1, w_cols, VALUES), row_offsets(wide2, w_cols, VALUES)
+    s_rows, s_rows2 = row_offsets(wide1, s_cols, SCALES), row_offsets(wide2, s_cols, SCALES)
     w_inside = (columns < N)[:, None]
     x_rows = (rows // TOP_K).to(tl.int64)[:, None]
     x_inside = (rows < M)[:, None]
@@ -127,13 +151,13 @@ def moe_gemm_kernel(
     whole = K // BLOCK_K * BLOCK_K
     for k in range(0, whole, BLOCK_K):
         first, second = k_step(
-            first, second, x, x_scales, x_rows, x_inside, w, w_scales, wide_w, wide_w2, w_inside, k, K, X_FORMAT,
-            W_FORMAT, PAIRED, SCALED, False, BLOCK_M, BLOCK_N, BLOCK_K,
+            first, second, x, x_scales, x_rows, x_inside, w, w_scales, w_rows, s_rows, w_rows2, s_rows2, w_inside, k, K,
+            X_FORMAT, W_FORMAT, PAIRED, SCALED, False, BLOCK_M, BLOCK_N, BLOCK_K, VALUES, SCALES,
         )  # fmt: skip
     if not EVEN_K:
         first, second = k_step(
-            first, second, x, x_scales, x_rows, x_inside, w, w_scales, wide_w, wide_w2, w_inside, whole, K, X_FORMAT,
-            W_FORMAT, PAIRED, SCALED, True, BLOCK_M, BLOCK_N, BLOCK_K,
+            first, second, x, x_scales, x_rows, x_inside, w, w_scales, w_rows, s_rows, w_rows2, s_rows2, w_inside,
+            whole, K, X_FORMAT, W_FORMAT, PAIRED, SCALED, True, BLOCK_M, BLOCK_N, BLOCK_K, VALUES, SCALES,
         )  # fmt: skip
 
     if x_scale is not None:
@@ -142,9 +166,9 @@ def moe_gemm_kernel(
         second *= static
     if bias is not None:
         bias += expert * n_rows
-        first += tl.load(bias + w_rows, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        first += tl.load(bias + b_rows, mask=columns < N, other=0.0).to(tl.float32)[None, :]
         if PAIRED:
-            second += tl.load(bias + w_rows2, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+            second += tl.load(bias + b_rows2, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if PAIRED:
         first = activate(first, second, ACTIVATION, CLAMP, alpha, limit, beta)
     if row_weights is not None:
@@ -220,6 +244,7 @@ def moe_gemm(
     bias: torch.Tensor | None = None,
     row_weights: torch.Tensor | None = None,
     epilogue: Epilogue = PLAIN,
+    layout: tuple[str, str] = STRIDED,
 ) -> torch.Tensor:
     """y[r] = x[r // top_k] w[expert of r]^T through the epilogue, for each routed row r that has a place.
 
@@ -240,9 +265,11 @@ def moe_gemm(
         bias: [E, N].
         row_weights: [R] fp32, the routing weights.
         epilogue: what happens to the sums.
+        layout: names of the layouts of w and w_scales, which then have the shapes that those give them. Where it is not
+            strided, an activation finds 8 gates and 8 ups alternate among the rows; the bias stays as it is.
     """
-    paired = epilogue.activation != "none"
-    n, k = w.shape[1] // (2 if paired else 1), w_scales.shape[-1] * 32
+    n = y.shape[1] * (2 if epilogue.out == "e2m1" else 1)
+    k = x.shape[1] * (2 if element_of(x) == "e2m1" else 1)
     if routing.block_m != config.block_m or (epilogue.out and (n % 32 or config.block_n % 32)):
         raise ValueError(
             f"blocks of {routing.block_m} rows, N {n} and {config}: routing must be made for the config, and MX output "
@@ -251,6 +278,7 @@ def moe_gemm(
     tiles_m = routing.block_experts.numel()
     if tiles_m:
         constants = config.constants(element_of(x), element_of(w), top_k, k, arch) | epilogue.constants()
+        constants |= layout_constants(layout)
         moe_gemm_kernel[(tiles_m * triton.cdiv(n, config.block_n),)](
             x, x_scales, x_scale, w, w_scales, bias, y, y_scales, routing.row_ids, routing.block_experts, row_weights,
             y.shape[0], n, k, tiles_m, epilogue.alpha, epilogue.limit or 0.0, epilogue.beta,

@@ -101,15 +101,16 @@ def row_offsets(n, COLS, LAYOUT: tl.constexpr):
 
 @triton.jit
 def column_offsets(c, LAYOUT: tl.constexpr):
-    """What byte, or scale, c of a row adds."""
+    """What byte, or scale, c of a row adds. Divided first, then the remainder taken: so Triton sees which bytes lie
+    together, and loads them so."""
     if LAYOUT == "preshuffle":
-        at = c // 32 * 512 + c % 32 // 16 * 256 + c % 16
+        at = c // 32 * 512 + c // 16 % 2 * 256 + c % 16
     elif LAYOUT == "mxfp8_lane":
         at = c // 128 * 2048 + c // 32 % 2 * 1024 + c // 16 % 2 * 512 + c // 64 % 2 * 16 + c % 16
     elif LAYOUT == "cdna3_e2m1":
-        at = c // 64 * 1024 + c % 16 // 4 * 256 + c % 64 // 16 * 4 + c % 4
+        at = c // 64 * 1024 + c // 4 % 4 * 256 + c // 16 % 4 * 4 + c % 4
     elif LAYOUT == "mma_tile":
-        at = c // 64 * 1024 + c % 32 // 8 * 16 + c % 64 // 32 * 8 + c % 8
+        at = c // 64 * 1024 + c // 8 % 4 * 16 + c // 32 % 2 * 8 + c % 8
     elif LAYOUT == "tile_scale":
         at = c // 4 * 64 + c % 4
     elif LAYOUT == "mma_scale":

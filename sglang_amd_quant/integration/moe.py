@@ -191,8 +191,8 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             problem=problem,
             w13=w13,
             w2=w2,
-            b13=getattr(layer, "w13_weight_bias", None),
-            b2=getattr(layer, "w2_weight_bias", None),
+            b13=_narrowed(getattr(layer, "w13_weight_bias", None)),
+            b2=_narrowed(getattr(layer, "w2_weight_bias", None)),
             values=(kept[0], kept[1]) if current_arch() == CPU else None,
         )
         layer.amd_mx.prepare()
@@ -235,6 +235,7 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
                 limit=activation.limit if gate_up else None,
                 alpha=activation.alpha if gate_up and activation.kind == "swigluoai" else None,
                 clamp=activation.clamp if gate_up else "before",
+                beta=activation.beta if gate_up and activation.kind == "swigluoai" else None,
             ),
             out_dtype=self._dtype,
         )
@@ -258,6 +259,14 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
         topk = dispatch_output.topk_output
         out = layer.amd_mx(dispatch_output.hidden_states, topk.topk_ids, topk.topk_weights)
         return StandardCombineInput(hidden_states=out)
+
+
+def _narrowed(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The bias as bf16, which decode kernels read, where that loses nothing: checkpoints have it so."""
+    if bias is None:
+        return None
+    narrow = bias.detach().bfloat16()
+    return narrow if torch.equal(narrow.to(bias.dtype), bias) else bias
 
 
 def activation_of(run: MoeRunnerConfig) -> Activation:

@@ -213,6 +213,16 @@ PACKED_LAYOUTS: Mapping[str, LayoutSpec] = {
             "hopper_bf16", Role.PACKED, ("e2m1",), about="wgmma fragments of bf16: kernels/triton/hopper_pack.py"
         ),
         LayoutSpec("hopper_e4m3", Role.PACKED, _MX, about="wgmma fragments of e4m3: kernels/triton/hopper_pack.py"),
+        *(
+            LayoutSpec(
+                f"decode_{values}",
+                Role.PACKED,
+                VALUE_LAYOUTS[values].elements,
+                tile_n=16,
+                about=f"{values}+tile_scale, of a gated gate_up with 8 gates and 8 ups by turns: grouped decode on AMD",
+            )
+            for values in ("preshuffle", "mxfp8_lane", "cdna3_e2m1")
+        ),
     )
 }
 """What `ops/packed.py` makes. Such a name is a whole `TensorLayout`: it goes with no other."""

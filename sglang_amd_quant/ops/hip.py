@@ -38,8 +38,8 @@ class Device(Protocol):
 
 
 current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda ordinal: 0)
-"""The handle of torch's current stream on a device, of CUDA and of HIP alike, without making a Stream object of it: what
-Triton and inductor ask too. A torch for CPUs has none."""
+"""The handle of torch's current stream on a device, of CUDA and of HIP alike, without making a Stream object of it:
+what Triton and inductor ask too. A torch for CPUs has none."""
 
 
 class GpuDevice:
@@ -75,10 +75,12 @@ def device_of(x: torch.Tensor) -> Device:
 def preload(kernels: Iterable[str], x: torch.Tensor) -> None:
     """Load everything that these kernels launch on x's device: a graph capture must not be the first to need it."""
     code_objects = {name for k in kernels for name in kernel(k).code_objects}
-    names = [e.name for c in manifest.CODE_OBJECTS if c.name in code_objects for e in c.entry_points]
-    if names:
-        device_of(x).load(*names)
-        workspace(x)
+    if not code_objects:
+        return
+    device = device_of(x)
+    mine = (c for c in manifest.CODE_OBJECTS if c.name in code_objects and device.arch_name in c.archs)
+    device.load(*(e.name for c in mine for e in c.entry_points))
+    workspace(x)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:

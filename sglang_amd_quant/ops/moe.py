@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.ops import hip, reference, triton_hopper, triton_moe, triton_mx
+from sglang_amd_quant.ops import hip, hip_moe, reference, triton_hopper, triton_moe, triton_mx
 from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.ops.operand import Operand, dtype_name
 from sglang_amd_quant.ops.packed import Weight, unpacked
@@ -19,6 +19,7 @@ from sglang_amd_quant.ops.reference import MoeProblem
 from sglang_amd_quant.runtime.detect import launchable
 from sglang_amd_quant.selection import Config, GemmProblem, KernelChoice, choose
 from sglang_amd_quant.selection.choose import REFERENCE
+from sglang_amd_quant.selection.shipped_kernels import AMD_MOE_DECODE_LAYOUTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,11 @@ KERNELS: dict[tuple[str, str], MoeKernel] = {
     ("triton_hopper_bf16", "triton_hopper_bf16"): triton_hopper.run_hopper_moe,
     ("triton_hopper_e4m3", "triton_hopper_e4m3"): triton_hopper.run_hopper_moe,
 }
+for _arch, _weight in AMD_MOE_DECODE_LAYOUTS:
+    _decode = f"hip_moe_decode_{_arch}_{_weight}"
+    KERNELS[_decode, _decode] = hip_moe.run_decode
+    KERNELS[_decode, "triton_moe"] = hip_moe.run_decode_then_triton
+    KERNELS["triton_moe", _decode] = hip_moe.run_triton_then_decode
 """Kernel names of gate_up and down -> what launches the pair. Selection chooses only among these and the reference."""
 
 

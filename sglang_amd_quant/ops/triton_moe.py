@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_amd_quant.ops.packed import Weight, as_mx
+from sglang_amd_quant.ops.packed import Weight
 from sglang_amd_quant.ops.quantize import Quantized, quantize_activation
 from sglang_amd_quant.ops.routing import Routing, combine, route, slots
 from sglang_amd_quant.ops.triton_mx import grouped, tile_of
@@ -19,46 +19,63 @@ if TYPE_CHECKING:
 
 def run_moe(call: MoeCall) -> torch.Tensor:
     """Gate_up with activation and quantization in its epilogue, then down; products are rounded to bf16."""
-    from sglang_amd_quant.kernels.triton.moe_gemm import Epilogue
-
-    p, f, top_k = call.problem, call.problem.activation, call.topk_ids.shape[1]
-    x = _weighted_input(call)
+    p = call.problem
     routing = route(call.topk_ids, p.num_experts, tile_of(call.config13).block_m)
     element = None if p.act2.scale is not None or p.act2.scheme.act == "bf16" else p.act2.scheme.act
+    hidden, scales = gate_up(call, routing, element)
+    if scales is None:
+        return down(call, routing, quantize_activation(hidden, p.act2))
+    return down(call, routing, Quantized(hidden.view(torch.float8_e4m3fn) if element == "e4m3" else hidden, scales))
+
+
+def gate_up(call: MoeCall, routing: Routing, element: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gate_up with its activation: [rows, I] in x's dtype, or codes and scales of `element` for the next GEMM."""
+    from sglang_amd_quant.kernels.triton.moe_gemm import Epilogue
+
+    p, f, x = call.problem, call.problem.activation, weighted_input(call)
     mode = None if p.act2.mode is None else p.act2.mode.value
     epilogue = Epilogue(f.kind, f.interleaved, f.limit, f.alpha, f.beta, element, mode)
-    inter = f.columns(call.w13.n)
-    hidden, scales = _hidden(routing.rows, inter, element, x)
+    hidden, scales = _hidden(routing.rows, f.columns(call.w13.n), element, x)
     _gemm(quantize_activation(x, p.act13), call.w13, hidden, scales, routing, call.config13, call.gate_up.arch,
-          top_k=top_k, bias=call.b13, epilogue=epilogue)  # fmt: skip
-    if scales is None:
-        return _down(call, routing, quantize_activation(hidden, p.act2))
-    return _down(call, routing, Quantized(hidden.view(torch.float8_e4m3fn) if element == "e4m3" else hidden, scales))
+          top_k=call.topk_ids.shape[1], bias=call.b13, epilogue=epilogue)  # fmt: skip
+    return hidden, scales
 
 
 def run_mx_then_moe(call: MoeCall) -> torch.Tensor:
     """Gate_up by `mx_gemm` with its activation in torch, for activations that the epilogue has not; then down."""
     p, top_k = call.problem, call.topk_ids.shape[1]
-    x = _weighted_input(call)
+    x = weighted_input(call)
     routing = route(call.topk_ids, p.num_experts, tile_of(call.config13).block_m)
     first = grouped(
         quantize_activation(x, p.act13), call.w13, call.b13, call.config13, call.gate_up.arch, routing, top_k
     )  # fmt: skip
-    return _down(call, routing, quantize_activation(p.activation(first).to(x.dtype), p.act2))
+    return down(call, routing, quantize_activation(p.activation(first).to(x.dtype), p.act2))
 
 
-def _weighted_input(call: MoeCall) -> torch.Tensor:
+def weighted_input(call: MoeCall) -> torch.Tensor:
+    """x, times its routing weight where that belongs to the input."""
     if not call.problem.weight_on_input:
         return call.x.contiguous()
     return (call.x.float() * call.topk_weights.float()[:, :1]).to(call.x.dtype)
 
 
-def _down(call: MoeCall, routing: Routing, hidden: Quantized) -> torch.Tensor:
-    p = call.problem
+def row_weights(call: MoeCall) -> torch.Tensor | None:
+    """fp32 [rows]: what rows of the down GEMM are multiplied by, None for nothing."""
+    weighted = call.problem.weight_output and not call.problem.weight_on_input
+    return call.topk_weights.float().reshape(-1).contiguous() if weighted else None
+
+
+def down(call: MoeCall, routing: Routing, hidden: Quantized) -> torch.Tensor:
+    """Down with the routing weights, and the sum over each token's slots."""
     routed = torch.empty(routing.rows, call.w2.n, dtype=call.x.dtype, device=call.x.device)
-    weighted = p.weight_output and not p.weight_on_input
-    weights = call.topk_weights.float().reshape(-1).contiguous() if weighted else None
-    _gemm(hidden, call.w2, routed, None, routing, call.config2, call.down.arch, bias=call.b2, row_weights=weights)
+    _gemm(hidden, call.w2, routed, None, routing, call.config2, call.down.arch, bias=call.b2,
+          row_weights=row_weights(call))  # fmt: skip
+    return combined(call, routed)
+
+
+def combined(call: MoeCall, routed: torch.Tensor) -> torch.Tensor:
+    """routed [rows, H] as the op returns it: summed in slot order, or slot by slot."""
+    p = call.problem
     if p.combine:
         return combine(routed, call.topk_ids, p.num_experts, p.scale, call.x.dtype)
     return slots(routed, call.topk_ids, p.num_experts).to(call.x.dtype)
@@ -88,9 +105,11 @@ def _gemm(
 ) -> None:
     from sglang_amd_quant.kernels.triton.moe_gemm import PLAIN, moe_gemm
 
-    w = as_mx(weight)
+    data, w_scales = weight.tensors
+    values = weight.layout.value.removeprefix("decode_")
     scales = x.scales if x.factor is None else None
     moe_gemm(
-        x.data, scales, w.data, w.scales, y, y_scales, routing, tile_of(config), arch,
+        x.data, scales, data, w_scales, y, y_scales, routing, tile_of(config), arch,
         top_k=top_k, x_scale=x.factor, bias=bias, row_weights=row_weights, epilogue=epilogue or PLAIN,
+        layout=(values, "strided" if values == "strided" else "tile_scale"),
     )  # fmt: skip

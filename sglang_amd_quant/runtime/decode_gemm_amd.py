@@ -240,7 +240,7 @@ def plans(
 def plan_within(
     room: int, arch: str, scheme: str, m: int, n: int, k: int, cu_count: int, block_m: int, blocks: int
 ) -> AmdDecodePlan:
-    """The first of `plans` whose workspace has at most `room` bytes, or else the first. Raises ShapeError as it does."""
+    """The first of `plans` whose workspace has at most `room` bytes, else the first. Raises ShapeError as it does."""
     candidates = plans(arch, scheme, m, n, k, cu_count, block_m, blocks)
     fitting = (p for p in candidates if p.workspace_bytes(blocks or -(-m // p.rows), n) <= room)
     return next(fitting, candidates[0])

@@ -216,8 +216,8 @@ class HipDriver(Driver):
         self, function: c_void_p, grid: int, block: int, lds: int, stream: int, extra: Any, cluster: int, overlap: bool
     ) -> int:
         """hipModuleLaunchKernel."""
-        status = self._launch(function, grid, 1, 1, block, 1, 1, lds, c_void_p(stream), None, extra)
-        return status  # type: ignore[no-any-return]
+        handle = c_void_p(stream)
+        return self._launch(function, grid, 1, 1, block, 1, 1, lds, handle, None, extra)  # type: ignore[no-any-return]
 
     def arch_name(self, device: int) -> str:
         """The first `gfx...` in the device's properties: gcnArchName, wherever this version of the struct has it."""

@@ -48,7 +48,8 @@ def choose_layout(problem: GemmProblem, selector: Selector | None = None) -> Lay
     """
     selector = selector or process_selector()
     reasons: list[str] = []
-    for layout, source, why in (*_measured(problem, selector.packs), *_ruled(problem), *_readable(problem)):
+    ruled = _ruled(problem, selector, reasons)
+    for layout, source, why in (*_measured(problem, selector.packs), *ruled, *_readable(problem)):
         against = _against(problem, selector, layout)
         if not against:
             return LayoutChoice(layout, source, (why, *reasons))
@@ -76,9 +77,13 @@ def _measured(problem: GemmProblem, packs: Packs) -> Iterable[Preference]:
     return [(layout, "exact", f"measured over {len(common)} common entries: {told}") for _, layout in totals]
 
 
-def _ruled(problem: GemmProblem) -> Iterable[Preference]:
-    rule = next((rule for rule in LAYOUT_RULES if rule.holds(problem)), None)
-    return [(rule.layout, "rule", rule.origin)] if rule else []
+def _ruled(problem: GemmProblem, selector: Selector, reasons: list[str]) -> Iterable[Preference]:
+    """The first rule that holds, as a list; what those before it lack goes to `reasons`."""
+    for rule in (rule for rule in LAYOUT_RULES if rule.holds(problem)):
+        if not rule.kernel or rule.kernel in selector.available:
+            return [(rule.layout, "rule", rule.origin)]
+        reasons.append(f"{rule.layout} refused ({rule.origin}): no available kernel {rule.kernel}")
+    return []
 
 
 def _readable(problem: GemmProblem) -> Iterable[Preference]:

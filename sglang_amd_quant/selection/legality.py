@@ -125,6 +125,8 @@ def _activation(p: GemmProblem, kernel: KernelSpec) -> Found:
     if e.activation not in kernel.activations or not e.gated or (e.limit is not None and e.clamp != "before"):
         asked = f"{e.activation}{'' if e.gated else ' without gate'}{'' if e.limit is None else f', clamped {e.clamp}'}"
         yield Refusal("activation", f"fuses gated {'/'.join(kernel.activations)}, clamped before, not {asked}")
+    if kernel.betas and e.beta not in kernel.betas:
+        yield Refusal("activation", f"adds {' or '.join(str(b) for b in kernel.betas if b)} to up, not {e.beta}")
 
 
 def _dimensions(p: GemmProblem, kernel: KernelSpec) -> Found:

@@ -39,6 +39,7 @@ class Epilogue:
         interleaved: columns alternate gate, up (gpt-oss); otherwise all gates come first.
         limit, alpha: clamp and slope of the activation, None where it has none.
         clamp: whether the gate is clamped `before` its function or `after_silu` (`ops.activation.Activation`).
+        beta: what the activation adds to up, None where it adds nothing, or what is usual (1).
     """
 
     bias: bool = False
@@ -48,6 +49,7 @@ class Epilogue:
     limit: float | None = None
     alpha: float | None = None
     clamp: str = "before"
+    beta: float | None = None
 
 
 NO_EPILOGUE = Epilogue()

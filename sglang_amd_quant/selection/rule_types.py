@@ -72,7 +72,7 @@ def _show(bounds: Range) -> str:
 
 @dataclass(frozen=True)
 class LayoutRule:
-    """`layout` wins for weights shared by at most `moe_tp_max` ranks."""
+    """`layout` wins for weights shared by at most `moe_tp_max` ranks, where `kernel`, if any, may be chosen."""
 
     arch: str
     scheme: str
@@ -80,6 +80,7 @@ class LayoutRule:
     layout: str
     origin: str
     moe_tp_max: int | None = None
+    kernel: str = ""
 
     def holds(self, problem: GemmProblem) -> bool:
         kind = (self.arch, self.scheme) == (problem.arch, problem.scheme) and problem.op in self.ops

@@ -34,6 +34,17 @@ _AMD_DECODE = (
     ("gfx11", "e2m1", _MXFP4_WEIGHTS, "preshuffle+tile_scale"),
     ("gfx11", "e4m3", ("mxfp8",), "preshuffle+tile_scale"),
 )
+_MOE_BOUNDS = "aiter #3783: bounds on M_routed of its own kernel; not measured with this one"
+
+
+def _amd_moe(arch: str, weight: str, scheme: str) -> tuple[Rule, ...]:
+    """gate_up up to 16 routed rows, or 64 spread over many experts; down, whose K is less, up to 8."""
+    name = f"hip_moe_decode_{arch}_{weight}"
+    return (
+        Rule(name, arch, "moe_gate_up", scheme, _MOE_BOUNDS, rows=(1, 16)),
+        Rule(name, arch, "moe_gate_up", scheme, _MOE_BOUNDS, rows=(17, 64), e_min=128),
+        Rule(name, arch, "moe_down", scheme, _MOE_BOUNDS, rows=(1, 8)),
+    )
 
 
 RULES: tuple[Rule, ...] = (
@@ -61,6 +72,12 @@ RULES: tuple[Rule, ...] = (
         for arch, weight, schemes, _ in _AMD_DECODE
         for scheme in schemes
     ),
+    *(
+        rule
+        for arch, weight, schemes, _ in _AMD_DECODE
+        for scheme in schemes
+        for rule in _amd_moe(arch, weight, scheme)
+    ),
 )
 
 HIP_MARGIN = 1.03
@@ -74,11 +91,20 @@ _GROUPED = ("moe_gate_up", "moe_down")
 
 # fmt: off
 LAYOUT_RULES: tuple[LayoutRule, ...] = (
-    LayoutRule("gfx950", "w4a8", _GROUPED, "cdna4_scale", "vllm#44804: swizzled scales win at TP1 and TP2", 2),
-    LayoutRule("gfx950", "w4a8", _GROUPED, "strided", "vllm#44804: strided scales win 23 of 28 cells at TP4 and TP8"),
+    LayoutRule("gfx950", "w4a8", _GROUPED, "cdna4_scale", "vllm#44804: swizzled scales win at TP1 and TP2", 2,
+               "triton_moe_a8w4"),
+    LayoutRule("gfx950", "w4a8", _GROUPED, "strided", "vllm#44804: strided scales win 23 of 28 cells at TP4 and TP8",
+               kernel="triton_moe_a8w4"),
+    LayoutRule("gfx950", "mxfp8", _GROUPED, "strided", "aiter #3783: what it was measured on", kernel="hip_mxfp8_moe"),
     *(LayoutRule("sm_90", s, ("linear",), "hopper_bf16", _DECODING) for s in ("w4a16", "w4a8", "mxfp4")),
     LayoutRule("sm_90", "mxfp8", ("linear",), "mma_tile+mma_scale", _DECODING),
     *(LayoutRule(arch, s, ("linear",), layout, _DECODING) for arch, _, schemes, layout in _AMD_DECODE for s in schemes),
+    *(
+        LayoutRule(arch, s, _GROUPED, f"decode_{layout.partition('+')[0]}", _DECODING,
+                   kernel=f"hip_moe_decode_{arch}_{weight}")
+        for arch, weight, schemes, layout in _AMD_DECODE
+        for s in schemes
+    ),
     LayoutRule("sm_90", "w4a16", _GROUPED, "hopper_bf16", _FRAGMENTS),
     *(LayoutRule("sm_90", s, _GROUPED, "hopper_e4m3", _FRAGMENTS) for s in ("mxfp8", "w4a8", "mxfp4")),
     LayoutRule("gfx11", "int4_w4a16", _GROUPED, "exllama", "ROCm/vllm #1015 reads ExLlama order"),

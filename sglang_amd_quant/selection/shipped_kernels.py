@@ -7,7 +7,9 @@ What launches each is in `ops/hip.py` and `ops/triton_mx.py`, under the same nam
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from sglang_amd_quant.kernels.hip.manifest import AMD_MOE_DECODE_M
 from sglang_amd_quant.selection import families  # noqa: F401  registers first, whoever imports this: plans depend on order
 from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.buckets import routed_block_m
@@ -17,6 +19,19 @@ from sglang_amd_quant.selection.problem import Config, GemmProblem
 from sglang_amd_quant.selection.specs import SHIPPED, KernelSpec, kernel, register
 
 GPUS = ("gfx950", "gfx942", "gfx11", "sm_90")
+
+AMD_DECODE_LAYOUTS = {
+    ("gfx950", "e2m1"): "preshuffle+tile_scale",
+    ("gfx950", "e4m3"): "mxfp8_lane+tile_scale",
+    ("gfx942", "e2m1"): "cdna3_e2m1+tile_scale",
+    ("gfx11", "e2m1"): "preshuffle+tile_scale",
+    ("gfx11", "e4m3"): "preshuffle+tile_scale",
+}
+"""What the decode kernels of an AMD arch read (`runtime/decode_gemm_amd.py`), by weight format. gfx942 wants e4m3 as
+FNUZ, which no prefill kernel reads: none here."""
+
+AMD_MOE_DECODE_LAYOUTS = {key: f"decode_{name.partition('+')[0]}" for key, name in AMD_DECODE_LAYOUTS.items()}
+"""Likewise the grouped ones; the rows of a gated gate_up have an order of their own (`ops/packed.py`)."""
 
 _TILE = {
     "block_m": (16, 32, 64, 128),
@@ -98,6 +113,7 @@ _MOE = KernelSpec(
     archs=GPUS,
     schemes=("mxfp8", "w4a8", "mxfp4", "w4a16"),
     ops=("moe_gate_up", "moe_down"),
+    layouts=("strided", *dict.fromkeys(AMD_MOE_DECODE_LAYOUTS.values())),
     space=_TILE,
     configure=_moe_tile,
     triton=True,
@@ -157,17 +173,6 @@ def _hopper(x_format: str, schemes: tuple[str, ...], acts: tuple[str, ...], ops:
     )
 
 
-AMD_DECODE_LAYOUTS = {
-    ("gfx950", "e2m1"): "preshuffle+tile_scale",
-    ("gfx950", "e4m3"): "mxfp8_lane+tile_scale",
-    ("gfx942", "e2m1"): "cdna3_e2m1+tile_scale",
-    ("gfx11", "e2m1"): "preshuffle+tile_scale",
-    ("gfx11", "e4m3"): "preshuffle+tile_scale",
-}
-"""What the decode kernels of an AMD arch read (`runtime/decode_gemm_amd.py`), by weight format. gfx942 wants e4m3 as
-FNUZ, which no prefill kernel reads: none here."""
-
-
 def _amd_decode(arch: str, weight: str) -> KernelSpec:
     schemes, static = (("mxfp8",), "mxfp8_static") if weight == "e4m3" else (("w4a8", "mxfp4", "w4a16"), "w4a8_static")
     return KernelSpec(
@@ -185,6 +190,28 @@ def _amd_decode(arch: str, weight: str) -> KernelSpec:
         code_objects=tuple(f"decode_{s}" for s in (*schemes, static)),
         m_max=64,
         k_multiple=32,
+    )
+
+
+def _moe_decode_block(problem: GemmProblem) -> Config:
+    """Blocks of four rows where hardly an expert has more, and down is a decode kernel's too (`RULES`)."""
+    return Config(block_m=problem.block_m or (4 if problem.rows <= 8 else 16))
+
+
+def _amd_moe_decode(arch: str, weight: str) -> KernelSpec:
+    return replace(
+        _amd_decode(arch, weight),
+        name=f"hip_moe_decode_{arch}_{weight}",
+        ops=("moe_gate_up", "moe_down"),
+        layouts=(AMD_MOE_DECODE_LAYOUTS[arch, weight],),
+        space={"block_m": AMD_MOE_DECODE_M},
+        configure=_moe_decode_block,
+        out_dtypes=("bf16",),
+        fuses=("quantize_input", "bias", "activation"),
+        activations=("silu", "swigluoai"),
+        betas=(None, 1.0),
+        m_max=0,
+        n_multiple=16,
     )
 
 
@@ -221,6 +248,7 @@ SHIPPED_KERNELS = (
         k_multiple=32,
     ),
     *(_amd_decode(arch, weight) for arch, weight in AMD_DECODE_LAYOUTS),
+    *(_amd_moe_decode(arch, weight) for arch, weight in AMD_MOE_DECODE_LAYOUTS),
     _mx_gemm(
         "triton_mx_gemm",
         ("linear",),

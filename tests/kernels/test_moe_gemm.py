@@ -14,10 +14,12 @@ from emulated_triton import Launch, emulated_triton
 from sglang_amd_quant.kernels.triton.manifest import SCHEMES, TRITON_ARCHS
 from sglang_amd_quant.kernels.triton.moe import default_configs, fused_moe_torch, fused_moe_triton
 from sglang_amd_quant.kernels.triton.moe_gemm import PLAIN, Epilogue, moe_gemm, moe_gemm_torch
-from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig
+from sglang_amd_quant.kernels.triton.mx_gemm import STRIDED, MxGemmConfig
 from sglang_amd_quant.kernels.triton.quant_mx import quant_mx_torch
 from sglang_amd_quant.kernels.triton.routing import route_torch
 
+from sglang_amd_quant.layouts.registry import scale_layout, value_layout
+from sglang_amd_quant.ops.packed import paired_rows
 from sglang_amd_quant.toolchain.triton_aot import call, compile_variant
 
 ARCHS = ("gfx950", "gfx942", "gfx1100")
@@ -67,11 +69,13 @@ def positive(data: torch.Tensor) -> torch.Tensor:
     return data.abs() if data.dtype == torch.bfloat16 else (data.view(torch.uint8) & 0x7F).view(data.dtype)
 
 
-def run(arch: str, p: dict[str, Any], epilogue: Epilogue, weighted: bool) -> tuple[Any, Any, dict[str, Any], Launch]:
+def run(
+    arch: str, p: dict[str, Any], epilogue: Epilogue, weighted: bool, layout: tuple[str, str] = STRIDED
+) -> tuple[Any, Any, dict[str, Any], Launch]:
     """y, y_scales and the twin's arguments; outputs start as NaN, or 0xAA for codes."""
     config = TILES[arch]
     routing = route_torch(p["ids"], EXPERTS, config.block_m)
-    n = p["w"].shape[1] // (1 if epilogue.activation == "none" else 2)
+    n = p["bias"].shape[1] // (1 if epilogue.activation == "none" else 2)
     y: torch.Tensor = torch.full((TOKENS * TOP_K, n), torch.nan, dtype=torch.bfloat16)
     y_scales = None
     if epilogue.out:
@@ -80,7 +84,7 @@ def run(arch: str, p: dict[str, Any], epilogue: Epilogue, weighted: bool) -> tup
     more = {"top_k": TOP_K, "bias": p["bias"], "row_weights": p["row_weights"] if weighted else None}
     operands = [p[name] for name in ("x", "x_scales", "w", "w_scales")]
     with emulated_triton(arch) as launches:
-        moe_gemm(*operands, y, y_scales, routing, config, arch, epilogue=epilogue, **more)
+        moe_gemm(*operands, y, y_scales, routing, config, arch, epilogue=epilogue, layout=layout, **more)
     assert launches[0].compiled.report.problems == []
     twin = {"operands": operands, "routing": routing, "epilogue": epilogue, **more}
     return y, y_scales, twin, launches[0]
@@ -152,6 +156,40 @@ def test_gate_up(arch: str, scheme: str, epilogue: Epilogue) -> None:
     assert same > 0.99, same  # a largest element next to where the scale steps may fall on either side
     codes_equal = (y[here] == data.view(torch.uint8)[here]).float().mean()
     assert codes_equal > 0.98, codes_equal  # likewise next to where codes step: 2^-9 of 2^-4 or 2^-2 wide
+
+
+@pytest.mark.parametrize(
+    ("arch", "scheme", "values"),
+    [
+        ("gfx950", "w4a8", "preshuffle"),
+        ("gfx950", "mxfp8", "mxfp8_lane"),
+        ("gfx942", "w4a16", "cdna3_e2m1"),
+        ("gfx1100", "mxfp8", "preshuffle"),
+    ],
+)
+@pytest.mark.parametrize(
+    "epilogue",
+    [PLAIN, Epilogue("silu", interleaved=True, out="e2m1"), Epilogue("swigluoai", limit=2.0)],
+    ids=["down", "interleaved", "halves"],
+)
+def test_weights_may_lie_as_decode_kernels_read_them(arch: str, scheme: str, values: str, epilogue: Epilogue) -> None:
+    """The same products in the same order, so the same bits, loaded in no smaller pieces; N and K end within a tile of
+    the layout."""
+    n, k = 2 * 96 - (8 if epilogue is PLAIN else 0), TILES[arch].block_k + 32
+    p = problem(scheme, n, k, seed=5)
+    want, want_scales, _, strided = run(arch, p, epilogue, weighted=False)
+    order = torch.arange(n)
+    if epilogue is not PLAIN:
+        order = paired_rows(n, "interleaved" if epilogue.interleaved else "halves")
+    packed = {
+        "w": value_layout(values).pack(p["w"].view(torch.uint8)[:, order].view(p["w"].dtype)),
+        "w_scales": scale_layout("tile_scale").pack(p["w_scales"][:, order]),
+    }
+    got, got_scales, _, made = run(arch, p | packed, epilogue, weighted=False, layout=(values, "tile_scale"))
+    assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+    assert want_scales is None or torch.equal(got_scales, want_scales)
+    narrow = [sum(launch.compiled.report.loads.get(size, 0) for size in (1, 2)) for launch in (made, strided)]
+    assert narrow[0] <= narrow[1], narrow
 
 
 @pytest.mark.parametrize("arch", ARCHS)

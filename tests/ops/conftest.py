@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sglang_amd_quant.kernels.hip.manifest import AMD_ARCHS
+from sglang_amd_quant.kernels.hip.manifest import AMD_ARCHS, find
 
-from sglang_amd_quant.ops import hip, layout, linear, moe, operand
+from sglang_amd_quant.ops import hip, layout, linear, moe, operand, packed
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.runtime.code_objects import code_object
 from sglang_amd_quant.runtime.launch import LaunchDescription
+from sglang_amd_quant.selection import kernels
 from sglang_amd_quant.toolchain.build import build
 from sglang_amd_quant.toolchain.compilers import find_compiler
 
@@ -38,7 +40,8 @@ class EmulatedDevice:
 
     def load(self, *names: str) -> None:
         for name in names:
-            assert code_object(name, self.arch_name, self._root).exists()
+            holder, _ = find(name, self.arch_name)  # KeyError: another arch's
+            assert code_object(name, self.arch_name, self._root).stem == holder.name
 
     def start(self, description: LaunchDescription) -> None:
         from emulator.launch import launch
@@ -140,13 +143,21 @@ def _seeded() -> Iterator[None]:
 @pytest.fixture
 def moe_twins(triton_twins: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """As `triton_twins`, with the MoE GEMM that has epilogues as well."""
-    from sglang_amd_quant.kernels.triton import moe_gemm
+    from sglang_amd_quant.kernels.triton import moe_gemm, mx_gemm
+    from triton_twin import strided
 
-    def twin(x, x_scales, w, w_scales, y, y_scales, routing, config, arch, **options):  # type: ignore[no-untyped-def]
+    def twin(x, x_scales, w, w_scales, y, y_scales, routing, config, arch, layout=mx_gemm.STRIDED, **options):  # type: ignore[no-untyped-def]
         for tensor in (x, x_scales, w, w_scales, y, y_scales, *options.values()):
             assert not isinstance(tensor, torch.Tensor) or tensor.is_contiguous()
         assert config.block_m == routing.block_m
-        triton_twins.append({"y": y, "config": config, "arch": arch, **options})
+        triton_twins.append({"y": y, "config": config, "arch": arch, "layout": layout, **options})
+        e = options["epilogue"]
+        if layout != mx_gemm.STRIDED:
+            paired = e.activation != "none"
+            n = y.shape[1] * (2 if e.out == "e2m1" else 1) * (2 if paired else 1)
+            k = x.shape[1] * (2 if mx_gemm.element_of(x) == "e2m1" else 1)
+            pairs = None if not paired else "interleaved" if e.interleaved else "halves"
+            w, w_scales = strided(w, w_scales, n, k, layout, pairs)
         values, scales = moe_gemm.moe_gemm_torch(x, x_scales, w, w_scales, routing, **options)
         written = routing.row_ids.long()
         written = written[written < routing.rows]
@@ -161,6 +172,24 @@ def moe_twins(triton_twins: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(moe_gemm, "moe_gemm", twin)
     only(monkeypatch, "triton_moe", "triton_mx_moe")
     return triton_twins
+
+
+@pytest.fixture
+def served(
+    emulated: EmulatedDevice, moe_twins: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[moe.QuantizedMoe], moe.QuantizedMoe]:
+    """Lays an MoE out for the emulated device, which can launch the grouped decode kernels and `triton_moe`."""
+    for module in (layout, operand, packed):
+        monkeypatch.setattr(module, "current_arch", lambda: emulated.arch_name)
+    monkeypatch.setattr(hip, "WORKSPACE_BYTES", 1 << 20)
+    monkeypatch.setattr(hip, "_workspaces", {})
+    only(monkeypatch, "triton_moe", *(name for name in kernels() if name.startswith("hip_moe_decode_")))
+
+    def serve(layer: moe.QuantizedMoe) -> moe.QuantizedMoe:
+        w13, w2 = layout.lay_out_experts(layer.w13, layer.w2, layer.gate_up, layer.down)  # type: ignore[arg-type]
+        return replace(layer, w13=w13, w2=w2)
+
+    return serve
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def opchecks(scheme: str) -> tuple[str, ...]:
 
 def epilogue_of(f: Activation, biases: bool) -> Epilogue:
     """What a gate_up GEMM ends in."""
-    return Epilogue(biases, f.kind, f.gated, f.interleaved, f.limit, f.alpha, f.clamp)
+    return Epilogue(biases, f.kind, f.gated, f.interleaved, f.limit, f.alpha, f.clamp, f.beta)
 
 
 def make_moe(

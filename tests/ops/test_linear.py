@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from op_layers import MX, assert_close, exact_linear, make_linear, opchecks, with_values
-from sglang_amd_quant.kernels.hip.manifest import find
+from sglang_amd_quant.kernels.hip.manifest import AMD_DECODE_M, AMD_MOE_DECODE_M, find
 
 from sglang_amd_quant.errors import SchemeError, ShapeError, UnsupportedError
 from sglang_amd_quant.ops import hip, layout, linear, operand
@@ -250,11 +250,18 @@ class TestMistakes:
 
 def test_preload_asks_for_every_entry_point(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        hip, "device_of", lambda x: type("Device", (), {"load": lambda self, *names: asked.extend(names)})()
-    )
+    device = type("Device", (), {"arch_name": "gfx950", "load": lambda self, *names: asked.extend(names)})()
+    monkeypatch.setattr(hip, "device_of", lambda x: device)
     hip.preload({"gemv_mxfp4", "triton_mx_gemm", "reference"}, torch.zeros(1))
     assert sorted(asked) == [f"gemv_mxfp4_{out}_m{m}" for out in ("bf16", "f32") for m in (1, 2, 4)]
+    asked.clear()
+    hip.preload({"hip_moe_decode_gfx950_e4m3"}, torch.zeros(1))  # sm_90's code objects of this name hold more
+    assert sorted(asked) == sorted(
+        f"{kind}_{scheme}_m{m}"
+        for scheme in ("mxfp8", "mxfp8_static")
+        for kind, sizes in (("decode", AMD_DECODE_M), ("moe_decode", AMD_MOE_DECODE_M))
+        for m in sizes
+    )
     asked.clear()
     hip.preload({"reference"}, torch.zeros(1))
     assert asked == []

@@ -1,4 +1,4 @@
-"""The twin of the Triton GEMM as ops call it: on weights in any layout that the kernel reads."""
+"""Twins of the Triton GEMMs as ops call them: on weights in any layout that the kernels read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from sglang_amd_quant.kernels.triton.mx_gemm import STRIDED, element_of, mx_gemm_torch
 
 from sglang_amd_quant.layouts.registry import scale_layout, value_layout
+from sglang_amd_quant.ops.packed import paired_rows
 
 
 def mx_gemm_twin(
@@ -20,10 +21,20 @@ def mx_gemm_twin(
     **options: Any,
 ) -> torch.Tensor:
     """`mx_gemm_torch` after `w` and `w_scales` are brought back to [N, K] from `layout`."""
-    values, scales = layout
     k = x.shape[-1] * (2 if element_of(x) == "e2m1" else 1)
+    return mx_gemm_torch(x, x_scales, *strided(w, w_scales, n, k, layout), **options)
+
+
+def strided(
+    w: torch.Tensor, w_scales: torch.Tensor, n: int, k: int, layout: tuple[str, str], pairs: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Data and scales [..., N, K] from `layout`, whose rows alternate 8 gates and 8 ups if `pairs` says so."""
+    values, scales = layout
     if values != "strided":
         w = value_layout(values).unpack(w, n, k // 2 if element_of(w) == "e2m1" else k)
     if scales != "strided":
         w_scales = scale_layout(scales).unpack(w_scales, n, k // 32)
-    return mx_gemm_torch(x, x_scales, w, w_scales, **options)
+    if pairs is None:
+        return w, w_scales
+    back = paired_rows(n, pairs).argsort()
+    return w.view(torch.uint8).index_select(-2, back).view(w.dtype), w_scales.index_select(-2, back)

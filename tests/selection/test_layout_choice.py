@@ -24,7 +24,11 @@ def test_the_rule_of_vllm_44804(tp, ep, layout):
 
 
 def test_nothing_is_swizzled_for_kernels_that_are_not_there():
-    choice = choose_layout(GATE_UP, Selector(Packs([]), available=shipped()))
+    here = shipped()
+    choice = choose_layout(GATE_UP, Selector(Packs([]), available=here))
+    assert (choice.layout, choice.source) == ("decode_preshuffle", "rule")
+    decode = {name for name in here if name.startswith("hip_moe_decode")}
+    choice = choose_layout(GATE_UP, Selector(Packs([]), available=here - decode))
     assert (choice.layout, choice.source) == ("strided", "default")
     assert any("cdna4_scale refused" in reason and "no available kernel" in reason for reason in choice.reasons)
 

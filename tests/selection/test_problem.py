@@ -67,7 +67,9 @@ def test_json_round_trip():
         assert GemmProblem.from_json(json.loads(json.dumps(problem.to_json()))) == problem
 
 
-@pytest.mark.parametrize("change", [{"m": "64"}, {"m": True}, {"extra": 1}, {"epilogue": {"beta": 1}}, {"weighted": 1}])
+@pytest.mark.parametrize(
+    "change", [{"m": "64"}, {"m": True}, {"extra": 1}, {"epilogue": {"gamma": 1}}, {"weighted": 1}]
+)
 def test_json_of_another_form_is_refused(change):
     with pytest.raises(ShapeError):
         GemmProblem.from_json({**MOE.to_json(), **change})

@@ -43,6 +43,8 @@ DECODE_LAYOUT = {
 }
 ON |= {name: (name.split("_")[2],) for name in DECODE_LAYOUT}
 ON["triton_moe"] = ("gfx950", "gfx942", "gfx11", "sm_90")
+MOE_DECODE_LAYOUT = {f"hip_moe_{name[4:]}": f"decode_{layout.split('+')[0]}" for name, layout in DECODE_LAYOUT.items()}
+ON |= {name: (name.split("_")[3],) for name in MOE_DECODE_LAYOUT}
 HOPPER = ("triton_hopper_bf16", "triton_hopper_e4m3")
 OWN = ("gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe")
 
@@ -95,6 +97,17 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["layout"] * (choice.layout != DECODE_LAYOUT[choice.kernel])
         out += ["weights"] * (choice.kernel.endswith("e4m3") != (p.scheme == "mxfp8"))
         out += ["x is bf16"] * (p.out_dtype in ("fp16", "fp32"))
+    if choice.kernel.startswith("hip_moe_decode_"):
+        e = p.epilogue
+        out += ["op"] * (p.op == "linear" or p.scheme == "int4_w4a16" or p.m < 1)
+        out += ["layout"] * (choice.layout != MOE_DECODE_LAYOUT[choice.kernel])
+        out += ["weights"] * (choice.kernel.endswith("e4m3") != (p.scheme == "mxfp8"))
+        out += ["whole tiles of gates and ups"] * bool(p.n % 16)
+        out += ["blocks"] * (c.block_m not in (4, 16))
+        out += ["dtype"] * (p.out_dtype in ("fp16", "fp32"))
+        bare = e.activation in ("silu", "swigluoai") and e.gated and e.beta in (None, 1)
+        out += ["activation"] * (e.activation is not None and not bare)
+        out += ["activation and bias are its own"] * bool({"activation", "bias"} & set(choice.unfused))
     if choice.kernel == "hip_decode":
         out += ["op"] * (p.op != "linear" or p.scheme == "int4_w4a16" or not 1 <= p.m <= 64)
         out += ["layout"] * (choice.layout != ("mma_tile+mma_scale" if p.scheme == "mxfp8" else "hopper_bf16"))
@@ -103,7 +116,10 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["activations of an eighth of K, in bf16"] * (max(4, min(rows, 32)) * 2 * p.k / 8 > LDS["sm_90"])
     if choice.kernel == "triton_moe":
         e = p.epilogue
-        out += ["strided"] * (choice.layout != "strided")
+        out += ["layout"] * (choice.layout not in ("strided", *MOE_DECODE_LAYOUT.values()))
+        out += ["format"] * (
+            ("mxfp8" in choice.layout and p.scheme != "mxfp8") or ("e2m1" in choice.layout and p.scheme == "mxfp8")
+        )
         out += ["op or scheme"] * (p.op == "linear" or p.scheme == "int4_w4a16")
         out += ["dtype"] * (p.out_dtype in ("fp16", "fp32"))
         out += ["activation"] * (e.activation not in (None, "silu", "swigluoai") or not e.gated)
@@ -189,12 +205,12 @@ def random_problem(rng: random.Random, arch: str) -> GemmProblem:
     linear = op == "linear"
     e_total = 1 if linear else rng.choice((8, 32, 64, 128, 129, 192, 256, 512))
     ep = 1 if linear else rng.choice((1, 1, 2, 4, 8))
-    packed = ("hopper_bf16", "hopper_e4m3", "mma_tile+mma_scale", *DECODE_LAYOUT.values())
+    packed = ("hopper_bf16", "hopper_e4m3", "mma_tile+mma_scale", *DECODE_LAYOUT.values(), *MOE_DECODE_LAYOUT.values())
     others = ("exllama",) if int4 else ("cdna4_scale", "cdna4_scale_256", "preshuffle")
     return GemmProblem(
         op, scheme, arch, rng.choice(MS), n, max(group, k // group * group), rng.choice((0, 0, 128)),
         -(-e_total // ep), e_total, 1 if linear else rng.choice((1, 4, 5, 8)), ep, ep,
-        Epilogue(rng.random() < 0.3, rng.choice((None, "silu", "swigluoai"))),
+        Epilogue(rng.random() < 0.3, rng.choice((None, "silu", "swigluoai")), beta=rng.choice((None, None, 1.0, 0.5))),
         rng.choice(("bf16",) * 7 + ("fp16", "fp32", "mxfp8", "mxfp4")),
         rng.choice((None, None, "strided", rng.choice(others), "hopper_bf16" if int4 else rng.choice(packed))),
         group, "fp8_static" if scheme == "w4a8" and rng.random() < 0.2 else "",

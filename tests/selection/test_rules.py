@@ -10,8 +10,8 @@ from sglang_amd_quant.selection.packs import Packs
 from sglang_amd_quant.selection.rules import RULES, e_thresholds
 
 EMPTY = Packs([])
-M3 = GemmProblem("moe_gate_up", "mxfp8", "gfx950", 1, 1536, 6144, e_local=128, e_total=128, top_k=4)
-A8W4 = GemmProblem("moe_gate_up", "w4a8", "gfx950", 1, 5760, 2880, e_local=128, e_total=128, top_k=4)
+M3 = GemmProblem("moe_gate_up", "mxfp8", "gfx950", 1, 1536, 6144, 0, 128, 128, 4, layout="strided")
+A8W4 = GemmProblem("moe_gate_up", "w4a8", "gfx950", 1, 5760, 2880, 0, 128, 128, 4, layout="strided")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_3783_gate_up_bounds_on_routed_rows_and_experts(select, n, e, m, hip):
 
 @pytest.mark.parametrize(("m", "weighted", "hip"), [(2, False, True), (2, True, True), (3, True, False)])
 def test_3783_down_bound(select, m, weighted, hip):
-    down = GemmProblem("moe_down", "mxfp8", "gfx950", m, 6144, 768, e_local=64, e_total=128, top_k=4, weighted=weighted)
+    down = replace(M3, op="moe_down", m=m, n=6144, k=768, e_local=64, weighted=weighted)
     assert (select(down).kernel == "hip_mxfp8_moe") == hip
 
 
@@ -67,6 +67,33 @@ def test_3783_block_n_is_16_for_down_and_8_for_gate_up(select):
 def test_3783_dense_envelope_without_an_entry(select, m, k, kernel, block_n):
     choice = select(GemmProblem("linear", "mxfp8", "gfx950", m, 2048, k, layout="strided"))
     assert (choice.kernel, choice.config.block_n) == (kernel, block_n)
+
+
+@pytest.mark.parametrize(
+    ("arch", "weight", "layout"),
+    [
+        ("gfx950", "e2m1", "preshuffle"),
+        ("gfx950", "e4m3", "mxfp8_lane"),
+        ("gfx942", "e2m1", "cdna3_e2m1"),
+        ("gfx1151", "e2m1", "preshuffle"),
+        ("gfx1100", "e4m3", "preshuffle"),
+    ],
+)
+def test_the_grouped_decode_kernels_have_these_bounds_too(select, arch, weight, layout):
+    scheme = "mxfp8" if weight == "e4m3" else "w4a16"
+    gate_up = GemmProblem("moe_gate_up", scheme, arch, 1, 5760, 2880, 0, 32, 128, 4, layout=f"decode_{layout}")
+    for op, e, rows, block_m in (
+        ("moe_gate_up", 32, 8, 4),
+        ("moe_gate_up", 32, 16, 16),
+        ("moe_gate_up", 32, 20, None),
+        ("moe_gate_up", 128, 64, 16),
+        ("moe_gate_up", 128, 68, None),
+        ("moe_down", 128, 8, 4),
+        ("moe_down", 128, 12, None),
+    ):
+        choice = select(replace(gate_up, op=op, m=rows // 4, e_local=e))
+        assert choice.kernel.startswith("triton_moe" if block_m is None else "hip_moe_decode_"), (op, e, rows)
+        assert block_m in (None, choice.config.block_m)
 
 
 def test_3783_thresholds_are_found_in_the_rules():

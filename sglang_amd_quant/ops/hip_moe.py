@@ -1,0 +1,94 @@
+"""Launchers of AMD's grouped decode GEMM (`kernels/hip/decode_gemm.hip`), for both GEMMs of an MoE or for one.
+
+Weights lie as `ops/packed.py` made them, which the Triton kernel reads as well: what has more rows, or whichever GEMM
+selection gives to Triton, runs on the same copy. The kernels quantize their input themselves, and gate_up applies the
+activation; its result is rounded to the model's dtype between, as in the reference.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_amd_quant.ops import hip, triton_moe
+from sglang_amd_quant.ops.packed import Weight
+from sglang_amd_quant.ops.quantize import quantize_activation
+from sglang_amd_quant.ops.reference import ActQuant
+from sglang_amd_quant.ops.routing import Routing, route
+from sglang_amd_quant.runtime.decode_gemm import Epilogue
+from sglang_amd_quant.selection import GemmProblem
+
+if TYPE_CHECKING:
+    from sglang_amd_quant.ops.moe import MoeCall
+
+
+def run_decode(call: MoeCall) -> torch.Tensor:
+    """Both GEMMs by the decode kernel."""
+    routing = _route(call)
+    return _down(call, routing, _gate_up(call, routing))
+
+
+def run_decode_then_triton(call: MoeCall) -> torch.Tensor:
+    """Gate_up by the decode kernel, down by `triton_moe`."""
+    routing = _route(call)
+    return triton_moe.down(call, routing, quantize_activation(_gate_up(call, routing), call.problem.act2))
+
+
+def run_triton_then_decode(call: MoeCall) -> torch.Tensor:
+    """The other way round."""
+    routing = _route(call)
+    hidden, _ = triton_moe.gate_up(call, routing, None)
+    return _down(call, routing, hidden)
+
+
+def _route(call: MoeCall) -> Routing:
+    assert call.config13.block_m is not None
+    return route(call.topk_ids, call.problem.num_experts, call.config13.block_m)
+
+
+def _gate_up(call: MoeCall, routing: Routing) -> torch.Tensor:
+    p, f, x = call.problem, call.problem.activation, triton_moe.weighted_input(call)
+    hidden = torch.empty(routing.rows, f.columns(call.w13.n), dtype=x.dtype, device=x.device)
+    epilogue = Epilogue(
+        bias=_bias(call.b13), activation=f.kind, interleaved=f.interleaved, alpha=f.alpha, limit=f.limit
+    )  # fmt: skip
+    _gemm(x, call.w13, call.gate_up, p.act13, hidden, routing, epilogue, top_k=call.topk_ids.shape[1])
+    return hidden
+
+
+def _down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> torch.Tensor:
+    routed = torch.empty(routing.rows, call.w2.n, dtype=hidden.dtype, device=hidden.device)
+    epilogue = Epilogue(bias=_bias(call.b2), row_weights=triton_moe.row_weights(call))
+    _gemm(hidden, call.w2, call.down, call.problem.act2, routed, routing, epilogue)
+    return triton_moe.combined(call, routed)
+
+
+def _bias(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """[E, N] bf16, which checkpoints have and the kernel reads; layers keep it so (`integration/moe.py`)."""
+    return None if bias is None else bias.bfloat16()
+
+
+def _gemm(
+    x: torch.Tensor,
+    weight: Weight,
+    problem: GemmProblem,
+    act: ActQuant,
+    y: torch.Tensor,
+    routing: Routing,
+    epilogue: Epilogue,
+    top_k: int = 1,
+) -> None:
+    """y[r] = x[r // top_k] w[expert of r]^T through the epilogue, for each routed row r that has a place."""
+    from sglang_amd_quant.runtime.decode_gemm_amd import decode_gemm_amd
+
+    device = hip.device_of(x)
+    data, scales = weight.tensors
+    device.start(
+        decode_gemm_amd(
+            hip.aligned(x), data, scales, y, arch=device.arch_name, scheme=hip.decode_scheme(problem), n=weight.n,
+            cu_count=device.cu_count, carry=hip.carry(act), x_scale=act.scale, epilogue=epilogue,
+            row_ids=routing.row_ids, block_experts=routing.block_experts, block_m=routing.block_m, top_k=top_k,
+            workspace=hip.workspace(x),
+        )
+    )  # fmt: skip
