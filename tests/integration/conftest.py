@@ -142,6 +142,8 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     from sglang_amd_quant.ops import hip, layout, linear, moe, operand
 
     class Gpu:
+        arch_name = "gfx950"
+
         def __init__(self) -> None:
             self.calls: list[str] = []
             self.loaded: set[str] = set()
