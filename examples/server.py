@@ -90,6 +90,14 @@ def terminate(process: psutil.Process | None) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
+def launch(command: Sequence[str], log: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Run the command with this environment, its output in the log, as the leader of a process group of its own."""
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
+
+
 @dataclass
 class Server:
     """A running `sglang.launch_server`.
@@ -112,6 +120,7 @@ class Server:
         port: int | None = None,
         flags: Sequence[str] = (),
         env: dict[str, str] | None = None,
+        launch: Callable[..., Any] = launch,
     ) -> Server:
         """Launch `python -m sglang.launch_server --model-path MODEL FLAGS...`; returns at once.
 
@@ -121,22 +130,14 @@ class Server:
             port: None picks a free one.
             flags: more arguments, such as `--quantization amd_mxfp4`.
             env: changes to this process's environment.
+            launch: what runs the command; the tests have another.
         """
         port = free_port() if port is None else port
         offline = {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
         command += ["--host", HOST, "--port", str(port), "--sleep-on-idle", *flags]
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env={**FAST_START, **os.environ, **offline, **(env or {})},
-                start_new_session=True,
-            )
-        return cls(port, log, process)
+        return cls(port, log, launch(command, log, {**FAST_START, **os.environ, **offline, **(env or {})}))
 
     @property
     def url(self) -> str:

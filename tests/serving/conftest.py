@@ -15,8 +15,9 @@ import pytest
 from filelock import FileLock
 
 from examples.fetch_gemma import DEFAULT_OUT, fetch
-from examples.server import Server
+from examples.server import Server, launch
 from examples.tiny_models import make_model
+from tests.serving.preloaded import Preloaded
 
 PROMPTS = (
     "The capital of France is",
@@ -59,13 +60,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return model
 
 
+@pytest.fixture(scope="session")
+def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloaded]:
+    """What launches servers quickly."""
+    forking = Preloaded(tmp_path_factory.mktemp("preloaded") / "log")
+    yield forking
+    forking.close()
+
+
 @pytest.fixture
-def serve(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """`with serve(model, "--quantization", "amd_mx") as server:`"""
+def serve(tmp_path: Path, preloaded: Preloaded) -> Callable[..., Any]:
+    """`with serve(model, "--quantization", "amd_mx") as server:`; with `command_line=True` by a new Python."""
 
     @contextmanager
-    def started(model: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-        server = Server.start(model, tmp_path / "server.log", flags=flags, env=env)
+    def started(
+        model: Path, *flags: str, env: dict[str, str] | None = None, command_line: bool = False
+    ) -> Iterator[Server]:
+        how = launch if command_line else preloaded
+        server = Server.start(model, tmp_path / "server.log", flags=flags, env=env, launch=how)
         try:
             yield server.wait()
         except BaseException:

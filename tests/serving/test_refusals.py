@@ -15,8 +15,9 @@ from examples.server import Server, ServerError
     ],
     ids=["tokenizer workers", "recipe"],
 )
-def test_refused_at_start_in_one_line(tiny, tmp_path, flags, env, reason):
-    server = Server.start(tiny("llama"), tmp_path / "log", flags=["--quantization", "amd_mx", *flags], env=env)
+def test_refused_at_start_in_one_line(tiny, tmp_path, preloaded, flags, env, reason):
+    arguments = ["--quantization", "amd_mx", *flags]
+    server = Server.start(tiny("llama"), tmp_path / "log", flags=arguments, env=env, launch=preloaded)
     with pytest.raises(ServerError, match=reason):
         server.wait()
     server.stop()

@@ -40,7 +40,7 @@ def test_gemma(serve, gemma, prompts, generate, clients, scheme):
     ids = prompts(gemma)
     with_client = scheme == "w4a16"
     flags = [] if with_client else WITHOUT_TOKENIZER
-    with serve(gemma, "--quantization", f"amd_{scheme}", *flags) as server:
+    with serve(gemma, "--quantization", f"amd_{scheme}", *flags, command_line=with_client) as server:
         outputs = generate(server, ids)
         assert "fast start" in server.log_text()
         if with_client:
@@ -72,9 +72,9 @@ def test_recipe(serve, tiny, prompts, generate, tmp_path):
     path.write_text(json.dumps(MIXED))
     model = tiny("qwen3")
     ids = prompts(model)
-    # Without the fast start, which the other servers have: as `python -m sglang.launch_server` starts if left alone.
+    # Without the fast start, which the other servers have: as SGLang starts if left alone.
     env = {"SGLANG_AMD_MX_RECIPE": str(path), "SGLANG_AMD_MX_FAST_START": "0"}
-    with serve(model, "--quantization", "amd_mx", env=env) as server:
+    with serve(model, "--quantization", "amd_mx", env=env, command_line=True) as server:
         outputs = generate(server, ids)
         assert "fast start" not in server.log_text()
     judge(model, Recipe.from_dict(MIXED), ids, outputs, "qwen3 recipe")
