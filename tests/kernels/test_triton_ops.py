@@ -166,7 +166,7 @@ def test_a_call_is_specialized_as_triton_does() -> None:
     routed, ids, y = torch.zeros(6, 48), torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3, 48).bfloat16()
     variant, passed = call(kernel, "gfx950", routed, ids, y, 48, 1, 0.5, 2, 64, False, num_warps=2)
     assert variant.signature == {"routed": "*fp32", "topk_ids": "*i32", "y": "*bf16", "N": "i32", "scale": "fp32"}
-    assert variant.constants == {"E": 1, "TOP_K": 2, "BLOCK_N": 64, "EVEN_N": False}
+    assert variant.constants == {"E": 1, "TOP_K": 2, "BLOCK_N": 64, "EVEN_N": False, "OVERLAP": False}
     assert variant.divisible == ("routed", "topk_ids", "y", "N")
     assert variant.short == ("routed", "topk_ids", "y")
     assert variant.options == {"num_warps": 2}
