@@ -107,14 +107,15 @@ def prompts() -> Callable[[Path], list[list[int]]]:
 
 
 @pytest.fixture(scope="session")
-def generate() -> Callable[[Server, Sequence[Sequence[int]]], list[list[int]]]:
-    """Greedy ids after each prompt, `TOKENS` of them. One prompt at a time: how a server batches several is a matter of
-    timing, and the batch's size decides the order of fp32 sums."""
+def generate() -> Callable[..., list[list[int]]]:
+    """Greedy ids after each prompt, `TOKENS` of them. Usually one prompt at a time: how a server batches several is a
+    matter of timing, and the batch's size decides the order of fp32 sums. `at_once` sends them all together."""
 
-    def ids(server: Server, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    def ids(server: Server, prompts: Sequence[Sequence[int]], at_once: bool = False) -> list[list[int]]:
         sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
-        replies = [server.post("/generate", {"input_ids": list(p), "sampling_params": sampling}) for p in prompts]
-        outputs = [reply["output_ids"] for reply in replies]
+        bodies = [list(prompts)] if at_once else [[p] for p in prompts]
+        replies = [server.post("/generate", {"input_ids": body, "sampling_params": sampling}) for body in bodies]
+        outputs = [one["output_ids"] for reply in replies for one in reply]
         assert all(len(output) == TOKENS for output in outputs)
         return outputs
 
