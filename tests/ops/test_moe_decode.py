@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -65,6 +66,20 @@ def test_what_sglang_asks(served, emulated, options):
     layer, given = served(plain), tokens(3, H, E, top_k, dropped=0.25)
     close(layer(*given), as_served_on_a_cpu(plain)(*given), "w4a8", "static" in options)
     assert launched(emulated) == [f"moe_decode_w4a8{'_static' if 'static' in options else ''}_m4"] * 2
+
+
+def test_random_layers(served, emulated):
+    """Any sizes, experts and top_k that both GEMMs' rules hold for, some ids dropped; every other one interleaved."""
+    rng = random.Random(emulated.arch_name)
+    for seed in range(8):
+        scheme = rng.choice([s for s in MX if reads(emulated.arch_name, s)])
+        experts, hidden, inter = rng.randint(1, 9), 32 * rng.randint(1, 9), rng.choice((96, 128, 160))
+        top_k = rng.randint(1, min(experts, 8))
+        m, activation = rng.randint(1, 8 // top_k), Activation(interleaved=bool(seed % 2))
+        plain = make_moe(scheme, experts, hidden, inter, top_k, emulated.arch_name, activation, scale=rng.random())
+        layer, given = served(plain), tokens(m, hidden, experts, top_k, dropped=rng.choice((0, 0.3)))
+        close(layer(*given), as_served_on_a_cpu(plain)(*given), scheme)
+        assert launched(emulated) == [f"moe_decode_{scheme}_m4"] * 2
 
 
 def test_the_sum_over_slots_does_not_depend_on_grouping(served, emulated):
