@@ -27,8 +27,9 @@ def _humming(
         shape_n=scales.shape[0], shape_k=scales.shape[1] * 32, weight_config=fmt, input_config=input_config,
         torch_dtype=torch.bfloat16,
     ).cuda()  # fmt: skip
-    weight = data.view(torch.uint8) if element == "e2m1" else data.view(torch.float8_e4m3fn)
-    layer.load_from_tensors({"weight": weight, "weight_scale": scales})
+    if element == "e4m3":  # its own schema packs codes into words, and means scales by their dtype
+        data, scales = data.view(torch.int32), scales.view(torch.float8_e8m0fnu)
+    layer.load_from_tensors({"weight": data, "weight_scale": scales})
     layer.transform()
     return layer
 

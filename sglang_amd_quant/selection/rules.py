@@ -47,6 +47,15 @@ def _amd_moe(arch: str, weight: str, scheme: str) -> tuple[Rule, ...]:
     )
 
 
+_MEASURED = "docs/decode.md: measured on an H100"
+_SM90_DECODE: tuple[tuple[int, Range, Range], ...] = (
+    # largest M, N, K: what it wins against the prefill kernel, which shares no K between blocks, for few rows
+    (64, (1, 4095), (4096, None)),
+    (32, (1, 16383), (1, None)),
+    (8, (1, None), (1, None)),
+)
+
+
 RULES: tuple[Rule, ...] = (
     # Dense: any M up to 16 in the GEMV's envelope. The matrix-unit crossover has no rule: untuned M > 16 lost.
     Rule("hip_mxfp8_gemv", "gfx950", "linear", "mxfp8", "aiter #3783 envelope", m=(1, 16)),
@@ -61,9 +70,11 @@ RULES: tuple[Rule, ...] = (
     Rule("hip_moe_w4a16_wmma", "gfx11", "moe_gate_up", "int4_w4a16", "ROCm/vllm #1015", m=(6, None), a_div=8),
     # Kernels of this package.
     *(_gemv(arch) for arch in ("gfx950", "gfx942", "gfx11", "sm_90")),
+    Rule("hip_decode", "sm_90", "linear", "mxfp8", _MEASURED, m=(1, 64)),
     *(
-        Rule("hip_decode", "sm_90", "linear", scheme, "runtime/decode_gemm.py: plans measured up to M=32", m=(1, 32))
-        for scheme in ("mxfp8", "w4a8", "mxfp4", "w4a16")
+        Rule("hip_decode", "sm_90", "linear", scheme, _MEASURED, m=(1, m), n=n, k=k)
+        for scheme in _MXFP4_WEIGHTS
+        for m, n, k in _SM90_DECODE
     ),
     *(
         Rule(
@@ -193,6 +204,13 @@ TILE_RULES: tuple[TileRule, ...] = (
     *_many("gfx942", 64, 64, 64, num_warps=8),
     *_few("gfx11", 32, 64, num_stages=1),
     *_many("gfx11", 32, 64, 64, num_stages=1),
+    *(
+        TileRule(
+            "triton_hopper_bf16", "sm_90", _MEASURED, block_m, ((8192, 64), (None, 128)), 128, num_stages=4, rows=rows,
+            ops=("linear",),
+        )
+        for block_m, rows in ((16, (0, 16)), (32, (17, 32)), (64, (33, 64)))
+    ),
     *_few("sm_90", 64, 128, num_stages=3),
     TileRule("triton_mx_moe", "sm_90", _AOT, 32, ((None, 64),), 128, num_stages=3, routed=True),
     TileRule("triton_mx_moe", "sm_90", _AOT, 128, block_k=64, num_warps=8, num_stages=3, routed=True),
