@@ -21,13 +21,13 @@ stop:
 	$(BIN)/python -m examples.serve --stop --port $(PORT)
 
 # Two stages: unit tests, then real servers. In each, two test processes share the cores, and whatever they start works
-# with one thread: two threads a process would wait for each other more than they compute.
-test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not serving"
+# with one thread: two threads a process would wait for each other more than they compute. Unit tests that share something
+# expensive are of one xdist_group, which one process runs.
+test: test-fast
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal tests/serving
 
 test-fast: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not serving"
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup -m "not serving"
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

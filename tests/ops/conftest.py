@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from sglang_amd_quant.kernels.hip.manifest import AMD_ARCHS, find
 
 from sglang_amd_quant.ops import hip, layout, linear, moe, operand, packed
 from sglang_amd_quant.runtime.arch import arch_facts
-from sglang_amd_quant.runtime.code_objects import code_object
+from sglang_amd_quant.runtime.code_objects import CODE_OBJECT_DIR, code_object
 from sglang_amd_quant.runtime.launch import LaunchDescription
 from sglang_amd_quant.selection import kernels
 from sglang_amd_quant.toolchain.build import build
@@ -63,29 +65,23 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return storage[tensor.storage_offset() * tensor.element_size() :].numpy()
 
 
-@pytest.fixture(scope="session")
-def built_code_objects(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of code objects, with those of an arch built once a session."""
-    out, ready = tmp_path_factory.mktemp("code_objects"), set()
-
-    def get(arch: str) -> Path:
-        if arch not in ready:
-            build([arch], out=out)
-            ready.add(arch)
-        return out
-
-    return get
+@cache
+def built(arch: str) -> Path:
+    """The folder of code objects, the arch's up to date. Test processes take turns: the first one compiles."""
+    locks = Path(__file__).parents[2] / ".cache"
+    locks.mkdir(exist_ok=True)
+    with FileLock(locks / f"code_objects_{arch}.lock"):
+        build([arch])
+    return CODE_OBJECT_DIR
 
 
 @pytest.fixture(params=AMD_ARCHS)
-def emulated(
-    request: pytest.FixtureRequest, built_code_objects: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> EmulatedDevice:
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
     """Each AMD arch in turn: ops for it launch into the emulator."""
     if find_compiler(arch_facts(request.param)) is None:
         pytest.skip("no HIP compiler")
     pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
-    device = EmulatedDevice(request.param, built_code_objects(request.param))
+    device = EmulatedDevice(request.param, built(request.param))
     monkeypatch.setattr(hip, "device_of", lambda x: device)
     only(monkeypatch, "gemv_mxfp4")
     return device

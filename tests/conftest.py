@@ -1,0 +1,34 @@
+"""Which tests share something expensive, so that one test process runs them all (`--dist loadgroup`); and an end to
+what test processes start."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+GROUPS = {
+    "integration": "SGLang",
+    "shapes/test_sglang.py": "SGLang's models",
+    "checkpoints/test_quark.py": "amd-quark",
+    "formats/test_quark.py": "amd-quark",
+    "packaging": "wheel",
+}
+"""Folder or file -> what is imported or built once for its tests, in tens of seconds."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(here)
+        for path in (place, *place.parents):
+            if group := GROUPS.get(path.as_posix()):
+                item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_sessionfinish() -> None:
+    """End the compilers' processes: xdist's own end without what they registered with `atexit`."""
+    if aot := sys.modules.get("sglang_amd_quant.toolchain.triton_aot"):
+        aot._end_workers()
