@@ -314,13 +314,16 @@ def check_operands(x: Any, y: Any, n: int, top_k: int, epilogue: Epilogue) -> No
         ShapeError: shapes or strides that do not fit each other or the kernel.
     """
     columns = n // 2 if epilogue.activation else n
-    shapes = f"x {tuple(x.shape)}, y {tuple(y.shape)}, N {n}"
     if y.shape[1] != columns or x.shape[0] * top_k != y.shape[0] or (epilogue.activation and n % TILE_ROWS):
         want = f"want [M / top_k, K] and [M, {columns}], N in 16s with an activation"
-        raise ShapeError(shapes, want, "check the layer")
+        raise ShapeError(_shapes(x, y, n), want, "check the layer")
     if x.stride(1) != 1 or x.stride(0) % 8 or y.stride(1) != 1:
-        strides = f"{shapes}, strides {x.stride()}, {y.stride()}"
+        strides = f"{_shapes(x, y, n)}, strides {x.stride()}, {y.stride()}"
         raise ShapeError(strides, "rows must be 16-byte aligned", "make x contiguous")
+
+
+def _shapes(x: Any, y: Any, n: int) -> str:
+    return f"x {tuple(x.shape)}, y {tuple(y.shape)}, N {n}"
 
 
 def out_code(y: Any) -> int:
