@@ -27,7 +27,12 @@ def decode_weights(weights: MxTensor, arch: str) -> MxTensor:
     if weights.scheme.weight == "e4m3" and arch == "gfx942" and weights.data.dtype == torch.float8_e4m3fn:
         weights = weights.to_fnuz()
     elif weights.scheme.weight == "e4m3" and arch.startswith("gfx11"):
-        nan = weights.data.view(torch.uint8) & 0x7F == 0x7F
-        blocks = nan.unflatten(-1, (-1, weights.scheme.block)).any(-1)
-        weights = replace(weights, scales=weights.scales.masked_fill(blocks, 255))
+        weights = nan_by_scale(weights)
     return weights.to_layout(layout_name(arch, scheme))
+
+
+def nan_by_scale(weights: MxTensor) -> MxTensor:
+    """Strided e4m3 weights in which the whole MX block of a NaN code is NaN, for kernels that look at scales only."""
+    nan = weights.data.view(torch.uint8) & 0x7F == 0x7F
+    blocks = nan.unflatten(-1, (-1, weights.scheme.block)).any(-1)
+    return replace(weights, scales=weights.scales.masked_fill(blocks, 255))

@@ -176,6 +176,20 @@ def test_decode_is_launched_on_what_it_reads(monkeypatch, scheme, static):
         assert laid_out(layer).weight.layout.name == "strided"
 
 
+def test_a_nan_code_makes_its_block_nan_for_kernels_that_look_at_scales(monkeypatch):
+    for module in (layout, linear):
+        monkeypatch.setattr(module, "launchable", lambda arch: frozenset({"hip_decode", "triton_mx_gemm"}))
+    for module in (layout, operand):
+        monkeypatch.setattr(module, "current_arch", lambda: "sm_90")
+    plain = make_linear("mxfp8", 32, 128, "sm_90")
+    plain.weight.data.view(torch.uint8)[5, 70] = 0xFF
+    weight = laid_out(plain).weight
+    assert weight.layout.name == "mma_tile+mma_scale"
+    nan = weight.dequantize().isnan()
+    assert nan[5, 64:96].all()
+    assert nan.sum() == 32
+
+
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "mxfp4", "mxfp8"])
 def test_amd_decode_in_the_emulator_gives_the_references_numbers(emulated, monkeypatch, scheme):
     """Weights in the layout of the arch, x quantized by the kernel, bias fused."""
