@@ -2,7 +2,8 @@
 //
 // Weights are wgmma's left operand, which lies in registers: a wave decodes its own row tile once, however many rows x has.
 // Activations are the right one, which the matrix unit reads from shared memory by itself. Both are bf16 with their scales
-// applied, which holds every code times every scale, so all products are exact.
+// applied, so all products are exact; with e4m3 weights for scales of 2^-64 ... 2^67: smaller ones lose bits of codes that are
+// subnormal then, larger ones give infinity.
 #pragma once
 
 /// The block's activations in shared memory: for every eight of K one column of 16-byte rows, wgmma's "core matrices" (PTX ISA,
@@ -17,7 +18,6 @@ struct Activations<W, A, M, true> {
     static constexpr int CHUNK = 16 * (M + 1), BLOCK = 4 * CHUNK + (W == Weight::e4m3 ? 16 : 0);
 
     uint8_t* values;
-
     Pieces<W> pieces;
 
     DEVICE Activations(const DecodeArgs&, const Share& s, uint8_t* lds) : values(lds), pieces(s) {}
