@@ -79,7 +79,11 @@ def main() -> None:
 
 
 def become(arguments: list[str], log: str, env: dict[str, str]) -> None:
-    """Be `python -m sglang.launch_server ARGUMENTS`, started in a session of its own."""
+    """Be `python -m sglang.launch_server ARGUMENTS`, in a session of its own, and end with the process that forked it,
+    which ends with the tests, however they end."""
+    from sglang.srt.utils import kill_itself_when_parent_died
+
+    kill_itself_when_parent_died()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     for file, flags, descriptors in ((os.devnull, os.O_RDONLY, [0]), (log, os.O_WRONLY, [1, 2])):
