@@ -29,6 +29,20 @@ DEVICE void bf16_from_spread_e2m1(uint32_t word, Bf16x2 (&v)[4]) {
     v[3] = (word >> 4 & 0x01c001c0u) | (word << 1 & 0x80008000u);
 }
 
+/// A lane's part of a tile of e2m1 codes as the matrix unit's left operand: `each(step, part, bf16)` for every step of 16 along K
+/// and its four words, rows g and g + 8 by turns, lower K first; bf16 are 2^-126 times the values.
+template <typename Each>
+DEVICE void each_e2m1_fragment(const uint8_t* codes, Each each) {
+    const Words words = load_words(codes + lane_index() * 16);
+#pragma unroll
+    for (int part = 0; part < 4; part++) {  // a word has one part of all four steps, two of each MX block
+        Bf16x2 steps[4];
+        bf16_from_spread_e2m1(words.v[part], steps);
+#pragma unroll
+        for (int step = 0; step < 4; step++) each(step, part, steps[step]);
+    }
+}
+
 /// A wave's weights, chunk by chunk, through a ring in shared memory. From WIDE_FROM on, waves that have no row
 /// tile of their own read the last one again, because the others cannot multiply without them.
 template <Weight W, int M>

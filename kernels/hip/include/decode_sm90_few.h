@@ -148,24 +148,16 @@ struct Totals<W, A, M, false> {
    private:
     /// This lane's part of A of a tile: of each step of 16 along K, rows g and g + 8 by turns, lower K first.
     DEVICE static void load(const uint8_t* codes, uint32_t (&fragments)[4][4]) {
-        const int lane = lane_index();
         if constexpr (W == Weight::e4m3) {
 #pragma unroll
             for (int row = 0; row < 2; row++) {
-                const Words words = load_words(codes + row * 512 + lane * 16);
+                const Words words = load_words(codes + row * 512 + lane_index() * 16);
 #pragma unroll
                 for (int step = 0; step < 4; step++)
                     halves_from_e4m3(words.v[step], fragments[step][row], fragments[step][row + 2]);
             }
         } else {
-            const Words words = load_words(codes + lane * 16);
-#pragma unroll
-            for (int part = 0; part < 4; part++) {  // a word has one part of all four steps, two of each MX block
-                Bf16x2 steps[4];
-                bf16_from_spread_e2m1(words.v[part], steps);
-#pragma unroll
-                for (int step = 0; step < 4; step++) fragments[step][part] = steps[step];
-            }
+            each_e2m1_fragment(codes, [&](int step, int part, Bf16x2 pair) { fragments[step][part] = pair; });
         }
     }
 };

@@ -118,11 +118,10 @@ struct Totals<W, A, M, true> {
 
    private:
     DEVICE static void load(const uint8_t* codes, uint32_t scales, uint32_t (&fragments)[4][4]) {
-        const int lane = lane_index();
         if constexpr (W == Weight::e4m3) {
 #pragma unroll
             for (int row = 0; row < 2; row++) {
-                const Words words = load_words(codes + row * 512 + lane * 16);
+                const Words words = load_words(codes + row * 512 + lane_index() * 16);
 #pragma unroll
                 for (int step = 0; step < 4; step++) {
                     const Bf16x2 scale = scale_as_bf16(scales, 2 * row + step / 2);
@@ -132,17 +131,10 @@ struct Totals<W, A, M, true> {
                 }
             }
         } else {
-            const Words words = load_words(codes + lane * 16);
-#pragma unroll
-            for (int part = 0; part < 4; part++) {  // a word has one part of all four steps, two of each MX block
-                Bf16x2 steps[4];
-                bf16_from_spread_e2m1(words.v[part], steps);
-#pragma unroll
-                for (int step = 0; step < 4; step++) {
-                    const uint32_t scale = scales >> (16 * (part % 2) + 8 * (step / 2)) & 0xff;
-                    fragments[step][part] = times_bf16(steps[step], scale * 0x00800080u);
-                }
-            }
+            each_e2m1_fragment(codes, [&](int step, int part, Bf16x2 pair) {
+                const uint32_t scale = scales >> (16 * (part % 2) + 8 * (step / 2)) & 0xff;
+                fragments[step][part] = times_bf16(pair, scale * 0x00800080u);
+            });
         }
     }
 };
