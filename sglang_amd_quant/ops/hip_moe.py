@@ -15,7 +15,7 @@ from sglang_amd_quant.ops import hip, triton_moe
 from sglang_amd_quant.ops.packed import Weight
 from sglang_amd_quant.ops.quantize import quantize_activation
 from sglang_amd_quant.ops.reference import ActQuant
-from sglang_amd_quant.ops.routing import Routing, route
+from sglang_amd_quant.ops.routing import Routing, combined, route, row_weights, weighted_input
 from sglang_amd_quant.runtime.decode_gemm import Epilogue
 from sglang_amd_quant.selection import GemmProblem
 
@@ -48,7 +48,7 @@ def _route(call: MoeCall) -> Routing:
 
 
 def _gate_up(call: MoeCall, routing: Routing) -> torch.Tensor:
-    p, f, x = call.problem, call.problem.activation, triton_moe.weighted_input(call)
+    p, f, x = call.problem, call.problem.activation, weighted_input(call)
     hidden = torch.empty(routing.rows, f.columns(call.w13.n), dtype=x.dtype, device=x.device)
     epilogue = Epilogue(
         bias=_bias(call.b13), activation=f.kind, interleaved=f.interleaved, alpha=f.alpha, limit=f.limit
@@ -59,9 +59,9 @@ def _gate_up(call: MoeCall, routing: Routing) -> torch.Tensor:
 
 def _down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> torch.Tensor:
     routed = torch.empty(routing.rows, call.w2.n, dtype=hidden.dtype, device=hidden.device)
-    epilogue = Epilogue(bias=_bias(call.b2), row_weights=triton_moe.row_weights(call))
+    epilogue = Epilogue(bias=_bias(call.b2), row_weights=row_weights(call))
     _gemm(hidden, call.w2, call.down, call.problem.act2, routed, routing, epilogue)
-    return triton_moe.combined(call, routed)
+    return combined(call, routed)
 
 
 def _bias(bias: torch.Tensor | None) -> torch.Tensor | None:

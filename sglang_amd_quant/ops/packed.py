@@ -128,21 +128,15 @@ def _hopper(x_format: str) -> Callable[[MxTensor, GemmProblem], list[torch.Tenso
 
 def _decode(weight: MxTensor, problem: GemmProblem) -> list[torch.Tensor]:
     """Data and scales as AMD's grouped decode kernels read them."""
+    from sglang_amd_quant.kernels.triton.hopper_pack import row_order
     from sglang_amd_quant.ops.decode_weights import decode_weights
 
     pairs, here = pairs_of(problem), current_arch()
     if pairs is not None:
-        order = paired_rows(weight.n, pairs, weight.device)
+        order = row_order(weight.n, pairs).to(weight.device)
         data = weight.data.view(torch.uint8).index_select(-2, order).view(weight.data.dtype)
         weight = replace(weight, data=data, scales=weight.scales.index_select(-2, order))
     return decode_weights(weight, here if canonical(here) == problem.arch else ARCHES[problem.arch].device).tensors
-
-
-def paired_rows(n: int, pairs: str, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The row of a checkpoint's gate_up that each of `n` rows is in which 8 gates and 8 ups alternate."""
-    row = torch.arange(n, device=device)
-    gate, is_up = row // 16 * 8 + row % 8, row % 16 // 8
-    return 2 * gate + is_up if pairs == "interleaved" else gate + is_up * (n // 2)
 
 
 PACKERS: dict[str, Callable[[MxTensor, GemmProblem], list[torch.Tensor]]] = {

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.ops.devices import has_triton
+
+if TYPE_CHECKING:
+    from sglang_amd_quant.ops.moe import MoeCall
 
 MOST_EXPERTS, MOST_TOP_K = 1024, 16
 """What the device kernels take (`kernels/triton/routing.py`)."""
@@ -135,3 +139,24 @@ def slots(routed: torch.Tensor, topk_ids: torch.Tensor, num_experts: int) -> tor
     """routed [M * top_k, N] as fp32 [M, top_k, N], 0 where a slot is dropped."""
     here = ((topk_ids >= 0) & (topk_ids < num_experts)).unsqueeze(-1)
     return torch.where(here, routed.view(*topk_ids.shape, -1).float(), 0.0)
+
+
+def weighted_input(call: MoeCall) -> torch.Tensor:
+    """x, times its routing weight where that belongs to the input."""
+    if not call.problem.weight_on_input:
+        return call.x.contiguous()
+    return (call.x.float() * call.topk_weights.float()[:, :1]).to(call.x.dtype)
+
+
+def row_weights(call: MoeCall) -> torch.Tensor | None:
+    """fp32 [rows]: what rows of the down GEMM are multiplied by, None for nothing."""
+    weighted = call.problem.weight_output and not call.problem.weight_on_input
+    return call.topk_weights.float().reshape(-1).contiguous() if weighted else None
+
+
+def combined(call: MoeCall, routed: torch.Tensor) -> torch.Tensor:
+    """routed [rows, H] as the op returns it: summed in slot order, or slot by slot."""
+    p = call.problem
+    if p.combine:
+        return combine(routed, call.topk_ids, p.num_experts, p.scale, call.x.dtype)
+    return slots(routed, call.topk_ids, p.num_experts).to(call.x.dtype)

@@ -9,7 +9,7 @@ import torch
 from sglang_amd_quant import formats
 from sglang_amd_quant.ops.packed import PackedWeight, Weight, pairs_of
 from sglang_amd_quant.ops.reference import ActQuant
-from sglang_amd_quant.ops.routing import Routing, combine, route, slots
+from sglang_amd_quant.ops.routing import combined, route, row_weights, weighted_input
 from sglang_amd_quant.selection import Config, GemmProblem
 
 if TYPE_CHECKING:
@@ -23,38 +23,30 @@ def run_hopper_moe(call: MoeCall) -> torch.Tensor:
     """Routing, gate_up with its activation, down with the routing weights, combine; products are rounded to bf16."""
     from sglang_amd_quant.kernels.triton.hopper import hopper_gemm
 
-    p, top_k, f = call.problem, call.topk_ids.shape[1], call.problem.activation
-    weights = call.topk_weights.float().contiguous()
-    x = (call.x.float() * weights[:, :1]).to(call.x.dtype) if p.weight_on_input else call.x
+    p, f, x = call.problem, call.problem.activation, weighted_input(call)
     w13, w2 = _weights(call.w13, call.gate_up), _weights(call.w2, call.down)
     tile13, tile2 = _tile(call.config13), _tile(call.config2)
     routing = route(call.topk_ids, p.num_experts, tile13.block_m)
     left, factors = _input(x, p.act13, w13.x_format)
     hidden = torch.empty(routing.rows, f.columns(w13.n), dtype=x.dtype, device=x.device)
     hopper_gemm(
-        left, factors, w13, hidden, routing, tile13, top_k=top_k, bias=call.b13,
+        left, factors, w13, hidden, routing, tile13, top_k=call.topk_ids.shape[1], bias=call.b13,
         activation=f.kind, limit=f.limit, alpha=f.alpha, beta=f.beta,
     )  # fmt: skip
     left, factors = _input(hidden, p.act2, w2.x_format)
     routed = torch.empty(routing.rows, w2.n, dtype=x.dtype, device=x.device)
-    weighted = weights.reshape(-1) if p.weight_output and not p.weight_on_input else None
-    hopper_gemm(left, factors, w2, routed, routing, tile2, bias=call.b2, row_weights=weighted)
-    if p.combine:
-        return combine(routed, call.topk_ids, p.num_experts, p.scale, x.dtype)
-    return slots(routed, call.topk_ids, p.num_experts).to(x.dtype)
+    hopper_gemm(left, factors, w2, routed, routing, tile2, bias=call.b2, row_weights=row_weights(call))
+    return combined(call, routed)
 
 
 def run_hopper_gemm(call: LinearCall) -> None:
-    """Dense: one expert, all rows in order."""
+    """Dense: one expert, all rows in order, and no routing."""
     from sglang_amd_quant.kernels.triton.hopper import hopper_gemm
 
-    w, tile, m = _weights(call.weight, call.problem), _tile(call.config), call.x.shape[0]
-    blocks = -(-m // tile.block_m)
-    ids = torch.arange(blocks * tile.block_m, dtype=torch.int32, device=call.x.device)  # from M on: no row
-    zeros = torch.zeros(blocks, dtype=torch.int32, device=call.x.device)
+    w = _weights(call.weight, call.problem)
     left, factors = _input(call.x, call.act, w.x_format)
     bias = None if call.bias is None else call.bias.unsqueeze(0)
-    hopper_gemm(left, factors, w, call.y, Routing(ids, zeros, zeros[:1], tile.block_m, m), tile, bias=bias)
+    hopper_gemm(left, factors, w, call.y, None, _tile(call.config), bias=bias)
 
 
 def _weights(weight: Weight, problem: GemmProblem) -> HopperWeights:

@@ -8,7 +8,7 @@ import torch
 
 from sglang_amd_quant.ops.packed import Weight
 from sglang_amd_quant.ops.quantize import Quantized, quantize_activation
-from sglang_amd_quant.ops.routing import Routing, combine, route, slots
+from sglang_amd_quant.ops.routing import Routing, combined, route, row_weights, weighted_input
 from sglang_amd_quant.ops.triton_mx import grouped, tile_of
 from sglang_amd_quant.selection import Config
 
@@ -52,33 +52,12 @@ def run_mx_then_moe(call: MoeCall) -> torch.Tensor:
     return down(call, routing, quantize_activation(p.activation(first).to(x.dtype), p.act2))
 
 
-def weighted_input(call: MoeCall) -> torch.Tensor:
-    """x, times its routing weight where that belongs to the input."""
-    if not call.problem.weight_on_input:
-        return call.x.contiguous()
-    return (call.x.float() * call.topk_weights.float()[:, :1]).to(call.x.dtype)
-
-
-def row_weights(call: MoeCall) -> torch.Tensor | None:
-    """fp32 [rows]: what rows of the down GEMM are multiplied by, None for nothing."""
-    weighted = call.problem.weight_output and not call.problem.weight_on_input
-    return call.topk_weights.float().reshape(-1).contiguous() if weighted else None
-
-
 def down(call: MoeCall, routing: Routing, hidden: Quantized) -> torch.Tensor:
     """Down with the routing weights, and the sum over each token's slots."""
     routed = torch.empty(routing.rows, call.w2.n, dtype=call.x.dtype, device=call.x.device)
     _gemm(hidden, call.w2, routed, None, routing, call.config2, call.down.arch, bias=call.b2,
           row_weights=row_weights(call))  # fmt: skip
     return combined(call, routed)
-
-
-def combined(call: MoeCall, routed: torch.Tensor) -> torch.Tensor:
-    """routed [rows, H] as the op returns it: summed in slot order, or slot by slot."""
-    p = call.problem
-    if p.combine:
-        return combine(routed, call.topk_ids, p.num_experts, p.scale, call.x.dtype)
-    return slots(routed, call.topk_ids, p.num_experts).to(call.x.dtype)
 
 
 def _hidden(rows: int, columns: int, element: str | None, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -8,7 +8,7 @@ import torch
 
 from sglang_amd_quant.ops.packed import Weight, as_mx
 from sglang_amd_quant.ops.quantize import Quantized, quantize_activation
-from sglang_amd_quant.ops.routing import Routing, combine, route, slots
+from sglang_amd_quant.ops.routing import Routing, combined, route, row_weights, weighted_input
 from sglang_amd_quant.selection import Config
 
 if TYPE_CHECKING:
@@ -47,18 +47,15 @@ def run_mx_moe(call: MoeCall) -> torch.Tensor:
     The first product stays fp32 until its activation, as in the reference.
     """
     problem, top_k = call.problem, call.topk_ids.shape[1]
-    weights = call.topk_weights.float().contiguous()
-    x = (call.x.float() * weights[:, :1]).to(call.x.dtype) if problem.weight_on_input else call.x
+    x = weighted_input(call)
     routing = route(call.topk_ids, problem.num_experts, tile_of(call.config13).block_m)
     first = grouped(
         quantize_activation(x, problem.act13), call.w13, call.b13, call.config13, call.gate_up.arch, routing, top_k
     )  # fmt: skip
     hidden = quantize_activation(problem.activation(first).to(x.dtype), problem.act2)
-    weighted = weights.reshape(-1) if problem.weight_output and not problem.weight_on_input else None
-    out = grouped(hidden, call.w2, call.b2, call.config2, call.down.arch, routing, 1, weighted)
-    if problem.combine:
-        return combine(out, call.topk_ids, problem.num_experts, problem.scale, x.dtype)
-    return slots(out, call.topk_ids, problem.num_experts).to(x.dtype)
+    return combined(
+        call, grouped(hidden, call.w2, call.b2, call.config2, call.down.arch, routing, 1, row_weights(call))
+    )
 
 
 def grouped(

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
 from emulated_triton import Launch, emulated_triton
+from sglang_amd_quant.kernels.triton.hopper_pack import row_order
 from sglang_amd_quant.kernels.triton.manifest import SCHEMES, TRITON_ARCHS
 from sglang_amd_quant.kernels.triton.moe import default_configs, fused_moe_torch, fused_moe_triton
 from sglang_amd_quant.kernels.triton.moe_gemm import PLAIN, Epilogue, moe_gemm, moe_gemm_torch
@@ -19,7 +20,6 @@ from sglang_amd_quant.kernels.triton.quant_mx import quant_mx_torch
 from sglang_amd_quant.kernels.triton.routing import route_torch
 
 from sglang_amd_quant.layouts.registry import scale_layout, value_layout
-from sglang_amd_quant.ops.packed import paired_rows
 from sglang_amd_quant.toolchain.triton_aot import call, compile_variant
 
 ARCHS = ("gfx950", "gfx942", "gfx1100")
@@ -180,7 +180,7 @@ def test_weights_may_lie_as_decode_kernels_read_them(arch: str, scheme: str, val
     want, want_scales, _, strided = run(arch, p, epilogue, weighted=False)
     order = torch.arange(n)
     if epilogue is not PLAIN:
-        order = paired_rows(n, "interleaved" if epilogue.interleaved else "halves")
+        order = row_order(n, "interleaved" if epilogue.interleaved else "halves")
     packed = {
         "w": value_layout(values).pack(p["w"].view(torch.uint8)[:, order].view(p["w"].dtype)),
         "w_scales": scale_layout("tile_scale").pack(p["w_scales"][:, order]),

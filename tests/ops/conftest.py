@@ -196,6 +196,7 @@ def hopper_twins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     from sglang_amd_quant import formats
     from sglang_amd_quant.ops.activation import Activation
+    from sglang_amd_quant.ops.routing import route_torch
 
     calls: list[str] = []
 
@@ -211,6 +212,9 @@ def hopper_twins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return (x, None) if element is None else quant_mx.quant_mx_torch(x, element, out, mode)
 
     def gemm(x, factors, w, y, routing, config, *, top_k=1, bias=None, row_weights=None, activation="none", **f):  # type: ignore[no-untyped-def]
+        if routing is None:  # dense
+            assert len(w.data) == 1
+            routing = route_torch(torch.zeros(len(y), 1, dtype=torch.int32), 1, config.block_m)
         assert (factors is not None) == (w.x_format == "e4m3")
         assert (x.dtype, config.block_m) == (
             {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}[w.x_format],

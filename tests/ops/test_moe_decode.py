@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from op_layers import MX, as_served_on_a_cpu, make_moe, tokens
+from sglang_amd_quant.kernels.triton.hopper_pack import row_order
 from test_moe import GPT_OSS, close
 
 from sglang_amd_quant.errors import UnsupportedError
 from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.ops.moe import bound
-from sglang_amd_quant.ops.packed import paired_rows
 from sglang_amd_quant.selection.arch import canonical
 from sglang_amd_quant.selection.shipped_kernels import AMD_MOE_DECODE_LAYOUTS
 
@@ -114,7 +114,7 @@ def test_a_model_in_fp16_is_refused_or_laid_out_otherwise(served, emulated):
 
 @pytest.mark.parametrize("pairs", ["halves", "interleaved"])
 def test_rows_in_pairs(pairs):
-    order = paired_rows(64, pairs)
+    order = row_order(64, pairs)
     assert sorted(order.tolist()) == list(range(64))
     gates = order.view(-1, 2, 8)[:, 0].flatten()
     assert gates.tolist() == (list(range(0, 64, 2)) if pairs == "interleaved" else list(range(32)))

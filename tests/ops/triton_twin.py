@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sglang_amd_quant.kernels.triton.hopper_pack import row_order
 from sglang_amd_quant.kernels.triton.mx_gemm import STRIDED, element_of, mx_gemm_torch
 
 from sglang_amd_quant.layouts.registry import scale_layout, value_layout
-from sglang_amd_quant.ops.packed import paired_rows
 
 
 def mx_gemm_twin(
@@ -36,5 +36,5 @@ def strided(
         w_scales = scale_layout(scales).unpack(w_scales, n, k // 32)
     if pairs is None:
         return w, w_scales
-    back = paired_rows(n, pairs).argsort()
+    back = row_order(n, pairs).argsort()
     return w.view(torch.uint8).index_select(-2, back).view(w.dtype), w_scales.index_select(-2, back)
