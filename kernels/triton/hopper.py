@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -13,6 +16,11 @@ from .hopper_pack import HopperWeights
 from .overlap import overlap
 from .quant_mx import quant_mx
 from .routing import Routing, route
+
+Quantize = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+FEW = 8
+"""`Alone` up to one routed row for so many experts: of 16 rows and 128 experts, about one shares another's expert."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +53,46 @@ class HopperConfig:
         return int(self.num_stages * self.block_k * (x + w)) + store
 
 
+@dataclass(frozen=True)
+class Alone:
+    """A routing that takes no launch: each routed row has a block of its own, at its first place.
+
+    Right for so few rows that hardly two are of one expert: that one's weights are read once for each.
+
+    Attributes:
+        block_experts: [M * top_k] int32 or int64: topk_ids; those outside [0, E) are no work.
+        block_m: places of a block.
+    """
+
+    block_experts: torch.Tensor
+    block_m: int
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How a GEMM overlaps with the launches around it, where launches can (`overlap.py`).
+
+    Attributes:
+        ahead: the launch right in front wrote nothing that this one reads but x and its factors, and began its own
+            work only once all before it had ended. So routing is there when this one begins, and it asks for its
+            first weights before it waits.
+        late: the next launch begins when this one's sums are done, not at once. For another GEMM behind it, whose
+            blocks would else gather where this one's finish first, and the load would no longer be even.
+    """
+
+    ahead: bool = False
+    late: bool = False
+
+
 def hopper_gemm(
     x: torch.Tensor,
     x_factors: torch.Tensor | None,
     w: HopperWeights,
     y: torch.Tensor,
-    routing: Routing | None,
+    routing: Routing | Alone | None,
     config: HopperConfig,
     *,
+    overlapping: Overlap | None = None,
     top_k: int = 1,
     bias: torch.Tensor | None = None,
     row_weights: torch.Tensor | None = None,
@@ -72,6 +112,7 @@ def hopper_gemm(
         y: [R, N] bf16 or fp32; [R, N / 2] after an activation.
         routing: of `config.block_m`; None: dense, E is 1 and every row is taken.
         config: tile and launch options.
+        overlapping: None: it begins when all launches before it have ended.
         top_k: routed rows a row of x.
         bias: [E, N], in the order before packing.
         row_weights: [R] fp32, the routing weights.
@@ -85,16 +126,17 @@ def hopper_gemm(
             f"{made} for {w.factors.shape[0]} experts with {config}, activation {activation} with pairs {w.pairs}: "
             "routing and packing must be made for the launch; route and pack again"
         )
-    row_ids, experts = (None, None) if routing is None else (routing.row_ids, routing.block_experts)
+    row_ids = None if routing is None or isinstance(routing, Alone) else routing.row_ids
+    experts = None if routing is None else routing.block_experts
     tiles_m = triton.cdiv(rows, config.block_m) if experts is None else experts.numel()
     if tiles_m:
         grid = (tiles_m * triton.cdiv(w.n, config.block_n * config.run),)
-        # Behind the short launch that quantizes x. Behind another GEMM, blocks that come early gather where it has
-        # finished first, and the load is no longer even: gpt-oss-120b with one token lost 5 us.
-        early = {} if x_factors is None else overlap(x)
+        early: dict[str, bool] = {} if overlapping is None else overlap(x)
+        if early and overlapping is not None:
+            early |= {"AHEAD": overlapping.ahead, "LATE": overlapping.late}
         hopper_moe_kernel[grid](
             x, x_factors, w.data, w.scales, w.factors, bias, y, row_ids, experts, row_weights,
-            rows, w.n, w.k, k_tiles, groups, tiles_m, alpha, limit or 0.0, beta,
+            rows, w.n, w.k, k_tiles, groups, tiles_m, w.factors.shape[0], alpha, limit or 0.0, beta,
             w.x_format, w.w_format, top_k, activation, w.pairs == "interleaved", limit is not None,
             config.block_m, config.block_n, config.block_k, config.num_stages, config.group_m,
             config.run, num_warps=config.num_warps, **early,
@@ -135,19 +177,61 @@ def fused_moe_hopper(
         activation, limit, alpha, beta: between the GEMMs.
         scale: of the combined sum.
     """
-    m, top_k = topk_ids.shape
     experts = w13.factors.shape[0]
-    routing = route(topk_ids, experts, config13.block_m)
-    hidden = torch.empty(m * top_k, w13.n // 2, dtype=x.dtype, device=x.device)
-    left, factors = activations(x, element, mode, w13.x_format)
-    hopper_gemm(
-        left, factors, w13, hidden, routing, config13,
-        top_k=top_k, bias=b13, activation=activation, limit=limit, alpha=alpha, beta=beta,
+    routing = alone(topk_ids, experts, config13.block_m) or route(topk_ids, experts, config13.block_m)
+    routed = routed_hopper(
+        x, routing, topk_ids.shape[1], w13, w2, config13, config2,
+        partial(activations, element=element, mode=mode), partial(activations, element=element, mode=mode),
+        b13=b13, b2=b2, row_weights=topk_weights, activation=activation, limit=limit, alpha=alpha, beta=beta,
     )  # fmt: skip
-    left, factors = activations(hidden, element, mode, w2.x_format)
-    routed = torch.empty(m * top_k, w2.n, dtype=x.dtype, device=x.device)
-    hopper_gemm(left, factors, w2, routed, routing, config2, bias=b2, row_weights=topk_weights)
     return combine(routed, topk_ids, experts, torch.empty_like(x), scale)
+
+
+def alone(topk_ids: torch.Tensor, experts: int, block_m: int) -> Alone | None:
+    """`Alone` for one token, whose experts are distinct, and where rows are few against experts; else None."""
+    if topk_ids.shape[0] > 1 and topk_ids.numel() * FEW > experts:
+        return None
+    return Alone(topk_ids.contiguous().view(-1), block_m)
+
+
+def routed_hopper(
+    x: torch.Tensor,
+    routing: Routing | Alone,
+    top_k: int,
+    w13: HopperWeights,
+    w2: HopperWeights,
+    config13: HopperConfig,
+    config2: HopperConfig,
+    quantize13: Quantize,
+    quantize2: Quantize,
+    *,
+    b13: torch.Tensor | None = None,
+    b2: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
+    **activation: Any,
+) -> torch.Tensor:
+    """Both GEMMs, each behind the quantization of its input: x[M, H] -> [M * top_k, H] bf16, dropped rows unwritten.
+
+    Args:
+        routing: of the configs' block_m.
+        quantize13, quantize2: (x, x_format=...) -> what a GEMM multiplies, as `activations` gives it.
+        row_weights: [M * top_k] fp32, or None.
+        activation: `activation`, `limit`, `alpha`, `beta` of `hopper_gemm`.
+        The rest as in `fused_moe_hopper`.
+    """
+    rows = x.shape[0] * top_k
+    hidden = torch.empty(rows, w13.n // 2, dtype=x.dtype, device=x.device)
+    routed = torch.empty(rows, w2.n, dtype=x.dtype, device=x.device)
+    left, factors = quantize13(x, x_format=w13.x_format)
+    plain = left is x  # nothing is launched between routing and the GEMM, nor between the GEMMs
+    hopper_gemm(
+        left, factors, w13, hidden, routing, config13, overlapping=Overlap(ahead=not plain, late=plain), top_k=top_k,
+        bias=b13, **activation,
+    )  # fmt: skip
+    left, factors = quantize2(hidden, x_format=w2.x_format)
+    hopper_gemm(left, factors, w2, routed, routing, config2, overlapping=Overlap(ahead=True), bias=b2,
+                row_weights=row_weights)  # fmt: skip
+    return routed
 
 
 def linear_hopper(
@@ -170,7 +254,8 @@ def linear_hopper(
     """
     left, factors = activations(x, element, mode, w.x_format)
     y = torch.empty(x.shape[0], w.n, dtype=x.dtype, device=x.device)
-    return hopper_gemm(left, factors, w, y, None, config or dense_config(x.shape[0]), bias=bias)
+    ahead = None if left is x else Overlap(ahead=True)
+    return hopper_gemm(left, factors, w, y, None, config or dense_config(x.shape[0]), overlapping=ahead, bias=bias)
 
 
 def dense_config(m: int) -> HopperConfig:
@@ -192,19 +277,3 @@ def activations(
         return (x, None) if element is None else quant_mx(x, element, "bf16", mode, native=True)
     direct = element == "e4m3" and mode in (None, "rceil")
     return quant_mx(x, None if direct else element, "row", mode, native=True)
-
-
-def default_configs(
-    m: int, top_k: int, experts: int, x_format: str, w_format: str
-) -> tuple[HopperConfig, HopperConfig]:
-    """Configs for a shape that nobody tuned, of gate_up and down: block_m holds the rows that an expert gets."""
-    rows = max(1, m * top_k // experts)
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64 if rows <= 64 else 128)
-    narrow = x_format == "e4m3"
-    if block_m == 16:
-        config = HopperConfig(16, 64, 128, 4, 6) if narrow else HopperConfig(16, 128, 64, 4, 6)
-    elif block_m == 32:
-        config = HopperConfig(32, 128, 128, 4, 4) if narrow else HopperConfig(32, 128, 64, 4, 6)
-    else:
-        config = HopperConfig(block_m, 128, 64, 4, 6 if narrow and block_m == 64 else 4)
-    return config, config

@@ -164,11 +164,10 @@ def multiply(acc, w_tile, s_tile, right, W_FORMAT: gl.constexpr, WIDE: gl.conste
 
 
 @gluon.jit
-def start_copies(step, steps, x_stages, w_stages, s_stages, x_pointers, w_pointers, s_pointers, x_inside, w_groups,
-                 s_groups, x_columns, w_parts, s_parts, K, k_tiles, groups_n, W_STEP: gl.constexpr,
-                 PARTS: gl.constexpr, GROUPS: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr,
-                 RUN: gl.constexpr):  # fmt: skip
-    """Ask for what step `step` multiplies, `steps` to a tile of weight rows; what lies outside becomes zero."""
+def start_weights(step, steps, w_stages, s_stages, w_pointers, s_pointers, w_groups, s_groups, w_parts, s_parts,
+                  k_tiles, groups_n, W_STEP: gl.constexpr, PARTS: gl.constexpr, GROUPS: gl.constexpr,
+                  SCALED: gl.constexpr, STAGES: gl.constexpr, RUN: gl.constexpr):  # fmt: skip
+    """Ask for the weights that step `step` multiplies, `steps` to a tile of weight rows; beyond them come zeros."""
     tile = step
     stage = step % STAGES
     w_from = w_pointers
@@ -189,44 +188,57 @@ def start_copies(step, steps, x_stages, w_stages, s_stages, x_pointers, w_pointe
         if RUN > 1:
             s_from += groups * (steps_k * 8)
         async_copy.async_copy_global_to_shared(s_stages.index(stage), s_from, mask=s_mask)
+
+
+@gluon.jit
+def start_rows(step, steps, x_stages, x_pointers, x_inside, x_columns, K, PARTS: gl.constexpr, STAGES: gl.constexpr,
+               RUN: gl.constexpr):  # fmt: skip
+    """Ask for the rows of x that step `step` multiplies; what was asked for since the last call is now a group."""
+    tile = step
+    if RUN > 1:
+        tile = step % steps
     x_mask = x_inside & (tile * (PARTS * 64) + x_columns < K)
-    async_copy.async_copy_global_to_shared(x_stages.index(stage), x_pointers + tile * (PARTS * 64), mask=x_mask)
+    x_from = x_pointers + tile * (PARTS * 64)
+    async_copy.async_copy_global_to_shared(x_stages.index(step % STAGES), x_from, mask=x_mask)
     async_copy.commit_group()
 
 
 @gluon.jit
-def rows_at(places, row_ids):
-    """Routed rows at places; the places themselves for a dense GEMM."""
+def rows_at(places, row_ids, M, BLOCK_M: gl.constexpr, ALONE: gl.constexpr):
+    """Routed rows at places, M where none is: as `row_ids` says; without it one a block, or all in order (dense)."""
     rows = places
     if row_ids is not None:
         rows = gl.load(row_ids + places)
+    elif ALONE:
+        rows = gl.where(places % BLOCK_M == 0, places // BLOCK_M, M)
     return rows
 
 
 @gluon.jit
-def factors_at(places, row_ids, factors, M, DIVIDE: gl.constexpr):
-    """Factor of the row at each place, whose index is divided by DIVIDE; 0 where there is no row."""
-    rows = rows_at(places, row_ids)
+def factors_at(rows, factors, M, DIVIDE: gl.constexpr):
+    """Factor of each row, whose index is divided by DIVIDE; 0 where there is no row."""
     return gl.load(factors + rows // DIVIDE, mask=rows < M, other=0.0)
 
 
-@gluon.jit(do_not_specialize=["M", "k_tiles", "groups_n", "tiles_m"])
+@gluon.jit(do_not_specialize=["M", "k_tiles", "groups_n", "tiles_m", "E"])
 def hopper_moe_kernel(
     x, x_factors, w, w_scales, w_factors, bias, y, row_ids, block_experts, row_weights,
-    M, N, K, k_tiles, groups_n, tiles_m, alpha, limit, beta,
+    M, N, K, k_tiles, groups_n, tiles_m, E, alpha, limit, beta,
     X_FORMAT: gl.constexpr, W_FORMAT: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr,
     INTERLEAVED: gl.constexpr, CLAMP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, RUN: gl.constexpr,
-    OVERLAP: gl.constexpr = False,
+    OVERLAP: gl.constexpr = False, AHEAD: gl.constexpr = False, LATE: gl.constexpr = False,
 ):  # fmt: skip
     """RUN tiles of BLOCK_N weight rows, one after another, and BLOCK_M tokens; see `hopper.py` for the arguments.
 
-    Dense: row_ids and block_experts are None, E is 1.
+    Dense: row_ids and block_experts are None, E is 1. Without row_ids alone, each block has one routed row.
 
     M: routed rows; N: weight rows; K: elements of a row of x; k_tiles: K / 64 rounded up; groups_n: N / 16 rounded up;
         tiles_m: blocks along M. ACTIVATION: "none", "silu" or "swigluoai", of pairs of rows that `hopper_pack` has put
         8 apart. CLAMP: whether `limit` holds. BLOCK_K: 64 or 128. Copies run ahead of the multiplication across the
         tiles of a run, so that its next tile is on its way while one is finished.
+
+    OVERLAP, AHEAD, LATE: see `Overlap` in `hopper.py`.
     """
     NUM_WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = BLOCK_N // 16
@@ -250,18 +262,20 @@ def hopper_moe_kernel(
     height = gl.minimum(tiles_m - top, GROUP_M)
     tile_m = top + pid % band % height
     tile_n = pid % band // height * RUN
-    if OVERLAP:
+    ALONE: gl.constexpr = row_ids is None and block_experts is not None
+    if OVERLAP and not AHEAD:
         gdc_wait()
-        gdc_launch_dependents()
+        if not LATE:
+            gdc_launch_dependents()
     # Where things come from: 16 bytes a thread, whole rows of x or groups of w to as few threads as it takes.
     vector: gl.constexpr = 8 if WIDE else 16
     x_threads: gl.constexpr = BLOCK_K // vector
     copy_x: gl.constexpr = gl.BlockedLayout([1, vector], [32 // x_threads, x_threads], [NUM_WARPS, 1], [1, 0])
-    m_rows = rows_at(tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, copy_x)), row_ids)
+    m_rows = rows_at(tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, copy_x)), row_ids, M, BLOCK_M, ALONE)
     expert = tile_m * 0
     if block_experts is not None:
         expert = gl.load(block_experts + tile_m)
-        if expert < 0:
+        if (expert < 0) | (expert >= E):
             return
     expert = expert.to(gl.int64)
 
@@ -296,17 +310,24 @@ def hopper_moe_kernel(
     pairs_k = (k_tiles + 2 * PARTS - 1) // (2 * PARTS)
     # STAGES - 2 tiles are on their way while one is multiplied and the one before may still be.
     for first in gl.static_range(STAGES - 2):
-        start_copies(first, 2 * pairs_k, x_stages, w_stages, s_stages, x_pointers, w_pointers, s_pointers, x_inside,
-                     w_groups, s_groups, x_columns, w_parts, s_parts, K, k_tiles, groups_n, W_STEP, PARTS, GROUPS,
-                     SCALED, STAGES, RUN)  # fmt: skip
+        start_weights(first, 2 * pairs_k, w_stages, s_stages, w_pointers, s_pointers, w_groups, s_groups, w_parts,
+                      s_parts, k_tiles, groups_n, W_STEP, PARTS, GROUPS, SCALED, STAGES, RUN)  # fmt: skip
+        if not AHEAD:
+            start_rows(first, 2 * pairs_k, x_stages, x_pointers, x_inside, x_columns, K, PARTS, STAGES, RUN)
+    if AHEAD:
+        gdc_wait()
+        if not LATE:
+            gdc_launch_dependents()
+        for first in gl.static_range(STAGES - 2):
+            start_rows(first, 2 * pairs_k, x_stages, x_pointers, x_inside, x_columns, K, PARTS, STAGES, RUN)
     m_place = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
     out_threads: gl.constexpr = min(32, OUT_N // 8)
     store: gl.constexpr = gl.BlockedLayout([1, 8], [32 // out_threads, out_threads], [NUM_WARPS, 1], [1, 0])
     EARLY: gl.constexpr = BLOCK_M <= 32
     if EARLY and x_factors is not None:
-        x_factor = factors_at(m_place, row_ids, x_factors, M, TOP_K)
+        x_factor = factors_at(rows_at(m_place, row_ids, M, BLOCK_M, ALONE), x_factors, M, TOP_K)
     if EARLY and row_weights is not None:
-        row_weight = factors_at(m_place, row_ids, row_weights, M, 1)
+        row_weight = factors_at(rows_at(m_place, row_ids, M, BLOCK_M, ALONE), row_weights, M, 1)
     for run in range(RUN):
         # What the sum is multiplied with and added to, while tiles come; of many tokens only afterwards.
         n_index = (tile_n + run) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma))
@@ -325,25 +346,29 @@ def hopper_moe_kernel(
                 stage = step % STAGES
                 async_copy.wait_group(STAGES - 3)
                 fence_async_shared()
-                start_copies(step + STAGES - 2, 2 * pairs_k, x_stages, w_stages, s_stages, x_pointers, w_pointers,
-                             s_pointers, x_inside, w_groups, s_groups, x_columns, w_parts, s_parts, K, k_tiles,
-                             groups_n, W_STEP, PARTS, GROUPS, SCALED, STAGES, RUN)  # fmt: skip
+                start_weights(step + STAGES - 2, 2 * pairs_k, w_stages, s_stages, w_pointers, s_pointers, w_groups,
+                              s_groups, w_parts, s_parts, k_tiles, groups_n, W_STEP, PARTS, GROUPS, SCALED, STAGES,
+                              RUN)  # fmt: skip
+                start_rows(step + STAGES - 2, 2 * pairs_k, x_stages, x_pointers, x_inside, x_columns, K, PARTS, STAGES,
+                           RUN)  # fmt: skip
                 right = x_stages.index(stage).permute((1, 0))
                 running = multiply(total, w_stages.index(stage), s_stages.index(stage), right, W_FORMAT, WIDE, PARTS,
                                    BLOCK_N, operand, w_registers, s_registers)  # fmt: skip
                 total = warpgroup_mma_wait(PARTS * (4 if WIDE else 2), deps=(running,))
         total = warpgroup_mma_wait(0, deps=(total,))
+        if LATE and run == RUN - 1:
+            gdc_launch_dependents()
 
         total = total * gl.expand_dims(factor, 1)
         if x_factors is not None:
             if not EARLY:
-                x_factor = factors_at(m_place, row_ids, x_factors, M, TOP_K)
+                x_factor = factors_at(rows_at(m_place, row_ids, M, BLOCK_M, ALONE), x_factors, M, TOP_K)
             total = total * gl.expand_dims(x_factor, 0)
         if bias is not None:
             total += gl.expand_dims(addend, 1)
         if row_weights is not None:
             if not EARLY:
-                row_weight = factors_at(m_place, row_ids, row_weights, M, 1)
+                row_weight = factors_at(rows_at(m_place, row_ids, M, BLOCK_M, ALONE), row_weights, M, 1)
             total = total * gl.expand_dims(row_weight, 0)
         if PAIRED:
             pairs = total.reshape((GROUPS, 2, 8, BLOCK_M)).permute((0, 2, 3, 1)).reshape((OUT_N, BLOCK_M, 2))
@@ -359,7 +384,7 @@ def hopper_moe_kernel(
             result = total
         n_out = N // 2 if PAIRED else N
         result = gl.convert_layout(result.to(y.dtype.element_ty).permute((1, 0)), store)
-        rows = rows_at(tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, store)), row_ids)
+        rows = rows_at(tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, store)), row_ids, M, BLOCK_M, ALONE)
         columns = (tile_n + run) * OUT_N + gl.arange(0, OUT_N, gl.SliceLayout(0, store))
         places = gl.expand_dims(rows.to(gl.int64) * n_out, 1) + gl.expand_dims(columns, 0)
         gl.store(y + places, result, mask=gl.expand_dims(rows < M, 1) & gl.expand_dims(columns < n_out, 0))

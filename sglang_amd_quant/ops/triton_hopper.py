@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,32 +22,31 @@ if TYPE_CHECKING:
 
 def run_hopper_moe(call: MoeCall) -> torch.Tensor:
     """Routing, gate_up with its activation, down with the routing weights, combine; products are rounded to bf16."""
-    from sglang_amd_quant.kernels.triton.hopper import hopper_gemm
+    from sglang_amd_quant.kernels.triton.hopper import alone, routed_hopper
 
-    p, f, x = call.problem, call.problem.activation, weighted_input(call)
+    p, f = call.problem, call.problem.activation
     w13, w2 = _weights(call.w13, call.gate_up), _weights(call.w2, call.down)
-    tile13, tile2 = _tile(call.config13), _tile(call.config2)
-    routing = route(call.topk_ids, p.num_experts, tile13.block_m)
-    left, factors = _input(x, p.act13, w13.x_format)
-    hidden = torch.empty(routing.rows, f.columns(w13.n), dtype=x.dtype, device=x.device)
-    hopper_gemm(
-        left, factors, w13, hidden, routing, tile13, top_k=call.topk_ids.shape[1], bias=call.b13,
+    tile13, tile2 = tile_of(call.config13), tile_of(call.config2)
+    ids, block_m = call.topk_ids, tile13.block_m
+    routing = alone(ids, p.num_experts, block_m) or route(ids, p.num_experts, block_m)
+    routed = routed_hopper(
+        weighted_input(call), routing, ids.shape[1], w13, w2, tile13, tile2,
+        partial(_input, act=p.act13), partial(_input, act=p.act2),
+        b13=call.b13, b2=call.b2, row_weights=row_weights(call),
         activation=f.kind, limit=f.limit, alpha=f.alpha, beta=f.beta,
     )  # fmt: skip
-    left, factors = _input(hidden, p.act2, w2.x_format)
-    routed = torch.empty(routing.rows, w2.n, dtype=x.dtype, device=x.device)
-    hopper_gemm(left, factors, w2, routed, routing, tile2, bias=call.b2, row_weights=row_weights(call))
     return combined(call, routed)
 
 
 def run_hopper_gemm(call: LinearCall) -> None:
     """Dense: one expert, all rows in order, and no routing."""
-    from sglang_amd_quant.kernels.triton.hopper import hopper_gemm
+    from sglang_amd_quant.kernels.triton.hopper import Overlap, hopper_gemm
 
     w = _weights(call.weight, call.problem)
     left, factors = _input(call.x, call.act, w.x_format)
     bias = None if call.bias is None else call.bias.unsqueeze(0)
-    hopper_gemm(left, factors, w, call.y, None, _tile(call.config), bias=bias)
+    ahead = None if left is call.x else Overlap(ahead=True)
+    hopper_gemm(left, factors, w, call.y, None, tile_of(call.config), overlapping=ahead, bias=bias)
 
 
 def _weights(weight: Weight, problem: GemmProblem) -> HopperWeights:
@@ -62,7 +62,7 @@ def _weights(weight: Weight, problem: GemmProblem) -> HopperWeights:
     )  # fmt: skip
 
 
-def _tile(config: Config) -> HopperConfig:
+def tile_of(config: Config) -> HopperConfig:
     """A choice's parameters as the kernel takes them."""
     from sglang_amd_quant.kernels.triton.hopper import HopperConfig
 

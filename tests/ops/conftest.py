@@ -211,10 +211,14 @@ def hopper_twins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         out = "bf16" if x_format == "bf16" else "row"
         return (x, None) if element is None else quant_mx.quant_mx_torch(x, element, out, mode)
 
-    def gemm(x, factors, w, y, routing, config, *, top_k=1, bias=None, row_weights=None, activation="none", **f):  # type: ignore[no-untyped-def]
+    def gemm(x, factors, w, y, routing, config, *, overlapping=None, top_k=1, bias=None, row_weights=None,
+             activation="none", **f):  # type: ignore[no-untyped-def]  # fmt: skip
         if routing is None:  # dense
             assert len(w.data) == 1
             routing = route_torch(torch.zeros(len(y), 1, dtype=torch.int32), 1, config.block_m)
+        if isinstance(routing, hopper.Alone):
+            assert routing.block_experts.numel() == len(y)
+            routing = route_torch(routing.block_experts.view(-1, 1), len(w.data), routing.block_m)
         assert (factors is not None) == (w.x_format == "e4m3")
         assert (x.dtype, config.block_m) == (
             {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}[w.x_format],
