@@ -11,6 +11,7 @@ import numpy as np
 from . import native
 from .decode import Program
 from .memory import Memory, Region, set_bits
+from .semantics import rows
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,13 @@ def collect(
     """Counters of a finished launch. `arguments`: the region of each kernel argument."""
     classes: Counter[str] = Counter()
     mnemonics: Counter[str] = Counter()
-    for number in np.flatnonzero(executed):
-        count = int(executed[number])
-        classes[program.rows[number].category] += count
-        mnemonics[program.rows[number].name] += count
+    every = list(rows().values())
+    of_row = np.zeros(len(every), np.uint64)
+    np.add.at(of_row, program.records["op"], executed)
+    for number in np.flatnonzero(of_row):
+        count = int(of_row[number])
+        classes[every[number].category] += count
+        mnemonics[every[number].name] += count
     traffic = []
     for region in arguments:
         if region is None:

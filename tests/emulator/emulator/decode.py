@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import numpy as np
 
 from .disassembler import Line, disassemble
 from .errors import UnknownInstruction
-from .instruction import INSTRUCTION, REGISTER_WORDS, SOURCES, VCC, Element, Kind, Select, Space, Width
+from .instruction import (
+    INSTRUCTION,
+    LOWER_HALVES,
+    OPERAND_FIELDS,
+    REGISTER_WORDS,
+    SOURCES,
+    VCC,
+    VGPRS,
+    Element,
+    Kind,
+    Select,
+    Space,
+    Width,
+)
 from .operands import Operand, bits_of, parse_operand, split
 from .semantics import TYPES, Row, rows
 
@@ -43,35 +56,70 @@ class Program:
     def __init__(self, records: np.ndarray, lines: list[Line], rows_: list[Row], index: dict[int, int]):
         self.records, self.lines, self.rows, self.index = records, lines, rows_, index
 
+    @cached_property
+    def narrow_lds(self) -> bool:
+        """Whether it accesses less of LDS at once than a word, so that bytes have to be told apart."""
+        in_lds = np.array([row.category in ("lds", "load_to_lds") for row in self.rows])
+        return bool((in_lds & (0 < self.records["bytes"]) & (self.records["bytes"] < 4)).any())
+
+    @cached_property
+    def vgprs_used(self) -> int:
+        """One more than the highest vector register that it names."""
+        touched = np.bitwise_or.reduce(self.records["touches"] | self.records["fills"], axis=0)
+        halves = int.from_bytes(touched.tobytes(), "little") >> LOWER_HALVES
+        return max((halves >> VGPRS).bit_length(), (halves & ((1 << VGPRS) - 1)).bit_length(), 1)
+
 
 @cache
 def _numbers() -> dict[str, int]:
     return {name: number for number, name in enumerate(rows())}
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=256)
 def decode(code: bytes, address: int, arch: str, wave_size: int) -> Program:
     """Raises UnknownInstruction, naming mnemonic, address and arch, on anything the tables do not cover."""
-    lines, texts = [], []  # a VOPD pair gives two records with the line of the first
-    for line in disassemble(code, address, arch, wave_size):
-        halves = line.text.split("::")
-        for half in halves:
-            lines.append(line)
-            texts.append(half.strip())
+    made, lines, found, branches, dual = [], [], [], [], []
     index: dict[int, int] = {}
-    for number, line in enumerate(lines):
-        index.setdefault(line.address, number)
-    records = np.zeros(len(lines), INSTRUCTION)
-    found = []
-    for number, (line, text) in enumerate(zip(lines, texts, strict=True)):
-        decoder = _Decoder(records[number], line, text, arch, wave_size, index)
-        try:
-            decoder.run()
-        except (ValueError, KeyError, IndexError) as error:
-            raise UnknownInstruction(arch, line.address, text, f"{type(error).__name__}: {error}") from error
-        records[number]["dual"] = text.startswith("v_dual_") and index[line.address] == number
-        found.append(decoder.row)
+    try:
+        for line in disassemble(code, address, arch, wave_size):
+            number = index[line.address] = len(lines)
+            for text in map(str.strip, line.text.split("::")):  # a VOPD pair: two records, with the line of the first
+                record, row = _decoded(text, arch, wave_size)
+                if row.sources == ("target",):
+                    branches.append((number, line, text))
+                elif len(lines) == number and text.startswith("v_dual_"):
+                    dual.append(number)
+                made.append(record)
+                lines.append(line)
+                found.append(row)
+        records = np.frombuffer(bytearray(b"".join(made)), INSTRUCTION)
+        for number, line, text in branches:
+            records["target"][number] = _target(line, text, index)
+    except (ValueError, KeyError, IndexError) as error:
+        raise UnknownInstruction(arch, line.address, text, f"{type(error).__name__}: {error}") from error
+    records["dual"][dual] = 1
+    records["address"] = [line.address for line in lines]
+    records["next_address"] = [line.address + line.size for line in lines]
     return Program(records, lines, found, index)
+
+
+@lru_cache(maxsize=1 << 17)
+def _decoded(text: str, arch: str, wave_size: int) -> tuple[bytes, Row]:
+    """What does not depend on where the instruction lies, which is nearly all: kernels repeat most of their lines, and
+    so do the kernels of one source."""
+    record = np.zeros((), INSTRUCTION)
+    decoder = _Decoder(record, text, arch, wave_size)
+    decoder.run()
+    return record.tobytes(), decoder.row
+
+
+def _target(line: Line, text: str, index: dict[int, int]) -> int:
+    """Number of the instruction that a branch goes to."""
+    offset = int(text.split()[1], 0)
+    offset -= 0x10000 if offset >= 0x8000 else 0
+    target = line.address + 4 + 4 * offset
+    _require(target in index, f"branch target {target:#x} lies outside the kernel")
+    return index[target]
 
 
 def _require(condition: bool, reason: str) -> None:
@@ -79,11 +127,41 @@ def _require(condition: bool, reason: str) -> None:
         raise ValueError(reason)
 
 
+@cache
+def _fields(operand: Operand, kind: str, packed: bool) -> tuple[int, ...]:
+    """The operand as an OPERAND record, for the type that its instruction's row gives it."""
+    kind = kind.removesuffix(".keep").removesuffix("x2") if kind not in ("s32", "carry") else kind
+    bits = {"s32": 32, "carry": 1}.get(kind) or TYPES[kind].bits
+    width = {16: Width.B16, 64: Width.B64}.get(bits, Width.B32)
+    if packed:  # pairs of registers, or two halves of one
+        width = Width.B64 if bits == 32 else Width.B32
+    value = 0
+    if operand.kind == Kind.CONST:
+        constant = Width.B32 if packed and bits == 32 else width
+        if packed and kind == "f16" and "." in operand.text:
+            constant = Width.B16  # 1.0 as a half; a packed integer instruction gets the bits of the fp32 number
+        value = operand.value(constant, is_float=kind == "f64")
+    modified = operand.negate or operand.absolute or operand.sign_extend or operand.select != 0
+    fields = {
+        "kind": Kind.MASK if bits == 1 and operand.kind == Kind.SGPR else operand.kind,
+        "width": width,
+        "select": operand.select,
+        "negate": operand.negate,
+        "absolute": operand.absolute,
+        "sign_extend": operand.sign_extend,
+        "modified": modified,
+        "index": operand.index,
+        "count": operand.count,
+        "value": value,
+    }
+    return tuple(int(fields.get(name, 0)) for name, *_ in OPERAND_FIELDS)
+
+
 class _Decoder:
     """Fills one record. `modifiers` loses each modifier as it is understood; what is left over is an error."""
 
-    def __init__(self, record: np.void, line: Line, text: str, arch: str, wave_size: int, index: dict[int, int]):
-        self.record, self.line, self.text, self.index = record, line, text, index
+    def __init__(self, record: np.ndarray, text: str, arch: str, wave_size: int):
+        self.record, self.text = record, text
         self.gfx, self.wave_size = int(arch[3:]), wave_size
         self.registers = 0
 
@@ -94,12 +172,10 @@ class _Decoder:
         self.encoding = encoding[1] if encoding else ""
         self.select_row(name[: encoding.start()] if encoding else name)
         row, record = self.row, self.record
-        if row.sources == ("ignored",):
+        if row.sources in (("ignored",), ("target",)):
             return None
         if row.sources == ("waits",):
             return self.waits()
-        if row.sources == ("target",):
-            return self.branch(texts[0])
         if row.sources == ("setreg",):
             return self.set_mode()
         operands = [parse_operand(text) for text in texts]
@@ -128,8 +204,6 @@ class _Decoder:
         _require(name in rows(), "no row in the tables")
         self.row = rows()[name]
         self.record["op"] = _numbers()[name]
-        self.record["address"] = self.line.address
-        self.record["next_address"] = self.line.address + self.line.size
 
     # ---- control ----
 
@@ -145,13 +219,6 @@ class _Decoder:
         if self.row.name == "s_waitcnt" and "cnt(" not in self.text:  # a raw number: every counter at zero
             _require(int(self.text.split()[1], 0) == 0, "raw s_waitcnt other than 0")
             record["wait_load"] = record["wait_lds"] = 0
-
-    def branch(self, text: str) -> None:
-        offset = int(text, 0)
-        offset -= 0x10000 if offset >= 0x8000 else 0
-        target = self.line.address + 4 + 4 * offset
-        _require(target in self.index, f"branch target {target:#x} lies outside the kernel")
-        self.record["target"] = self.index[target]
 
     def set_mode(self) -> None:
         fp16_ovfl = re.fullmatch(r"\S+ hwreg\(HW_REG_MODE, 23, 1\), (\w+)", self.text)
@@ -179,41 +246,23 @@ class _Decoder:
         )
         values = operands[len(written) :]
         for field, operand, kind in zip(("dst", "dst2"), written, results, strict=False):
-            self.fill(record[field], operand, kind)
+            record[field] = self.fields(operand, kind)
         for position, (operand, kind) in enumerate(zip(values, sources, strict=True)):
-            self.fill(record["src"][position], operand, kind)
+            record["src"][position] = self.fields(operand, kind)
         if "old" in row.sources:
-            self.fill(record["src"][SOURCES - 1], Operand(written[0].kind, written[0].index), results[0])
+            record["src"][SOURCES - 1] = self.fields(Operand(written[0].kind, written[0].index), results[0])
             if written[0].select == Select.WORD_1:
                 record["src"][SOURCES - 1]["select"] = Select.WORD_1
                 record["src"][SOURCES - 1]["modified"] = 1
         if "vcc" in row.sources:
-            self.fill(record["src"][len(sources)], Operand(Kind.SGPR, VCC), "mask")
+            record["src"][len(sources)] = self.fields(Operand(Kind.SGPR, VCC), "mask")
             self.registers |= 3 << VCC
         if row.table != "salu":
             self.vector_modifiers(len(sources))
             self.half_destination()
 
-    def fill(self, field: np.void, operand: Operand, kind: str) -> None:
-        kind = kind.removesuffix(".keep").removesuffix("x2") if kind not in ("s32", "carry") else kind
-        bits = {"s32": 32, "carry": 1}.get(kind) or TYPES[kind].bits
-        field["kind"], field["index"], field["count"] = operand.kind, operand.index, operand.count
-        width = {16: Width.B16, 64: Width.B64}.get(bits, Width.B32)
-        if self.row.packed and bits == 32:
-            width = Width.B64  # pairs of registers
-        elif self.row.packed:
-            width = Width.B32  # two halves of one register
-        field["width"] = width
-        if bits == 1 and operand.kind == Kind.SGPR:
-            field["kind"] = Kind.MASK
-        if operand.kind == Kind.CONST:
-            constant = Width.B32 if self.row.packed and bits == 32 else width
-            if self.row.packed and kind == "f16" and "." in operand.text:
-                constant = Width.B16  # 1.0 as a half; a packed integer instruction gets the bits of the fp32 number
-            field["value"] = operand.value(constant, is_float=kind == "f64")
-        field["negate"], field["absolute"] = operand.negate, operand.absolute
-        field["sign_extend"], field["select"] = operand.sign_extend, operand.select
-        field["modified"] = operand.negate or operand.absolute or operand.sign_extend or operand.select != 0
+    def fields(self, operand: Operand, kind: str) -> tuple[int, ...]:
+        return _fields(operand, kind, self.row.packed)
 
     def vector_modifiers(self, sources: int) -> None:
         record, modifiers, row = self.record, self.modifiers, self.row

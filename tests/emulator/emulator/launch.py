@@ -6,6 +6,7 @@ import ctypes
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from .counters import Counters, collect
 from .decode import Program, decode
 from .errors import InstructionLimit, KernelFault, LaunchError
 from .findings import Checks, describe
-from .instruction import LOWER_HALVES, VGPRS
 from .memory import Memory, Region, Uninitialised
 
 LDS_BYTES = {"gfx950": 160 * 1024, "gfx942": 64 * 1024, "gfx1100": 64 * 1024, "gfx1151": 64 * 1024}
@@ -71,8 +71,13 @@ def launch(
     Raises LaunchError, CodeObjectError, UnknownInstruction, InstructionLimit, and KernelFault with every finding of
     `checks` (the arrays then hold what the kernel left in them).
     """
-    module = code_object if isinstance(code_object, CodeObject) else CodeObject(code_object)
+    if isinstance(code_object, str | Path):
+        code_object = Path(code_object).read_bytes()
+    module = code_object if isinstance(code_object, CodeObject) else _loaded(code_object)
     return _Launch(module, module.kernel(kernel), grid, block, args, lds_bytes).run(schedule, checks, record, limit)
+
+
+_loaded = lru_cache(maxsize=32)(CodeObject)
 
 
 def _three(sizes: Sequence[int], what: str) -> tuple[int, int, int]:
@@ -245,7 +250,7 @@ class _Launch:
         waves = -(-self.threads // kernel.wave_size)
         scratch_bytes = kernel.descriptor.scratch_bytes
         words, kept_words = _records(self.lds_bytes // 4 + 16)
-        bytes_, kept_bytes = _records(self.lds_bytes + 64) if _narrow_lds(program) else (native.Records(), ())
+        bytes_, kept_bytes = _records(self.lds_bytes + 64) if program.narrow_lds else (native.Records(), ())
         lds = np.zeros(self.lds_bytes + 16, np.uint8)
         scratch = np.zeros(waves * kernel.wave_size * scratch_bytes + 16, np.uint8)
         wave_memory = np.empty(waves * interpreter.wave_bytes(), np.uint8)
@@ -263,7 +268,7 @@ class _Launch:
             lds_bytes=self.lds_bytes,
             scratch_bytes=scratch_bytes,
             lds_banks=LDS_BANKS[kernel.arch],
-            vgprs=_vgprs_used(program),
+            vgprs=program.vgprs_used,
             lds=lds.ctypes.data,
             words=words,
             bytes=bytes_,
@@ -298,18 +303,3 @@ def _records(count: int) -> tuple[native.Records, tuple[np.ndarray, ...]]:
     """Records of `count` words or bytes of LDS, and the arrays that they point to."""
     arrays = np.zeros(count, np.uint64), np.zeros(count, np.uint64), np.zeros(count, np.uint32)
     return native.Records(*(array.ctypes.data for array in arrays)), arrays
-
-
-def _narrow_lds(program: Program) -> bool:
-    """Whether the kernel accesses less of LDS at once than a word, so that bytes have to be told apart."""
-    return any(
-        row.category in ("lds", "load_to_lds") and 0 < record["bytes"] < 4
-        for row, record in zip(program.rows, program.records, strict=True)
-    )
-
-
-def _vgprs_used(program: Program) -> int:
-    """One more than the highest vector register that the code names."""
-    touched = np.bitwise_or.reduce(program.records["touches"] | program.records["fills"], axis=0)
-    halves = int.from_bytes(touched.tobytes(), "little") >> LOWER_HALVES
-    return max((halves >> VGPRS).bit_length(), (halves & ((1 << VGPRS) - 1)).bit_length(), 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
+from functools import cache
 
 from .instruction import EXEC, FIRST_AGPR, LOWER_HALVES, M0, SCC, TTMP0, UPPER_HALVES, VCC, Kind, Select, Width
 
@@ -30,7 +31,7 @@ _APERTURES = {"src_shared_base": 0x00010000 << 32, "src_private_base": 0x0002000
 _WRAPPED = re.compile(r"(abs|neg|sext|lit|lit64)\((.*)\)")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Operand:
     """One operand: a register range, a constant, or nothing (`off`, `null`)."""
 
@@ -69,41 +70,42 @@ class Operand:
         return number & (0xFFFF if width == Width.B16 else 0xFFFFFFFF)
 
 
+@cache
 def parse_operand(text: str) -> Operand:
     """Raises ValueError on an operand that is none of the known forms."""
-    operand = Operand()
+    negate = absolute = sign_extend = False
     while True:
         wrapped = _WRAPPED.fullmatch(text)
         if wrapped:
-            operand.absolute |= wrapped[1] == "abs"
-            operand.negate ^= wrapped[1] == "neg"
-            operand.sign_extend |= wrapped[1] == "sext"
+            absolute |= wrapped[1] == "abs"
+            negate ^= wrapped[1] == "neg"
+            sign_extend |= wrapped[1] == "sext"
             text = wrapped[2]
         elif text.startswith("|") and text.endswith("|"):
-            operand.absolute = True
+            absolute = True
             text = text[1:-1]
         elif text.startswith("-") and not text[1:2].isdigit():
-            operand.negate ^= True
+            negate ^= True
             text = text[1:]
         else:
             break
+    modifiers = {"negate": negate, "absolute": absolute, "sign_extend": sign_extend}
     register = _REGISTER.fullmatch(text)
     if register:
         file, single, first, last, half = register.groups()
-        operand.index = int(single or first)
-        operand.count = int(last) - operand.index + 1 if last else 1
-        operand.kind = Kind.VGPR if file in "va" else Kind.SGPR
-        operand.index += {"v": 0, "s": 0, "a": FIRST_AGPR, "ttmp": TTMP0}[file]
-        if half:
-            operand.select = Select.WORD_0 if half == "l" else Select.WORD_1
-    elif text in _NAMED:
-        operand.kind = Kind.SGPR
-        operand.index, operand.count = _NAMED[text]
-    elif text not in _NOTHING:
-        if text not in _APERTURES:
-            int(text, 0) if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", text) else float(text)
-        operand.kind, operand.text = Kind.CONST, text
-    return operand
+        index = int(single or first)
+        count = int(last) - index + 1 if last else 1
+        kind = Kind.VGPR if file in "va" else Kind.SGPR
+        index += {"v": 0, "s": 0, "a": FIRST_AGPR, "ttmp": TTMP0}[file]
+        select = {None: Select.DWORD, "l": Select.WORD_0, "h": Select.WORD_1}[half]
+        return Operand(kind, index, count, select=select, **modifiers)
+    if text in _NAMED:
+        return Operand(Kind.SGPR, *_NAMED[text], **modifiers)
+    if text in _NOTHING:
+        return Operand(**modifiers)
+    if text not in _APERTURES:
+        int(text, 0) if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", text) else float(text)
+    return Operand(Kind.CONST, text=text, **modifiers)
 
 
 def split(text: str) -> tuple[str, list[str], dict[str, str]]:

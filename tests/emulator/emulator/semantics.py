@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 ISA = Path(__file__).parent / "isa"
@@ -58,25 +58,25 @@ class Row:
     function: str = ""
     parameters: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def keeps_upper_half(self) -> bool:
         return any(r.endswith(".keep") for r in self.results)
 
-    @property
+    @cached_property
     def result(self) -> str | None:
         """Type of the main result, without `.keep` and `x2`; None if there is none or it is not typed."""
         plain = [r.removesuffix(".keep").removesuffix("x2") for r in self.results]
         return next((r for r in plain if r in TYPES), None)
 
-    @property
+    @cached_property
     def packed(self) -> bool:
         return any(r.endswith("x2") for r in self.results)
 
-    @property
+    @cached_property
     def reads_op_sel(self) -> bool:
         return "OP_SEL" in self.expression or "mix(" in self.expression
 
-    @property
+    @cached_property
     def source_types(self) -> tuple[str, ...]:
         """Types of the operands the assembler writes as sources (`old` and `vcc` are not among them)."""
         return tuple(s.removesuffix("x2") for s in self.sources if s not in ("old", "vcc"))

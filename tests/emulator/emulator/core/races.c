@@ -138,6 +138,19 @@ static u64 loud_writes(const Access a, const Records r, u64 lanes, const u32 *ad
   return loud;
 }
 
+/* Accesses of one record each, of words or of bytes of words that are split: the lanes that are not quiet. */
+INLINE u64 loud_singles(const Access a, const Records r, const u64 *words, u64 lanes, const u32 *address, u64 changed) {
+  u64 loud = 0;
+  FOR_LANES(lanes, l) {
+    const u32 g = words ? address[l] : address[l] / 4;
+    const int single = words ? words[g / 4] == SPLIT : address[l] % 4 == 0;
+    const int quiet = !single ? 0 : a.use == LDS_READ ? quiet_read(&a, &r, g, 1)
+                      : changed >> l & 1 ? quiet_write(&a, &r, g, 1) : repeats(&a, &r, g, 1);
+    loud |= (u64)!quiet << l;
+  }
+  return loud;
+}
+
 static void found(const Access *a, FindingKind kind, u64 lane, u32 address, u32 other, u32 other_wave) {
   Finding *f = report(a->w, a->i, kind);
   if (!f) return;
@@ -194,9 +207,12 @@ void check_lds(Wave *w, const Instr *i, u64 lanes, const u32 *address, u32 bytes
   Machine *m = w->machine;
   i64 now = (i64)m->epoch << 32;
   const Access a = {m, w, i, (u32)(i - m->program), w->id, m->epoch, use, (i64)m->first_epoch << 32, now, (now >> WAVE_SHIFT) + w->id};
-  u64 common = use == LDS_READ ? lanes : use == LDS_WRITE ? lanes & changed : 0, others = lanes & ~common;
-  if (bytes == 16 && use == LDS_READ) lanes = others | loud_reads(a, m->words, common, address);
-  else if (bytes == 16) lanes = others | loud_writes(a, m->words, common, address);
+  if (use == LDS_READ || use == LDS_WRITE) {
+    if (bytes == 16 && use == LDS_READ) lanes = loud_reads(a, m->words, lanes, address);
+    else if (bytes == 16) lanes = (lanes & ~changed) | loud_writes(a, m->words, lanes & changed, address);
+    else if (bytes == 4) lanes = loud_singles(a, m->words, NULL, lanes, address, changed);
+    else if (bytes == 1 && m->bytes.written) lanes = loud_singles(a, m->bytes, m->words.written, lanes, address, changed);
+  }
   FOR_LANES(lanes, l) check_lane(&a, l, address[l], bytes, (int)(changed >> l & 1));
 }
 

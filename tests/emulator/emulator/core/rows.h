@@ -33,12 +33,18 @@ INLINE void move(void *to, const void *from, u32 bytes) {
 }
 
 INLINE int differ(const void *a, const void *b, u32 bytes) {
-  typedef u64 Two __attribute__((vector_size(16)));
-  Two x = {0}, y = {0};
-  move(&x, a, bytes);
-  move(&y, b, bytes);
-  x ^= y;
-  return (x[0] | x[1]) != 0;
+  u32 x, y;
+  u64 p[2], q[2];
+  switch (bytes) {
+    case 16:
+      memcpy(p, a, 16), memcpy(q, b, 16);
+      return ((p[0] ^ q[0]) | (p[1] ^ q[1])) != 0;
+    case 4:
+      memcpy(&x, a, 4), memcpy(&y, b, 4);
+      return x != y;
+    case 1: return *(const u8 *)a != *(const u8 *)b;
+    default: return memcmp(a, b, bytes) != 0;
+  }
 }
 
 /* Rows of the given lanes from `bytes` (a multiple of 4) bytes where each lane points. */
