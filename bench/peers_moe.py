@@ -1,6 +1,7 @@
 """Other implementations of a fused MoE, behind one interface. Each is left out with its reason where it cannot run.
 
 triton_kernels (OpenAI) comes with sglang-kernel, `fused_experts` in bf16 with sglang, humming with humming-kernels.
+FlashInfer's SM90 mixed-input MoE (`cutlass_fused_moe`) is not among them; docs/moe.md says why.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def silu_and_mul(input):
 class TritonKernels:
     """matmul_ogs: MXFP4 weights in Hopper's layout times bf16, activation fused, top_k summed. Routing is outside."""
 
-    name = "triton_kernels mxfp4 x bf16"
+    name = "triton_kernels x bf16"
 
     def __init__(self, shape: Shape, weights: Weights) -> None:
         from triton_kernels.matmul_ogs import FlexCtx, FnSpecs, FusedActivation, PrecisionConfig
@@ -129,7 +130,7 @@ class Humming:
     """humming's indexed MoE GEMMs; activation, align and sum are ours, outside of what humming brings."""
 
     input_config: ClassVar[dict[str, str] | None] = None
-    name = "humming mxfp4 x bf16"
+    name = "humming x bf16"
 
     def __init__(self, shape: Shape, weights: Weights) -> None:
         from humming.layer import HummingLayer
@@ -146,6 +147,8 @@ class Humming:
                 pad_k_to_multiple=128, input_config=None if self.input_config is None else dict(self.input_config),
                 torch_dtype=torch.bfloat16,
             ).cuda()  # fmt: skip
+            if shape.element == "e4m3":  # its own schema packs codes into words, and means scales by their dtype
+                data, scales = data.view(torch.int32), scales.view(torch.float8_e8m0fnu)
             made.load_from_tensors({"weight": data, "weight_scale": scales})
             made.transform()
             return made, get_heuristics_config(layer_config=made.humming_config, gemm_type="indexed")
@@ -188,7 +191,7 @@ class HummingFp8(Humming):
     """The same with activations in fp8 under one scale a token."""
 
     input_config: ClassVar[dict[str, str] | None] = {"dtype": "float8e4m3"}
-    name = "humming mxfp4 x fp8"
+    name = "humming x fp8"
 
 
 PEERS = {"triton_kernels": TritonKernels, "sglang": SglangBf16, "humming_fp8": HummingFp8, "humming": Humming}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -120,33 +117,6 @@ def test_what_no_kernel_takes_is_refused() -> None:
     routing = route_torch(torch.zeros(1, 1, dtype=torch.int32), 1, 32)
     with pytest.raises(ValueError, match="route and pack again"):
         hopper_gemm(w, None, packed, torch.empty(1, 24), routing, HopperConfig(16))
-
-
-def test_measured_configs_become_pack_entries_that_lint(tmp_path: Path) -> None:
-    from bench.moe_pack import pack_entries
-    from bench.moe_problem import SHAPES
-    from sglang_amd_quant.selection.pack_tools import lint
-
-    config = {"block_n": 128, "block_k": 64, "num_warps": 4, "num_stages": 4, "group_m": 8, "run": 1}
-    timings: list[dict[str, Any]] = [
-        {"gemm": gemm, "us": us, "block_m": block_m} | config
-        for gemm in ("gate_up", "down")
-        for us, block_m in ((9.0, 16), (8.0, 32))
-    ]
-    timings.append(timings[0] | {"us": 1.0, "block_m": 32, "run": 9})
-    row = {"shape": "gpt-oss-120b-tp8", "kernel": "ours w4a8", "M": 64, "x_format": "e4m3", "timings": timings}
-    result = {
-        "device": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-11-26", "rows": [row],
-        "errors": {"gpt-oss-120b-tp8 w4a8 M=5": {"gate_up": 1.7e-3, "down": 1.6e-3}},
-    }  # fmt: skip
-    (name, text), *rest = pack_entries(result, SHAPES).items()
-    assert not rest
-    folder = tmp_path / "sm_90" / "w4a8"
-    folder.mkdir(parents=True)
-    (folder / name.removeprefix("w4a8-")).write_text(text)
-    assert ",moe_gate_up,w4a8,768,2880,128,4,8,1,64," in text
-    assert text.count(",32,128,64,") == 2
-    assert lint([tmp_path]) == ([], 2)
 
 
 @pytest.mark.parametrize(("element", "x_format"), [(None, "bf16"), ("e4m3", "e4m3")])
