@@ -131,9 +131,28 @@ _MOE = KernelSpec(
 )
 
 
-def _hopper_tile(problem: GemmProblem) -> Config:
-    """Four stages; at the largest tile they are half of the shared memory."""
-    return Config(routed_block_m(problem), 128, 64, num_warps=4, num_stages=4)
+_HOPPER_TILES = {
+    ("e4m3", 16): ((64, 128, 8), (128, 64, 6)),
+    ("e4m3", 32): ((64, 128, 6), (128, 64, 6)),
+    ("e4m3", 64): ((128, 64, 6), (128, 64, 6)),
+    ("bf16", 16): ((128, 64, 6), (128, 64, 6)),
+    ("bf16", 32): ((128, 64, 6), (128, 64, 6)),
+    ("bf16", 64): ((128, 64, 6), (128, 64, 6)),
+}
+"""Format of x and BLOCK_M -> BLOCK_N, BLOCK_K and stages of gate_up and of down: what searches on an H100 took most
+often (`configs/packs/sm_90`). Elsewhere four stages; at the largest tile they are half of the shared memory."""
+
+
+def _hopper_tile(x_format: str) -> Callable[[GemmProblem], Config]:
+    """The tiles of experts that nobody tuned, and of dense layers."""
+
+    def tile(problem: GemmProblem) -> Config:
+        block_m = routed_block_m(problem)
+        both = _HOPPER_TILES.get((x_format, block_m)) if problem.moe else None
+        block_n, block_k, stages = both[problem.op == "moe_down"] if both else (128, 64, 4)
+        return Config(block_m, block_n, block_k, num_warps=4, num_stages=stages)
+
+    return tile
 
 
 def _hopper_lds(x_bytes: int) -> Callable[[GemmProblem, Config], int]:
@@ -161,10 +180,11 @@ def _hopper(x_format: str, schemes: tuple[str, ...], acts: tuple[str, ...], ops:
             "block_n": (64, 128, 256),
             "block_k": (64, 128),
             "num_warps": (4, 8),
-            "num_stages": (3, 4, 5, 6),
+            "num_stages": (3, 4, 5, 6, 8, 12, 16),
             "group_m": (1, 2, 4, 8, 16),
+            "run": (1, 2, 4),
         },
-        configure=_hopper_tile,
+        configure=_hopper_tile(x_format),
         triton=True,
         acts=acts,
         fuses=("bias", "activation"),

@@ -120,9 +120,13 @@ def test_precedence_is_fixed_by_source_then_order_then_file_then_line(write_pack
     assert owners == ["b", "c", "a"]
 
 
-def test_shipped_packs_hold_what_the_seeds_publish_and_nothing_measured():
-    rows = installed_packs().rows
-    assert {row.source for row in rows} == {"published"}
+def test_shipped_packs_hold_what_the_seeds_publish_and_what_was_measured_on_hopper():
+    everything = installed_packs().rows
+    rows = [row for row in everything if row.source == "published"]
+    measured = [row for row in everything if row.source == "measured"]
+    assert {row.arch for row in measured} == {"sm_90"}
+    assert {row.op for row in measured} == {"moe_gate_up", "moe_down"}
+    assert len(rows) + len(measured) == len(everything)
     assert all("#" in row.note or ".json" in row.note for row in rows)
     a8w4 = [row for row in rows if row.note == "aiter #3580"]
     keys = {(row.config.block_m, row.n, row.k) for row in a8w4}

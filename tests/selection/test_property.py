@@ -159,7 +159,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
     if choice.kernel.startswith("triton"):
         sizes = (c.block_m, c.block_n, c.block_k)
         out += ["power of two"] * any(not v or v & (v - 1) for v in sizes)
-        out += ["stages"] * (not 1 <= c.num_stages <= 8)
+        out += ["stages"] * (not 1 <= c.num_stages <= (16 if choice.kernel in HOPPER else 8))
         out += ["lanes"] * (not 1 <= c.num_warps * ARCHES[p.arch].wave <= 1024)
         if "cdna4" in choice.layout:
             out += ["swizzle"] * (c.block_k < 256 or c.block_n < 32)
