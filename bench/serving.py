@@ -1,12 +1,16 @@
 """Before and after through real servers: the same model in bf16 and in MX schemes, timed by `sglang.bench_serving`.
 
     python -m bench.serving --model qwen3-8b --variants bf16,amd_w4a16,amd_mxfp8 --concurrency 1,4,16 --out results
+    python -m bench.serving --model gpt-oss-20b --variants checkpoint_mxfp4,amd_w4a16 --concurrency 1,16,64
     python -m bench.serving --model /path/to/model --flags "--attention-backend aiter" --input 1024 --output 1024
 
 `--model` is a folder, or one of the shapes below, which is served with random weights (`--load-format dummy`): right
 for speed, meaningless for quality. One server runs at a time; each concurrency is one run of `random-ids` prompts of
-exactly the lengths asked for, after one of each that does not count. Measured: output tokens a second over the whole
-run, and the median time between tokens of a request.
+exactly the lengths asked for, after batches of every size that do not count. Measured: output tokens a second over the
+whole run, and the median time between tokens of a request.
+
+A variant is `bf16`, a value of `--quantization` (SGLang's own `mxfp4` is one), or `checkpoint_mxfp4`: the model as if
+it came in MXFP4, which SGLang serves by itself, by the flags of `--own-flags`.
 """
 
 from __future__ import annotations
@@ -46,15 +50,30 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
         "decoder_sparse_step": 1, "mlp_only_layers": [],
     },
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880,
+        "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "swiglu_limit": 7.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "attention_bias": True, "vocab_size": 201088,
+        "max_position_embeddings": 131072, "initial_context_length": 4096, "rms_norm_eps": 1e-5, "rope_theta": 150000,
+        "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                         "original_max_position_embeddings": 4096},
+        "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
 }  # fmt: skip
 """Public configs of models, to be served with random weights."""
 
 
-def shape_folder(name: str, out: Path) -> Path:
-    """A folder with the config of `SHAPES[name]` and a small tokenizer."""
-    folder = out / name
+CHECKPOINT_MXFP4 = "checkpoint_mxfp4"
+
+
+def shape_folder(name: str, out: Path, variant: str) -> Path:
+    """A folder with the config of `SHAPES[name]`, as this variant's checkpoint has it, and a small tokenizer."""
+    own = {"quantization_config": {"quant_method": "mxfp4"}} if variant == CHECKPOINT_MXFP4 else {}
+    folder = out / f"{name}-{variant}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(SHAPES[name], indent=2))
+    (folder / "config.json").write_text(json.dumps(SHAPES[name] | own, indent=2))
     make_tokenizer(folder)
     return folder
 
@@ -85,15 +104,27 @@ def run(server: Server, model: Path, concurrency: int, args: argparse.Namespace,
     return {name: result[name] for name in names}
 
 
-def variant(name: str, model: Path, args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """All runs of one variant, `bf16` or a `--quantization`; or the reason why there are none."""
-    flags = [] if name == "bf16" else ["--quantization", name]
+def warm_up(server: Server, args: argparse.Namespace) -> None:
+    """Prompts in batches of 1, 2, 4 ... up to the largest concurrency: kernels compile on first use."""
+    for power in range(max(args.concurrency).bit_length()):
+        prompts = [[(7 * i + j) % 500 for j in range(args.input)] for i in range(1 << power)]
+        sampling = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+        try:
+            server.post("/generate", {"input_ids": prompts, "sampling_params": sampling}, args.timeout)
+        except OSError as error:
+            raise ServerError(f"{len(prompts)} prompts", f"not answered ({error})", f"see {server.log}") from None
+
+
+def variant(name: str, args: argparse.Namespace, work: Path, scratch: Path) -> dict[str, Any]:
+    """All runs of one variant, or the reason why there are none."""
+    model = shape_folder(args.model, scratch, name) if args.model in SHAPES else Path(args.model)
+    flags = [] if name in ("bf16", CHECKPOINT_MXFP4) else ["--quantization", name]
+    flags += shlex.split(args.own_flags) if name == CHECKPOINT_MXFP4 else []
     flags += ["--load-format", "dummy"] if args.model in SHAPES else []
     server = Server.start(model, work / f"{name}.log", flags=[*flags, *shlex.split(args.flags)])
     try:
         server.wait(args.timeout)
-        for c in args.concurrency:  # kernels that compile on first use have done so after this
-            run(server, model, c, args, work)
+        warm_up(server, args)
         return {str(c): run(server, model, c, args, work) for c in args.concurrency}
     except ServerError as error:
         return {"why": str(error), "log": server.log_text()[-3000:]}
@@ -126,14 +157,13 @@ def main(argv: list[str] | None = None) -> int:
     """Serve, measure, print. Returns 0, or 1 if a variant could not be served."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help=f"a folder, or one of {', '.join(SHAPES)}")
-    parser.add_argument(
-        "--variants", default="bf16,amd_mx", help="bf16 and values of --quantization, the baseline first"
-    )
+    parser.add_argument("--variants", default="bf16,amd_mx", help="see above; the baseline first")
     parser.add_argument("--concurrency", default="1,4,16", type=lambda s: [int(c) for c in s.split(",")])
     parser.add_argument("--input", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=4, help="prompts a run, times the concurrency")
     parser.add_argument("--flags", default="", help="more flags of sglang.launch_server")
+    parser.add_argument("--own-flags", default="", help=f"more of them, for {CHECKPOINT_MXFP4} alone")
     parser.add_argument("--timeout", type=float, default=300, help="seconds that a server may take to start")
     parser.add_argument("--out", type=Path, help="write serving.json and the servers' logs into this folder")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -141,11 +171,10 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         work = args.out or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        model = shape_folder(args.model, Path(scratch)) if args.model in SHAPES else Path(args.model)
         results: dict[str, dict[str, Any]] = {}
         for name in args.variants.split(","):
             print(f"serving {args.model} as {name}", file=sys.stderr, flush=True)
-            results[name] = variant(name, model, args, work)
+            results[name] = variant(name, args, work, Path(scratch))
             if args.out:
                 (work / "serving.json").write_text(json.dumps({"args": vars(args) | {"out": None}, "results": results}))
         print(json.dumps(results, indent=1) if args.json else table(results, args.concurrency))
