@@ -8,8 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 from sglang_amd_quant.kernels.triton.hopper import (
+    FEW,
     HopperConfig,
     activations,
+    alone,
     dense_config,
     fused_moe_hopper,
     hopper_gemm,
@@ -135,6 +137,40 @@ def test_runs_of_tiles_and_dense_layers_compile(element: str | None, x_format: s
     assert [report.problems for report in gemms] == [[], []]
 
 
+@pytest.mark.parametrize(("element", "x_format"), [(None, "bf16"), ("e4m3", "e4m3")])
+def test_one_token_takes_no_routing_launch(element: str | None, x_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the kernels compile as they are launched where launches overlap."""
+    from emulated_triton import emulated_triton
+    from sglang_amd_quant.kernels.triton import hopper
+
+    monkeypatch.setattr(hopper, "overlap", lambda x: {"OVERLAP": True})
+    g = torch.Generator().manual_seed(9)
+    w13 = pack_hopper(*weights(g, "e2m1", 4, 256, 128), x_format, "halves")
+    w2 = pack_hopper(*weights(g, "e2m1", 4, 128, 128), x_format)
+    x, ids = torch.randn(1, 128, generator=g).bfloat16(), torch.tensor([[3, -1]])
+    with emulated_triton("sm_90") as launches:
+        config = HopperConfig(16)
+        fused_moe_hopper(x, ids, torch.rand(1, 2), w13, w2, config, config, element=element)
+    quantize = [] if element is None else ["quant_mx_kernel"]
+    gemm = [*quantize, "hopper_moe_kernel"]
+    assert [made.compiled.variant.function for made in launches] == [*gemm, *gemm, "combine_kernel"]
+    gemms = [made.compiled for made in launches if made.compiled.variant.function == "hopper_moe_kernel"]
+    assert [made.report.problems for made in gemms] == [[], []]
+    constants = [made.variant.constants for made in gemms]
+    assert [(c["AHEAD"], c["LATE"]) for c in constants] == [(element is not None, element is None), (True, False)]
+
+
+def test_rows_alone_are_few_against_experts() -> None:
+    ids = torch.zeros(4, 4, dtype=torch.int32)
+    assert alone(ids[:1], 2, 16) is not None
+    assert alone(ids, 16 * FEW, 16) is not None
+    assert alone(ids, 16 * FEW - 1, 16) is None
+    strided = torch.arange(16, dtype=torch.int32).view(4, 4)[:, :2]
+    few = alone(strided, 128, 16)
+    assert few is not None
+    assert few.block_experts.tolist() == strided.flatten().tolist()
+
+
 def _sm90() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
@@ -180,24 +216,28 @@ def test_every_config_of_the_search_on_the_gpu(element: str, x_format: str, kind
 
 
 @GPU
-def test_a_captured_moe_follows_a_new_routing() -> None:
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("element", [None, "e4m3"])
+def test_a_captured_moe_follows_a_new_routing(element: str | None, m: int) -> None:
+    """With one token each row has a block of its own, which reads its expert before the launch in front has ended."""
     g = torch.Generator().manual_seed(6)
+    x_format = "bf16" if element is None else "e4m3"
     e, hidden, inter = 8, 128, 64
-    w13 = pack_hopper(*(t.cuda() for t in weights(g, "e2m1", e, 2 * inter, hidden)), "e4m3", "halves")
-    w2 = pack_hopper(*(t.cuda() for t in weights(g, "e2m1", e, hidden, inter)), "e4m3")
-    x, topk_weights = torch.randn(40, hidden).bfloat16().cuda(), torch.rand(40, 2).cuda()
-    ids = torch.zeros(40, 2, dtype=torch.int32, device="cuda")
+    w13 = pack_hopper(*(t.cuda() for t in weights(g, "e2m1", e, 2 * inter, hidden)), x_format, "halves")
+    w2 = pack_hopper(*(t.cuda() for t in weights(g, "e2m1", e, hidden, inter)), x_format)
+    x, topk_weights = torch.randn(m, hidden).bfloat16().cuda(), torch.rand(m, 2).cuda()
+    ids = torch.zeros(m, 2, dtype=torch.int32, device="cuda")
     config = HopperConfig(16)
 
     def run() -> torch.Tensor:
-        return fused_moe_hopper(x, ids, topk_weights, w13, w2, config, config, element="e4m3")
+        return fused_moe_hopper(x, ids, topk_weights, w13, w2, config, config, element=element)
 
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = run()
-    for routing in (torch.randint(-1, e, (40, 2)), torch.full((40, 2), -1), torch.randint(0, e, (40, 2))):
+    for routing in (torch.randint(-1, e, (m, 2)), torch.full((m, 2), -1), torch.randint(0, e, (m, 2))):
         ids.copy_(routing)
         graph.replay()
         assert torch.equal(y, run())
