@@ -28,6 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.xdist_group(group))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Groups are pytest-xdist's to mark in node ids; where it cannot, tests would only become slow, and nobody knew."""
+    if session.config.getoption("loadgroup", False):
+        lost = [i.nodeid for i in session.items if i.get_closest_marker("xdist_group") and "@" not in i.nodeid]
+        assert not lost, f"pytest-xdist lost the group of {lost[0]}: see pytest's version in pyproject.toml"
+
+
 def pytest_sessionfinish() -> None:
     """End the compilers' processes: xdist's own end without what they registered with `atexit`."""
     if aot := sys.modules.get("sglang_amd_quant.toolchain.triton_aot"):

@@ -151,7 +151,7 @@ class Compiled:
         kernel: name of its entry point.
         lds: bytes of dynamic LDS its launch needs.
         threads: threads a block.
-        report: static facts and problems.
+        report: static facts and problems; of an NVIDIA kernel that claims nothing, without counts of instructions.
     """
 
     variant: Variant
@@ -226,7 +226,7 @@ def _compile(variant: Variant) -> Compiled:
         report = amd_reports(assembly, arch)[kernel][0]
     else:
         code = made.asm["cubin"]
-        assembly, report = _nvidia(made, code, kernel, arch)
+        assembly, report = _nvidia(code, kernel, arch, disassemble=bool(variant.claims))
     report.kernel, report.lds = variant.name, lds
     waves = variant.options["num_warps"]
     report.threads = waves * arch.wave
@@ -235,9 +235,9 @@ def _compile(variant: Variant) -> Compiled:
     return Compiled(variant, code, kernel, lds, report.threads, report)
 
 
-def _nvidia(made: object, code: bytes, kernel: str, arch: Arch) -> tuple[str, KernelReport]:
-    """Disassembly and report of a cubin: registers and spills are in Triton's metadata only after loading, so the
-    disassembler's resource listing is read instead."""
+def _nvidia(code: bytes, kernel: str, arch: Arch, disassemble: bool) -> tuple[str, KernelReport]:
+    """Disassembly (empty if not wanted: it takes longer than compiling) and report of a cubin: registers and spills are
+    in Triton's metadata only after loading, so the disassembler's resource listing is read instead."""
     compiler = find_compiler(arch)
     tool = compiler.cuobjdump if isinstance(compiler, NvidiaCompiler) else _bundled_cuobjdump()
     if tool is None:
@@ -245,14 +245,15 @@ def _nvidia(made: object, code: bytes, kernel: str, arch: Arch) -> tuple[str, Ke
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "kernel.cubin"
         file.write_bytes(code)
-        listing = subprocess.run([tool, "-res-usage", "-sass", str(file)], capture_output=True, text=True, check=True)
+        wanted = ["-res-usage", *(["-sass"] if disassemble else [])]
+        listing = subprocess.run([tool, *wanted, str(file)], capture_output=True, text=True, check=True)
     usage = re.search(rf"Function {re.escape(kernel)}:\s*\n\s*(.*)", listing.stdout)
     facts = dict(re.findall(r"([A-Z]+):(\d+)", usage[1] if usage else ""))
     notes = (
         f"Compiling entry function '{kernel}'\n {facts.get('STACK', 0)} bytes stack frame, "
         f"Used {facts.get('REG', 0)} registers\n"
     )
-    return listing.stdout, nvidia_reports(notes, listing.stdout, arch)[kernel]
+    return listing.stdout if disassemble else "", nvidia_reports(notes, listing.stdout, arch)[kernel]
 
 
 def _bundled_cuobjdump() -> str | None:

@@ -28,6 +28,7 @@ _NAMED = {
 _NOTHING = ("off", "null")
 # Upper halves of the addresses that flat instructions send to LDS and to scratch: machine.h.
 _APERTURES = {"src_shared_base": 0x00010000 << 32, "src_private_base": 0x00020000 << 32}
+_COMMA = re.compile(r",(?![^\[(]*[\])])")  # outside brackets
 _WRAPPED = re.compile(r"(abs|neg|sext|lit|lit64)\((.*)\)")
 
 
@@ -111,16 +112,7 @@ def parse_operand(text: str) -> Operand:
 def split(text: str) -> tuple[str, list[str], dict[str, str]]:
     """Mnemonic, operand texts, and modifiers (name -> value, "" for flags) of one line of assembly."""
     mnemonic, _, rest = text.partition(" ")
-    chunks, depth, current = [], 0, ""
-    for character in rest.strip():
-        depth += (character in "[(") - (character in "])")
-        if character == "," and depth == 0:
-            chunks.append(current.strip())
-            current = ""
-        else:
-            current += character
-    if current.strip():
-        chunks.append(current.strip())
+    chunks = [chunk.strip() for chunk in _COMMA.split(rest)] if rest else []
     operands, modifiers = [], {}
     for chunk in chunks:
         words = chunk.split(" ")
@@ -131,6 +123,7 @@ def split(text: str) -> tuple[str, list[str], dict[str, str]]:
     return mnemonic, operands, modifiers
 
 
+@cache
 def bits_of(value: str) -> int:
     """`[1,0,1]` as a number, first element in bit 0."""
     return sum(int(bit) << n for n, bit in enumerate(value.strip("[]").split(",")))
