@@ -36,7 +36,8 @@ from sglang_amd_quant import formats
 from sglang_amd_quant.errors import AmdMxError
 from sglang_amd_quant.formats.mx import ELEMENTS
 from sglang_amd_quant.layouts.mma_tile import MmaScale, MmaTile
-from sglang_amd_quant.runtime.decode_gemm import DecodePlan, decode_gemm, plans
+from sglang_amd_quant.runtime.decode_gemm import decode_gemm
+from sglang_amd_quant.runtime.decode_plans import DecodePlan, plans
 from sglang_amd_quant.runtime.device import Gpu, gpu
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES
 
@@ -97,11 +98,13 @@ def carry(act: str) -> int:
 def launch(
     device: Gpu, p: Problem, i: int, x: torch.Tensor, y: torch.Tensor, plan: DecodePlan, overlap: bool = True
 ) -> None:
-    """One launch with set i of the weights."""
-    description = decode_gemm(
-        x, *p.packed[i], y, scheme=p.scheme.name, n=p.n, cu_count=device.cu_count, carry=carry(p.scheme.act), plan=plan
-    )
-    device.launch(replace(description, overlap=overlap), torch.cuda.current_stream().cuda_stream)
+    """One product with set i of the weights."""
+    prepared = x.new_empty(plan.prepared_values(*x.shape)) if plan.share else None
+    for description in decode_gemm(
+        x, *p.packed[i], y, scheme=p.scheme.name, n=p.n, cu_count=device.cu_count, carry=carry(p.scheme.act), plan=plan,
+        prepared=prepared,
+    ):  # fmt: skip
+        device.launch(replace(description, overlap=overlap), torch.cuda.current_stream().cuda_stream)
 
 
 class Reference:

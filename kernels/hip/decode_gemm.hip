@@ -16,10 +16,40 @@
 #include "decode_gfx11.h"
 #endif
 
+/// What this block finishes of a row group: rows from `first` on. With an activation behind them, row tiles alternate 8 gates and
+/// 8 ups.
+template <Weight W, Act A, bool Grouped, typename AllSums>
+DEVICE void finish_group(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, const AllSums& sums, int group) {
+    constexpr int COLUMNS = AllSums::COLUMNS;
+    const int first = group * s.waves_n * TILE_ROWS + sums.first;
+    const bool paired = late(a).activation != NO_ACTIVATION;
+    const int outputs = paired ? sums.owned / 2 : sums.owned;
+    // A thread has one output, of as many columns as there are threads to every output.
+    const int output = thread_index() % outputs, together = s.threads / outputs;
+    const int at = paired ? output / 8 * TILE_ROWS + output % 8 : output;
+    if (thread_index() >= together * outputs || first + at >= a.n) return;
+    for (int column = thread_index() / outputs * COLUMNS; column < rows.count; column += together * COLUMNS) {
+        const auto& e = late(a);
+        float gate[COLUMNS] = {}, value[COLUMNS] = {};
+#pragma unroll 1
+        for (int half = 0; half <= paired; half++) {
+#pragma unroll
+            for (int c = 0; c < COLUMNS; c++) gate[c] = value[c];
+            sums.sum(at + 8 * half, column, value);
+            finish<W, A>(e, s, rows.expert, first + at + 8 * half, value);
+        }
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            if (column + c >= rows.count) break;
+            const float result = paired ? activated(gate[c], value[c], e) : value[c];
+            store_result(e, rows.out(e, column + c), (paired ? first / 2 : first) + output, result);
+        }
+    }
+}
+
 template <Weight W, Act A, int M, bool Grouped>
 DEVICE void decode_gemm(const DecodeArgs& a) {
     using X = Activations<W, A, M>;
-    constexpr int COLUMNS = Sums<X::ROOM>::COLUMNS;
     allow_next_launch();
     const Share s(a, Tile<W>::K, share_rank(a));
     uint8_t* lds = dynamic_lds();
@@ -35,7 +65,12 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     lds += X::bytes(a, s);
     Sums<X::ROOM> sums(a, s, lds, barriers);
     if (!Grouped) wait_for_previous_launch();
-    x.stage(a, s, rows);
+    if constexpr (M >= WIDE_FROM) {
+        x.stage(a, s, rows, [&] { stream.begin(a.depth); });
+        stream.begin(a.depth);
+    } else {
+        x.stage(a, s, rows);
+    }
     block_barrier();
 
     for (int group = s.first_group; group < s.row_groups; group += s.groups) {
@@ -44,39 +79,59 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
         if (M >= WIDE_FROM || group * s.waves_n + s.wave_n < s.row_tiles)
             stream.template each_tile<W == Weight::e2m1 && M < 8 ? 2 : 1>(
                 [&](const auto& tile, int number) { totals.add(stream, tile, x, (number - s.block_first) * Tile<W>::BLOCKS); },
-                [&] {
-                    if constexpr (M >= WIDE_FROM) totals.settle();
+                [&](auto pending) {
+                    if constexpr (M >= WIDE_FROM) totals.settle(pending);
                 });
         totals.join();
         sums.hand_over(totals, rows.count, group == s.first_group);
-
-        // What this block finishes: rows from `first` on. With an activation behind them, row tiles alternate 8 gates and 8 ups.
-        const int first = group * s.waves_n * TILE_ROWS + sums.first;
-        const bool paired = late(a).activation != NO_ACTIVATION;
-        const int outputs = paired ? sums.owned / 2 : sums.owned;
-        for (int j = thread_index(); j < ceil_div(rows.count, COLUMNS) * outputs; j += s.threads) {
-            const auto& e = late(a);
-            const int output = j % outputs, column = j / outputs * COLUMNS;
-            const int at = paired ? output / 8 * TILE_ROWS + output % 8 : output;
-            if (first + at >= e.n) continue;
-            float gate[COLUMNS] = {}, value[COLUMNS] = {};
-#pragma unroll 1
-            for (int half = 0; half <= paired; half++) {
-#pragma unroll
-                for (int c = 0; c < COLUMNS; c++) gate[c] = value[c];
-                sums.sum(at + 8 * half, column, value);
-                finish<W, A>(e, s, rows.expert, first + at + 8 * half, value);
-            }
-#pragma unroll
-            for (int c = 0; c < COLUMNS; c++) {
-                if (column + c >= rows.count) break;
-                const float result = paired ? activated(gate[c], value[c], e) : value[c];
-                store_result(e, rows.out(e, column + c), (paired ? first / 2 : first) + output, result);
-            }
-        }
+        finish_group<W, A>(a, s, rows, sums, group);
         if (group + s.groups < s.row_groups) sums.done();
     }
 }
+
+#if TARGET_SM90
+/// Dense, of an x that `prepare` has quantized (decode_sm90_prepared.h): one row group a block.
+template <Weight W, Act A, int M>
+DEVICE void decode_prepared(const DecodeArgs& a) {
+    allow_next_launch();
+    Share s(a, Tile<W>::K, cluster_rank() % a.split);
+    s.take_turns(a);
+    const int group = s.first_group;
+    s.first_group = smaller(group, s.row_groups - 1);  // groups beyond the last, which fill up clusters, read that again
+    const auto rows = Rows<false>::template of<M>(a);
+    uint8_t* lds = dynamic_lds();
+    uint64_t* barriers = reinterpret_cast<uint64_t*>(lds);  // one of the sums, the ring of x, then `depth` a wave
+    const int waves = a.waves_k * a.waves_n;
+    uint8_t* rings = lds + ceil_div(8 + (2 + waves) * a.depth * 8, 128) * 128;
+    uint8_t* weights = rings + XRing<W, M>::bytes(a);
+    Stream<W, M> stream(a, s, 0, weights + wave_index() * Stream<W, M>::bytes(a), barriers + 1 + (2 + wave_index()) * a.depth);
+    XRing<W, M> x(a, s, rings, barriers + 1);
+    const int reused = larger(XRing<W, M>::bytes(a) + waves * Stream<W, M>::bytes(a), PreparedSums<M>::wave_bytes(a));
+    PreparedSums<M> sums(a, s, rings, rings + reused, barriers);
+    sums.template look_ahead<W, A, M>(0, group);
+    const bool in_cluster = cluster_blocks() > 1;
+    if (in_cluster) cluster_arrive();
+    block_barrier();
+    wait_for_previous_launch();
+    if (in_cluster) cluster_wait();
+    x.begin(rows.first / M);
+    stream.begin(a.depth);
+
+    Totals<W, A, M> totals;
+    for (int i = 0, first = s.wave_first; i < x.stages; i++, first += s.wave_step) {
+        if (first < s.wave_end) {
+            stream.wait(), x.wait();
+            by_turns(
+                smaller(a.chunk, s.wave_end - first), [&](int t) { totals.add(stream, t, x, t * Tile<W>::BLOCKS); },
+                [&](auto pending) { totals.settle(pending); });
+            stream.release();
+        }
+        x.release();
+    }
+    sums.hand_over(totals, rows.count);
+    finish_group<W, A>(a, s, rows, sums, group);
+}
+#endif
 
 // Threads of a block, by the registers that they leave a thread.
 constexpr int MANY = 512;
@@ -85,19 +140,29 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 384;
 template <Weight W>
 constexpr int FEW_GROUPED = TARGET_SM90 && W == Weight::e4m3 ? 256 : FEW<W>;
 
-#define DECODE(NAME, W, A, M, THREADS, BLOCKS, GROUPED)                                                                             \
+#define DECODE(NAME, W, A, M, THREADS, BLOCKS, GROUPED) ENTRY(NAME, THREADS, BLOCKS, (decode_gemm<W, A, M, GROUPED>))
+#define ENTRY(NAME, THREADS, BLOCKS, FUNCTION)                                                                                 \
     KERNEL(THREADS, BLOCKS)                                                                                                   \
     NAME(const uint16_t* x, const uint8_t* w, const uint8_t* scales, const float* factors, const uint16_t* bias, const float* x_scale, \
          const uint16_t* residual, void* y, const int* row_ids, const int* block_experts, const float* row_weights,         \
          float* workspace, int64_t x_stride, int64_t y_stride, int m, int n, int k, int top_k, int split, int waves_k,      \
          int waves_n, int groups, int depth, int chunk, int carry, int out, int activation, float alpha, float limit) {     \
-        decode_gemm<W, A, M, GROUPED>(DecodeArgs{x, w, scales, factors, bias, x_scale, residual, y, row_ids, block_experts,          \
-                                                 row_weights, workspace, x_stride, y_stride, m, n, k, top_k, split,         \
-                                                 waves_k, waves_n, groups, depth, chunk, carry, out, activation, alpha,     \
-                                                 limit});                                                                   \
+        FUNCTION(DecodeArgs{x, w, scales, factors, bias, x_scale, residual, y, row_ids, block_experts, row_weights, workspace, \
+                            x_stride, y_stride, m, n, k, top_k, split, waves_k, waves_n, groups, depth, chunk, carry, out,  \
+                            activation, alpha, limit});                                                                     \
     }
 #if TARGET_SM90
+#define PREPARED(NAME, W, A, M) ENTRY(NAME, MANY, 1, (decode_prepared<W, A, M>))
+#define PREPARE(NAME, W, A)                                                                                                   \
+    KERNEL(256, 2)                                                                                                            \
+    NAME(const uint16_t* x, const float* x_scale, uint8_t* prepared, int64_t x_stride, int m, int k, int room, int carry) {     \
+        prepare<W, A>(x, x_scale, prepared, x_stride, m, k, room, carry);                                                     \
+    }
 #define SCHEME(NAME, W, A)                            \
+    PREPARE(prepare_##NAME, W, A)                     \
+    PREPARED(decode_prepared_##NAME##_m16, W, A, 16)  \
+    PREPARED(decode_prepared_##NAME##_m32, W, A, 32)  \
+    PREPARED(decode_prepared_##NAME##_m64, W, A, 64)  \
     DECODE(decode_##NAME##_m2, W, A, 2, FEW<W>, 2, false)     \
     DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)     \
     DECODE(decode_##NAME##_m8, W, A, 8, FEW<W>, 2, false)     \

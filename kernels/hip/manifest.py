@@ -71,16 +71,26 @@ _DECODE += ("block_experts:ptr", "row_weights:ptr", "workspace:ptr", "x_stride:i
 _DECODE += ("k:i32", "top_k:i32", "split:i32", "waves_k:i32", "waves_n:i32", "groups:i32", "depth:i32", "chunk:i32")
 _DECODE += ("carry:i32", "out:i32", "activation:i32", "alpha:f32", "limit:f32")
 
+_PREPARE = ("x:ptr", "x_scale:ptr", "prepared:ptr", "x_stride:i64", "m:i32", "k:i32", "room:i32", "carry:i32")
+
 DECODE_SCHEMES = ("mxfp8", "w4a8", "w4a16", "mxfp4", "w4a8_static", "mxfp8_static", "w8a16")
 DECODE_M = (2, 4, 8, 16, 32, 64)
 MOE_DECODE_M = (4, 8, 16, 32, 64)
-"""Rows of activations that the dense and the grouped decode kernels are instantiated for on sm_90 ..."""
+PREPARED_M = (16, 32, 64)
+"""Rows of activations that the dense and the grouped decode kernels, and those of an x that a launch has prepared, are
+instantiated for on sm_90 ..."""
 AMD_DECODE_M = (4, 16, 32)
 AMD_MOE_DECODE_M = (4, 16)
 """... and on AMD, whose matrix units take sixteen rows at a time."""
 
 
-def _decode(scheme: str, archs: tuple[str, ...], dense: tuple[int, ...], grouped: tuple[int, ...]) -> CodeObject:
+def _decode(
+    scheme: str,
+    archs: tuple[str, ...],
+    dense: tuple[int, ...],
+    grouped: tuple[int, ...],
+    prepared: tuple[int, ...] = (),
+) -> CodeObject:
     claims: tuple[str, ...] = ()
     if archs == AMD_ARCHS:
         claims = ("wide_loads", "matrix") if scheme.endswith("a16") else ("wide_loads", "matrix", "scaled_mfma")
@@ -89,9 +99,10 @@ def _decode(scheme: str, archs: tuple[str, ...], dense: tuple[int, ...], grouped
         source="decode_gemm.hip",
         entry_points=tuple(
             EntryPoint(f"{kind}_{scheme}_m{m}", _DECODE, claims)
-            for kind, sizes in (("decode", dense), ("moe_decode", grouped))
+            for kind, sizes in (("decode", dense), ("moe_decode", grouped), ("decode_prepared", prepared))
             for m in sizes
-        ),
+        )
+        + ((EntryPoint(f"prepare_{scheme}", _PREPARE),) if prepared else ()),
         archs=archs,
         defines=(f"DECODE_{scheme.upper()}=1",),
     )
@@ -107,7 +118,7 @@ CODE_OBJECTS = (
             for m in (1, 2, 4)
         ),
     ),
-    *(_decode(scheme, ("sm_90",), DECODE_M, MOE_DECODE_M) for scheme in DECODE_SCHEMES),
+    *(_decode(scheme, ("sm_90",), DECODE_M, MOE_DECODE_M, PREPARED_M) for scheme in DECODE_SCHEMES),
     *(_decode(scheme, AMD_ARCHS, AMD_DECODE_M, AMD_MOE_DECODE_M) for scheme in DECODE_SCHEMES),
 )
 """Code objects of one name are one kernel for several targets."""

@@ -60,15 +60,15 @@ def _grouped_tile(problem: GemmProblem) -> Config:
 
 
 def _decode_lds(problem: GemmProblem, config: Config) -> int:
-    """Shared memory of a plan that `runtime/decode_gemm.py` always tries: eight blocks share K, four waves along K (for
-    many rows, along N) each their part of it, with rings of a quarter of what a wave reads."""
-    rows = next((r for r in (2, 4, 8, 16) if problem.m <= r), 32)  # more go by 64 where they fit, or else by 32
-    wide, e4m3 = rows >= 16, problem.weight_bits == 8
+    """Shared memory of a plan that `runtime/decode_plans.py` always tries. Up to 8 rows: eight blocks share K, four
+    waves along K their part of it, with rings of a quarter of what a wave reads. Beyond: x streams through by two.
+    """
+    rows, e4m3 = next((r for r in (2, 4, 8, 16, 32) if problem.m <= r), 64), problem.weight_bits == 8
+    tile = (1024 if e4m3 else 512) + 32  # 16 rows x 64 of K with their scales; four waves, a tile each
+    if rows > 8:
+        return 1280 + max(2 * (128 * rows + 4 * tile), 4 * 16 * (rows + 4) * 4) + 8 * 4 * 16
     tiles = -(-problem.k // 512)  # of 64 along K, of one block
-    chunk = min(12, max(1, -(-tiles // (16 if wide else 64))))
-    ring = 4 * 4 * chunk * ((1024 if e4m3 else 512) + 32)
-    if wide:
-        return 256 + ring + tiles * 2 * (64 * (rows + 1) + 16 * e4m3) + 64 + 4 * 4 * 16 * (rows + 4)
+    ring = 4 * 4 * min(12, max(1, -(-tiles // 64))) * tile
     columns = max(4, rows)
     return 256 + ring + 16 + columns * ((tiles * 64 + 32) * 2 + tiles * 8) + 16 + 4 * 4 * 16 * columns
 

@@ -33,7 +33,7 @@ def device(arch, needs):
 def test_random_shapes_and_plans(device, scheme):
     """`Reference` (bench/decode.py) derives the bound: an ulp of the running sum for each of K additions."""
     from bench.decode import Problem, Reference
-    from sglang_amd_quant.runtime.decode_gemm import plans
+    from sglang_amd_quant.runtime.decode_plans import plans
 
     gpu, dice = device(scheme), random.Random(11)
     for seed in range(SHAPES_A_SCHEME):
@@ -50,7 +50,7 @@ def test_random_shapes_and_plans(device, scheme):
 def test_weights_beyond_two_gibibytes(device, scheme, m):
     """Rows whose byte offsets are no int32 give what the same rows give at the beginning."""
     from bench.decode import Problem, Reference, launch
-    from sglang_amd_quant.runtime.decode_gemm import plans
+    from sglang_amd_quant.runtime.decode_plans import plans
 
     gpu, n, k = device(scheme), 1024, 8192
     small = Problem(scheme, k, n, 3, sets=1)
@@ -61,6 +61,8 @@ def test_weights_beyond_two_gibibytes(device, scheme, m):
     big = Problem(scheme, 32, 16, 3, sets=1)
     big.n, big.k = n * copies, k
     big.packed = [tuple(None if t is None else t.flatten().repeat(copies) for t in small.packed[0])]
+    if plan.share:  # one row group a block
+        plan = replace(plan, groups=-(-big.n // (plan.waves_n * 16 * plan.share)) * plan.share)
     y = torch.full((m, big.n), torch.nan, device="cuda")
     launch(gpu, big, 0, reference.x, y, plan)
     parts = y.view(m, copies, n)
@@ -72,7 +74,7 @@ def test_weights_beyond_two_gibibytes(device, scheme, m):
 @pytest.mark.parametrize("scheme", ["w4a8", "mxfp8"])
 def test_nan_scales_make_their_rows_nan(device, scheme, m):
     from bench.decode import Problem, launch
-    from sglang_amd_quant.runtime.decode_gemm import plans
+    from sglang_amd_quant.runtime.decode_plans import plans
 
     gpu, n, k = device(scheme), 130, 1056
     problem = Problem(scheme, k, n, 5, sets=1)
@@ -89,7 +91,7 @@ def test_nan_scales_make_their_rows_nan(device, scheme, m):
 
 def test_the_same_bits_each_time(device):
     from bench.decode import Problem, launch
-    from sglang_amd_quant.runtime.decode_gemm import plans
+    from sglang_amd_quant.runtime.decode_plans import plans
 
     for scheme, m in (("w4a8", 1), ("mxfp8", 16), ("w4a16", 64)):
         gpu, problem = device(scheme), Problem(scheme, 6144, 2304, 1, sets=1)
@@ -100,3 +102,62 @@ def test_the_same_bits_each_time(device):
         for _ in range(20):
             launch(gpu, problem, 0, x, again.fill_(0), replace(plan), overlap=False)
             assert torch.equal(first, again)
+
+
+def both_ways(scheme, m, n, k, cu_count, pairs=False):
+    """A plan whose x a launch in front prepares, and one that quantizes it in every block."""
+    from sglang_amd_quant.runtime.decode_plans import plans
+
+    found = plans(scheme, m, n, k, cu_count, pairs)
+    return next(p for p in found if p.share), next(p for p in found if not p.share)
+
+
+@pytest.mark.parametrize("m", [17, 64])
+@pytest.mark.parametrize("scheme", ["w4a8", "mxfp4"])
+def test_activations_of_every_size(device, scheme, m):
+    """Subnormal scales, blocks of zeros, single large values: rounding in pairs, and what it leaves to floats."""
+    from bench.decode import Problem, launch
+    from sglang_amd_quant import formats
+
+    gpu, n, k = device(scheme), 400, 1056
+    problem = Problem(scheme, k, n, 5, sets=1)
+    w = problem.values(0).double()
+    for exponent in (-118, -100, -60, 0, 60, 90):
+        x = (torch.randn(m, k, device="cuda") * 2.0**exponent).bfloat16()
+        x[:, 64:96] = 0
+        x[3, 100] *= 2.0**20
+        exact = formats.fake_quantize_mx(x.float(), problem.scheme.act).double()
+        bound = k * 2.0**-23 * (exact.abs() @ w.abs().T) + k * 2.0**-149
+        for plan in both_ways(scheme, m, n, k, gpu.cu_count):
+            y = torch.full((m, n), torch.nan, device="cuda")
+            launch(gpu, problem, 0, x, y, plan)
+            assert ((y.double() - exact @ w.T).abs() <= bound).all(), (exponent, plan)
+    x[2, 5] = torch.nan
+    for plan in both_ways(scheme, m, n, k, gpu.cu_count):
+        launch(gpu, problem, 0, x, y, plan)
+        assert y[2].isnan().all()
+        assert y[[0, 1, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("scheme", ["w4a8", "mxfp8"])
+def test_a_prepared_x_has_the_same_epilogue(device, scheme, activation):
+    from bench.decode import Problem, carry
+    from sglang_amd_quant.runtime.decode_gemm import Epilogue, decode_gemm
+
+    gpu, m, n, k = device(scheme), 37, 400, 1056
+    problem = Problem(scheme, k, n, 5, sets=1)
+    x, _ = problem.activations(m, 1)
+    results = []
+    columns = n // 2 if activation else n
+    bias, residual = torch.randn(n, device="cuda").bfloat16(), torch.randn(m, columns, device="cuda").bfloat16()
+    for plan in both_ways(scheme, m, n, k, gpu.cu_count, activation is not None):
+        y = torch.full((m, columns), torch.nan, device="cuda")
+        room = x.new_empty(plan.prepared_values(m, k)) if plan.share else None
+        for description in decode_gemm(
+            x, *problem.packed[0], y, scheme=scheme, n=n, cu_count=gpu.cu_count, carry=carry(problem.scheme.act),
+            epilogue=Epilogue(bias, residual, activation), plan=plan, prepared=room,
+        ):  # fmt: skip
+            gpu.launch(description, torch.cuda.current_stream().cuda_stream)
+        results.append(y)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

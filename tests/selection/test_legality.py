@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.runtime.decode_gemm import plans
+from sglang_amd_quant.runtime.decode_plans import plans
 from sglang_amd_quant.selection import Config, Epilogue, GemmProblem, kernel, legal
 from sglang_amd_quant.selection.legality import unfused
 

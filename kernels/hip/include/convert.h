@@ -46,9 +46,15 @@ DEVICE Float2 floats_from_bf16x2(Bf16x2 pair) { return {bits<float>(pair << 16),
 
 /// The nearest bf16, ties to even; NaN stays NaN.
 DEVICE uint16_t bf16_from_float(float value) {
+#if TARGET_SM90
+    uint16_t bf16;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bf16) : "f"(value));
+    return bf16;
+#else
     const uint32_t u = bits<uint32_t>(value);
     if (value != value) return static_cast<uint16_t>(u >> 16 | 0x40);  // rounding up could carry a NaN over to infinity
     return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
+#endif
 }
 
 DEVICE Bf16x2 bf16x2_from_floats(Float2 v) {
@@ -62,11 +68,30 @@ DEVICE Bf16x2 bf16x2_from_floats(Float2 v) {
 }
 
 #if TARGET_SM90
-/// a * b, elementwise, rounded to bf16; subnormals count.
+/// Elementwise, rounded to bf16; subnormals count.
 DEVICE Bf16x2 times_bf16(Bf16x2 a, Bf16x2 b) {
     Bf16x2 product;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
     return product;
+}
+DEVICE Bf16x2 plus_bf16(Bf16x2 a, Bf16x2 b) {
+    Bf16x2 sum;
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+DEVICE Bf16x2 minus_bf16(Bf16x2 a, Bf16x2 b) {
+    Bf16x2 difference;
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+    return difference;
+}
+
+/// `value`, at most `most` from zero; both elementwise.
+DEVICE Bf16x2 clamp_bf16(Bf16x2 value, Bf16x2 most) {
+    Bf16x2 within;
+    asm("{.reg .b32 t;\n\tmin.bf16x2 t, %1, %2;\n\tmax.bf16x2 %0, t, %3;}"
+        : "=r"(within)
+        : "r"(value), "r"(most), "r"(most ^ 0x80008000u));
+    return within;
 }
 #endif
 

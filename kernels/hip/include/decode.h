@@ -58,7 +58,8 @@ struct Share {
     int tiles, row_tiles, row_groups;  // along K, along N, and of waves_n row tiles
     int first_group;
     int block_first, block_tiles;      // K of this block in tiles ...
-    int wave_first, wave_end;          // ... and of this wave
+    int wave_first, wave_end;          // ... and of this wave,
+    int wave_step;                     // which takes chunks so far apart
 
     DEVICE Share(const DecodeArgs& a, int tile_k, int rank) : rank(rank) {
         threads = a.waves_k * a.waves_n * WAVE;
@@ -71,6 +72,13 @@ struct Share {
         block_tiles = tiles * (rank + 1) / a.split - block_first;
         wave_first = block_first + block_tiles * wave_k / a.waves_k;
         wave_end = block_first + block_tiles * (wave_k + 1) / a.waves_k;
+        wave_step = a.chunk;
+    }
+
+    /// Instead of a part of K, waves take its chunks by turns.
+    DEVICE void take_turns(const DecodeArgs& a) {
+        wave_first = block_first + wave_k * a.chunk, wave_end = block_first + block_tiles;
+        wave_step = a.waves_k * a.chunk;
     }
 };
 

@@ -5,7 +5,8 @@
 // a step of the matrix unit calls its own does not matter as long as B agrees, so activations are held with that order in mind.
 // e2m1 (layout `hopper_bf16`, kernels/triton/hopper_pack.py, shared with the prefill kernels): k as in PTX's fragments.
 //
-// Two ways to multiply them: few rows of x by mma.sync (decode_sm90_few.h), from WIDE_FROM on by wgmma (decode_sm90_many.h).
+// Two ways to multiply them: few rows of x by mma.sync (decode_sm90_few.h), from WIDE_FROM on by wgmma (decode_sm90_many.h), where
+// another launch may have quantized x (decode_sm90_prepared.h).
 #pragma once
 #include "decode.h"
 #include "matrix.h"
@@ -43,6 +44,28 @@ DEVICE void each_e2m1_fragment(const uint8_t* codes, Each each) {
     }
 }
 
+/// A number that the compiler knows.
+template <int>
+struct Number {};
+
+/// `each(t)` for `count` tiles: while one is multiplied, the next is decoded, into other registers. `settle(n)` waits until at most
+/// n of those that `each` started are under way.
+template <typename Each, typename Settle>
+DEVICE void by_turns(int count, Each each, Settle settle) {
+    constexpr Number<1> one{};
+    constexpr Number<0> none{};
+    int t = 0;
+#pragma unroll 1
+    for (; t + 3 < count; t += 4) {
+        each(t), each(t + 1), settle(one);
+        each(t + 2), settle(one);
+        each(t + 3), settle(none);
+    }
+#pragma unroll 1
+    for (; t + 1 < count; t += 2) each(t), each(t + 1), settle(none);
+    if (t < count) each(t), settle(none);
+}
+
 /// A wave's weights, chunk by chunk, through a ring in shared memory. From WIDE_FROM on, waves that have no row
 /// tile of their own read the last one again, because the others cannot multiply without them.
 template <Weight W, int M>
@@ -59,27 +82,30 @@ class Stream {
             barriers_are_ready();
         }
         __syncwarp();
+        begin(M >= WIDE_FROM ? 1 : a.depth);
+    }
+
+    /// Makes sure that the first `chunks` have been asked for. Many rows of x are asked for behind the first chunk alone: behind
+    /// all of them, they would come when memory has delivered those.
+    DEVICE void begin(int chunks) {
 #pragma unroll 1
-        for (int i = 0; i < a.depth; i++) fetch();
+        for (; begun < chunks; begun++) fetch();
     }
 
     DEVICE static int bytes(const DecodeArgs& a) { return a.depth * a.chunk * (Tile<W>::BYTES + Tile<W>::SCALES); }
 
-    /// `each(t, number along K)` for all tiles of the next row group; t is the tile's place in its chunk. `settle()` finishes what
-    /// `each` started.
+    /// `each(t, number along K)` for all tiles of the next row group; t is the tile's place in its chunk. `settle`: as in
+    /// `by_turns`.
     template <int Unroll, typename Each, typename Settle>
     DEVICE void each_tile(Each each, Settle settle) {
-        for (int first = s.wave_first; first < s.wave_end; first += a.chunk) {
+        for (int first = s.wave_first; first < s.wave_end; first += s.wave_step) {
             const int count = smaller(a.chunk, s.wave_end - first);
             wait();
             if constexpr (M < WIDE_FROM) {
 #pragma unroll(Unroll)
                 for (int t = 0; t < count; t++) each(t, first + t);
-            } else {  // two by two: while one is multiplied, the other is decoded, into other registers
-                int t = 0;
-#pragma unroll 1
-                for (; t + 1 < count; t += 2) each(t, first + t), each(t + 1, first + t + 1), settle();
-                if (t < count) each(t, first + t), settle();
+            } else {
+                by_turns(count, [&](int t) { each(t, first + t); }, settle);
             }
             release();
         }
@@ -104,17 +130,17 @@ class Stream {
         if (group >= s.row_groups || s.wave_first >= s.wave_end) return;
         const int wanted = group * a.waves_n + s.wave_n, row_tile = M >= WIDE_FROM ? smaller(wanted, s.row_tiles - 1) : wanted;
         const int count = smaller(a.chunk, s.wave_end - tile);
+        const int64_t from = static_cast<int64_t>(row_tile) * s.tiles + tile;
+        const int at = fetch_stage * a.chunk;
+        uint8_t *to = ring + at * Tile<W>::BYTES, *scales_to = ring + a.depth * a.chunk * Tile<W>::BYTES + at * Tile<W>::SCALES;
+        uint64_t* barrier = barriers + fetch_stage;
         if (row_tile < s.row_tiles && lane_index() == 0) {
-            const int64_t from = static_cast<int64_t>(row_tile) * s.tiles + tile;
-            uint64_t* barrier = barriers + fetch_stage;
-            const int at = fetch_stage * a.chunk;
             barrier_expect(barrier, count * (Tile<W>::BYTES + Tile<W>::SCALES));
-            bulk_copy(ring + at * Tile<W>::BYTES, w + from * Tile<W>::BYTES, count * Tile<W>::BYTES, barrier);
-            bulk_copy(ring + a.depth * a.chunk * Tile<W>::BYTES + at * Tile<W>::SCALES, scales + from * Tile<W>::SCALES,
-                      count * Tile<W>::SCALES, barrier);
+            bulk_copy(to, w + from * Tile<W>::BYTES, count * Tile<W>::BYTES, barrier);
+            bulk_copy(scales_to, scales + from * Tile<W>::SCALES, count * Tile<W>::SCALES, barrier);
         }
         if (++fetch_stage == a.depth) fetch_stage = 0;
-        tile += count;
+        tile += s.wave_step;
         if (tile >= s.wave_end) tile = s.wave_first, group += a.groups;
     }
 
@@ -123,92 +149,9 @@ class Stream {
     uint8_t* ring;
     uint64_t* barriers;
     const uint8_t *w, *scales;
-    int group, tile, fetch_stage = 0, stage = 0;
+    int group, tile, begun = 0, fetch_stage = 0, stage = 0;
     uint32_t parity = 0;
 };
-
-/// A block of 32 activations, of which four neighbouring lanes have eight each (`v`), quantized as `A`: on return v holds
-/// codes times `factor`'s inverse, that is, elements of the format, and `factor` is the block's scale.
-template <Act A>
-DEVICE void quantize_activations(const Words& x, int carry, float static_scale, float (&v)[8], float& factor) {
-    uint32_t pair_max = 0;  // magnitudes of bf16 order as integers do
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const Float2 pair = floats_from_bf16x2(x.v[i]);
-        v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
-        pair_max = __vmaxu2(pair_max, x.v[i] & 0x7fff7fffu);
-    }
-    pair_max = __vmaxu2(pair_max, shuffle_xor(pair_max, 1));
-    pair_max = __vmaxu2(pair_max, shuffle_xor(pair_max, 2));
-    const uint32_t largest = larger(pair_max << 16, pair_max & 0xffff0000u);
-    if constexpr (A == Act::bf16) {
-        // Brought up to 2^14..2^15 for halves; a bf16 has 8 significant bits, so what lies within 2^-28 of the largest is exact.
-        const int biased = smaller(larger(static_cast<int>(largest >> 23), 15), 254);
-        factor = times_power_of_two(1.0f, biased - 127 - 14);
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] *= bits<float>(static_cast<uint32_t>(268 - biased) << 23);
-        return;
-    }
-    constexpr int EMAX = A == Act::e2m1 ? 2 : 8;
-    const int exponent = largest > 0x7f800000u ? 255 : larger(static_cast<int>((largest + carry) >> 23) - EMAX, 0);
-    const float up = exponent >= 254 ? 0x1p-127f : bits<float>(static_cast<uint32_t>(254 - exponent) << 23);
-    factor = A == Act::fp8_static ? static_scale : float_from_e8m0(exponent);
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = A == Act::fp8_static ? v[i] / static_scale : v[i] * up;
-    if constexpr (A == Act::e2m1) {
-        float rounded[8];
-        floats_from_e2m1(e2m1_from_floats(v), rounded);
-#pragma unroll
-        for (int i = 0; i < 8; i++) v[i] = rounded[i];
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; i += 4) {
-            float rounded[4];
-            floats_from_e4m3(e4m3_from_floats({v[i], v[i + 1], v[i + 2], v[i + 3]}), rounded);
-#pragma unroll
-            for (int j = 0; j < 4; j++) v[i + j] = rounded[j];
-        }
-    }
-}
-
-/// Which pieces of x, of eight values, a thread quantizes: from piece j of row i on, by steps. Known before x is.
-template <Weight W>
-struct Pieces {
-    int count, base, i, j, step_i, step_j;
-
-    DEVICE explicit Pieces(const Share& s)
-        : count(s.block_tiles * Tile<W>::K / 8), base(s.block_first * Tile<W>::K), i(1 << 30), j(0), step_i(0), step_j(0) {
-        if (count == 0) return;
-        i = thread_index() / count, j = thread_index() % count;
-        step_i = s.threads / count, step_j = s.threads % count;
-    }
-};
-
-/// All threads: `x.keep(eight bf16, row, piece, ...)` for what the block multiplies of all rows. A thread has BATCH loads under way.
-template <Act A, int BATCH, typename X, Weight W, bool Grouped>
-DEVICE void stage_rows(X& x, const DecodeArgs& a, const Pieces<W>& pieces, const Rows<Grouped>& rows) {
-    const float static_scale = A == Act::fp8_static ? *a.x_scale : 1.0f;
-    int i = pieces.i, j = pieces.j;
-#pragma unroll 1
-    while (__any_sync(0xffffffffu, i < rows.count)) {
-        Words eight[BATCH];
-        int is[BATCH], js[BATCH];
-#pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-            is[u] = i, js[u] = j;
-            eight[u] = {};
-            if (i < rows.count && pieces.base + 8 * j < a.k)
-                eight[u] = load_words(a.x + rows.in(i) * a.x_stride + pieces.base + 8 * j);
-            i += pieces.step_i, j += pieces.step_j;
-            if (j >= pieces.count) j -= pieces.count, i++;
-        }
-#pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-            const bool wanted = is[u] < rows.count;
-            if (u == 0 || __any_sync(0xffffffffu, wanted)) x.keep(eight[u], is[u], js[u], wanted, a.carry, static_scale);
-        }
-    }
-}
 
 /// A block's activations, and what a wave sums up; for few rows and for many.
 template <Weight W, Act A, int M, bool Many = (M >= WIDE_FROM)>
@@ -216,6 +159,7 @@ struct Activations;
 template <Weight W, Act A, int M, bool Many = (M >= WIDE_FROM)>
 struct Totals;
 
+#include "decode_sm90_quantize.h"
 #include "decode_sm90_few.h"
 #include "decode_sm90_many.h"
 
@@ -228,27 +172,16 @@ DEVICE float row_factor(const DecodeArgs& a, const Share& s, int expert, int row
     return A == Act::fp8_static && X::STATIC_SCALE_LAST ? factor * *a.x_scale : factor;
 }
 
-/// Partial sums of a row group on their way to the block that finishes their rows: [rank][wave_k][owned row][column].
-///
-/// Blocks that share K are a cluster, and each owns rows / split rows. Sums travel by st.async into the owner's shared memory
-/// and announce themselves to its barrier, so that no fence is needed.
-template <int Room>
-class Sums {
-    static constexpr int PITCH = Room < 16 ? Room : Room + 4;  // floats from row to row: stores and loads meet in few banks
-
+/// Rows of a group that a block finishes, and what it knows of them beforehand.
+class OwnedRows {
    public:
-    static constexpr int COLUMNS = Room < 16 ? 1 : 4;  // that one thread finishes together
-    int owned, first;     // rows of a group that this block finishes, from which on
+    int owned, first;     // rows of the group, from which on
     float *times, *plus;  // of every owned row: what its sums are multiplied by, and what is added then
 
-    DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier) : a(a), s(s), barrier(barrier) {
+    DEVICE OwnedRows(const DecodeArgs& a, const Share& s, uint8_t* lds) : a(a), s(s) {
         owned = a.waves_n * TILE_ROWS / a.split, first = s.rank * owned;
         times = reinterpret_cast<float*>(lds);
         plus = times + owned;
-        partial = plus + owned;
-        if (a.split == 1) return;
-        if (thread_index() == 0) barrier_init(barrier), barriers_are_ready();
-        cluster_arrive();
     }
 
     /// Loads, before they are needed, what one of the owned rows is multiplied by and what is added to it.
@@ -261,13 +194,59 @@ class Sums {
         if (a.bias != nullptr) my_plus = float_from_bf16(a.bias[static_cast<int64_t>(expert) * a.n + bias_index(a, row)]);
     }
 
+   protected:
+    /// Tells every thread of the block, after its next barrier, what was loaded ahead.
+    DEVICE void publish() const {
+        if (thread_index() < owned) times[thread_index()] = my_times, plus[thread_index()] = my_plus;
+    }
+
+    /// `count` partial sums `stride` floats apart, in their order, and what follows for owned row `row`.
+    template <int Columns>
+    DEVICE void sum_up(const float* parts, int count, int stride, int row, float (&total)[Columns]) const {
+#pragma unroll
+        for (int c = 0; c < Columns; c++) total[c] = 0;
+#pragma unroll 4
+        for (int i = 0; i < count; i++) {
+            const auto part = *reinterpret_cast<const Floats<Columns>*>(parts + i * stride);
+#pragma unroll
+            for (int c = 0; c < Columns; c++) total[c] += part.v[c];
+        }
+#pragma unroll
+        for (int c = 0; c < Columns; c++) total[c] = total[c] * times[row] + plus[row];
+    }
+
+    const DecodeArgs& a;
+    const Share& s;
+
+   private:
+    float my_times = 1, my_plus = 0;
+};
+
+/// Partial sums of a row group on their way to the block that finishes their rows: [rank][wave_k][owned row][column].
+///
+/// Blocks that share K are a cluster, and each owns rows / split rows. Sums travel by st.async into the owner's shared memory
+/// and announce themselves to its barrier, so that no fence is needed.
+template <int Room>
+class Sums : public OwnedRows {
+    static constexpr int PITCH = Room < 16 ? Room : Room + 4;  // floats from row to row: stores and loads meet in few banks
+
+   public:
+    static constexpr int COLUMNS = Room < 16 ? 1 : 4;  // that one thread finishes together
+
+    DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier) : OwnedRows(a, s, lds), barrier(barrier) {
+        partial = plus + owned;
+        if (a.split == 1) return;
+        if (thread_index() == 0) barrier_init(barrier), barriers_are_ready();
+        cluster_arrive();
+    }
+
     /// All threads: sums up, and tells every thread of the block what was loaded ahead.
     template <typename T>
     DEVICE void hand_over(const T& totals, int columns, bool first_group) {
         if (a.split > 1) {
             cluster_wait();  // all ranks have started, and are done with the sums of the group before
-            if (thread_index() == 0)
-                barrier_expect(barrier, a.split * a.waves_k * owned * ceil_div(smaller(columns, Room), T::TOGETHER) * T::TOGETHER * 4);
+            const int handed_on = ceil_div(smaller(columns, Room), T::TOGETHER) * T::TOGETHER;  // of a row
+            if (thread_index() == 0) barrier_expect(barrier, (a.split - 1) * a.waves_k * owned * handed_on * 4);
         } else if (!first_group) {
             block_barrier();
         }
@@ -275,28 +254,19 @@ class Sums {
         totals.each(columns, [&](int row, int column, const auto& values) {
             row += s.wave_n * TILE_ROWS;
             float* to = slot + row % owned * PITCH + column;
-            if (a.split > 1)
-                cluster_store(address_in(to, row / owned), values, address_in(barrier, row / owned));
-            else
+            if (row / owned == s.rank)
                 *reinterpret_cast<Floats<T::TOGETHER>*>(to) = values;
+            else
+                cluster_store(address_in(to, row / owned), values, address_in(barrier, row / owned));
         });
-        if (thread_index() < owned) times[thread_index()] = my_times, plus[thread_index()] = my_plus;
+        publish();
         block_barrier();
         if (a.split > 1) barrier_wait(barrier, parity), parity ^= 1;
     }
 
-    /// The finished sums of an owned row, columns `first` ... , in an order that never changes.
-    DEVICE void sum(int row, int first, float (&total)[COLUMNS]) const {
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++) total[c] = 0;
-#pragma unroll 4
-        for (int i = 0; i < a.split * a.waves_k; i++) {
-            const auto part = *reinterpret_cast<const Floats<COLUMNS>*>(partial + (i * owned + row) * PITCH + first);
-#pragma unroll
-            for (int c = 0; c < COLUMNS; c++) total[c] += part.v[c];
-        }
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++) total[c] = total[c] * times[row] + plus[row];
+    /// The finished sums of an owned row, columns `column` ... , in an order that never changes.
+    DEVICE void sum(int row, int column, float (&total)[COLUMNS]) const {
+        sum_up(partial + row * PITCH + column, a.split * a.waves_k, owned * PITCH, row, total);
     }
 
     /// After the last `sum` of a group that another follows.
@@ -305,11 +275,8 @@ class Sums {
     }
 
    private:
-    const DecodeArgs& a;
-    const Share& s;
     uint64_t* barrier;
     float* partial;
-    float my_times = 1, my_plus = 0;
     uint32_t parity = 0;
 };
 
@@ -334,6 +301,8 @@ DEVICE void finish(const DecodeArgs& a, const Share& s, int expert, int row, flo
 #pragma unroll
     for (int c = 0; c < Columns; c++) sums[c] = bits<float>(0x7fc00000u);
 }
+
+#include "decode_sm90_prepared.h"
 
 DEVICE const DecodeArgs& late(const DecodeArgs& a) { return a; }
 

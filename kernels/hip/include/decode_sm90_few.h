@@ -55,7 +55,7 @@ struct Activations<W, A, M, false> {
     template <bool Grouped>
     DEVICE void stage(const DecodeArgs& a, const Share&, const Rows<Grouped>& rows) {
         if (thread_index() < 4) reinterpret_cast<uint32_t*>(zeros)[thread_index()] = 0;
-        stage_rows<A, M <= 2 ? 1 : M <= 4 ? 2 : 4>(*this, a, pieces, rows);
+        stage_rows<A, M <= 2 ? 1 : M <= 4 ? 2 : 4>(*this, a, pieces, rows, [] {});
     }
 
     /// Column `m`'s 16-bit values of MX block `block` that lane q multiplies: for W = e2m1, of two steps of 16.

@@ -6,54 +6,54 @@
 // subnormal then, larger ones give infinity.
 #pragma once
 
-/// The block's activations in shared memory: for every eight of K one column of 16-byte rows, wgmma's "core matrices" (PTX ISA,
-/// "Shared memory matrix layout", no swizzle).
+/// 64 of K of M rows of activations, as the matrix unit reads them (`matrix_in_lds`).
+template <Weight W, int M>
+struct XTile {
+    static constexpr int BYTES = M * 128;
+
+    /// Keeps eight values, the piece `j` of 64 of K, of one row.
+    DEVICE static void keep(uint8_t* tile, int row, int j, const Words& values) {
+        uint8_t* to = tile + row * 128;
+        if constexpr (W == Weight::e2m1) {
+            store_words(to + (j ^ row % 8) * 16, values);
+        } else {  // lane q multiplies k = 8 q ... 8 q + 7 of an MX block, two of them in each half of two steps
+#pragma unroll
+            for (int p = 0; p < 4; p++)
+                *reinterpret_cast<uint32_t*>(to + ((j & 4 | p) ^ row % 8) * 16 + j % 4 * 4) = values.v[p];
+        }
+    }
+};
+
+/// The block's activations in shared memory, tile by tile.
 template <Weight W, Act A, int M>
 struct Activations<W, A, M, true> {
     static constexpr int ROOM = M;
     // e4m3 codes are read as bf16 2^-120 too small, and their scales applied 2^-60 too small, to fit (`scale_as_bf16`).
     static constexpr float UNLIFT = W == Weight::e4m3 ? 0x1p60f : 1.0f;
     static constexpr bool STATIC_SCALE_LAST = true;
-    // Bytes from eight of K to the next, and from MX block to MX block: threads that store together meet in no bank.
-    static constexpr int CHUNK = 16 * (M + 1), BLOCK = 4 * CHUNK + (W == Weight::e4m3 ? 16 : 0);
 
     uint8_t* values;
     Pieces<W> pieces;
 
-    DEVICE Activations(const DecodeArgs&, const Share& s, uint8_t* lds) : values(lds), pieces(s) {}
-    DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return ceil_div(s.tiles, a.split) * Tile<W>::BLOCKS * BLOCK; }
+    DEVICE Activations(const DecodeArgs&, const Share& s, uint8_t* lds) : values(matrix_aligned(lds)), pieces(s) {}
+    DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + ceil_div(s.tiles, a.split) * XTile<W, M>::BYTES; }
 
     /// All threads: quantizes the block's part of x. Visible to the block's matrix instructions after its next barrier.
-    template <bool Grouped>
-    DEVICE void stage(const DecodeArgs& a, const Share&, const Rows<Grouped>& rows) {
-        stage_rows<A, M <= 16 ? 4 : 8>(*this, a, pieces, rows);
+    template <bool Grouped, typename Meanwhile>
+    DEVICE void stage(const DecodeArgs& a, const Share&, const Rows<Grouped>& rows, Meanwhile meanwhile) {
+        stage_rows<A, M <= 16 ? 4 : 8>(*this, a, pieces, rows, meanwhile);
         show_to_matrix_unit();
     }
 
-    /// What step `step` of 16 (two to an MX block) multiplies.
+    /// What step `step` of 16 of the tile that begins with MX block `block` multiplies.
     DEVICE uint64_t at(int block, int step) const {
-        return matrix_in_lds(values + (block + step / 2) * BLOCK + step % 2 * 2 * CHUNK, CHUNK, 128);
+        return matrix_in_lds(values) + (block / 2 * XTile<W, M>::BYTES + step * 32) / 16;
     }
 
     /// Eight values, piece `j` along K, of row `i`.
     DEVICE void keep(const Words& x, int i, int j, bool wanted, int carry, float static_scale) {
-        const int quarter = j & 3;
-        uint8_t* to = values + (j >> 2) * BLOCK + i * 16;
-        Words out = x;
-        if constexpr (A != Act::bf16) {
-            float factor, v[8];
-            quantize_activations<A>(x, carry, static_scale, v, factor);
-            const float scale = A == Act::fp8_static ? 1.0f : factor;
-#pragma unroll
-            for (int p = 0; p < 4; p++) out.v[p] = bf16x2_from_floats({v[2 * p] * scale, v[2 * p + 1] * scale});
-        }
-        if (!wanted) return;
-        if constexpr (W == Weight::e2m1) {
-            store_words(to + quarter * CHUNK, out);
-        } else {  // lane q multiplies k = 8 q ... 8 q + 7, two of them in each half of two steps
-#pragma unroll
-            for (int p = 0; p < 4; p++) *reinterpret_cast<uint32_t*>(to + p * CHUNK + 4 * quarter) = out.v[p];
-        }
+        const Words out = rounded_activations<A>(x, carry, static_scale);
+        if (wanted) XTile<W, M>::keep(values + j / 8 * XTile<W, M>::BYTES, i, j % 8, out);
     }
 };
 
@@ -77,8 +77,9 @@ struct Totals<W, A, M, true> {
         for (int i = 0; i < M / 2; i++) sum[i / 4][i % 4] = 0;
     }
 
-    /// Starts adding tile `t` of the stream's chunk; `block` is its first MX block in the activations.
-    DEVICE void add(const Stream<W, M>& stream, int t, const X& x, int block) {
+    /// Starts adding tile `t` of what `stream` has at hand; `block` is its first MX block in the activations `x`.
+    template <typename Tiles, typename Columns>
+    DEVICE void add(const Tiles& stream, int t, const Columns& x, int block) {
         uint32_t fragments[4][4];  // for each step of 16 along K: rows g and g + 8 by turns, lower K first
         load(stream.codes(t), stream.scale_words(t)[lane_index() / 4], fragments);
         warpgroup_fence();
@@ -87,10 +88,12 @@ struct Totals<W, A, M, true> {
         warpgroup_commit();
     }
 
-    /// Waits for what was started. The compiler cannot look through this: it must not think of moving sums, or taking them for
-    /// integers, before, or ptxas would let every matrix instruction wait for the one in front of it.
-    DEVICE void settle() {
-        warpgroup_wait<0>();
+    /// Waits until at most `Pending` tiles are under way. The compiler cannot look through this when none is left: it must not think
+    /// of moving sums, or taking them for integers, before, or ptxas would let every matrix instruction wait for the one in front.
+    template <int Pending>
+    DEVICE void settle(Number<Pending>) {
+        warpgroup_wait<Pending>();
+        if (Pending > 0) return;
 #pragma unroll
         for (int i = 0; i < M / 2; i++) asm volatile("" : "+f"(sum[i / 4][i % 4]));
     }
@@ -132,8 +135,8 @@ struct Totals<W, A, M, true> {
             }
         } else {
             each_e2m1_fragment(codes, [&](int step, int part, Bf16x2 pair) {
-                const uint32_t scale = scales >> (16 * (part % 2) + 8 * (step / 2)) & 0xff;
-                fragments[step][part] = times_bf16(pair, scale * 0x00800080u);
+                const uint32_t twice = __byte_perm(scales, 0, 0x4040 | 0x101 * (2 * (part % 2) + step / 2));
+                fragments[step][part] = times_bf16(pair, twice << 7);
             });
         }
     }

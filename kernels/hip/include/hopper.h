@@ -7,9 +7,9 @@
 #if TARGET_SM90
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-/// One lane: the barrier waits for one arrival and the bytes announced with it.
-DEVICE void barrier_init(uint64_t* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+/// One lane: the barrier waits for so many arrivals, and the bytes announced with them.
+DEVICE void barrier_init(uint64_t* barrier, int arrivals = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
 /// One lane, after its `barrier_init`s: copies may complete on them from here on.
@@ -35,6 +35,15 @@ DEVICE void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier) 
                  : "memory");
 }
 
+/// As `bulk_copy`, into the same place of all blocks of the cluster that `blocks` has a bit for, announced to each one's barrier.
+DEVICE void bulk_copy_to(int blocks, void* to, const void* from, int bytes, uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
+            shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(blocks))
+        : "memory");
+}
+
 /// What follows may depend on the launch before this one; what precedes must not.
 DEVICE void wait_for_previous_launch() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void allow_next_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -45,6 +54,12 @@ DEVICE int cluster_rank() {
     uint32_t rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
+}
+
+DEVICE int cluster_blocks() {
+    uint32_t blocks;
+    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));
+    return blocks;
 }
 
 /// All threads of all blocks of the cluster arrive before any leaves `cluster_wait`. Orders no memory accesses but a
@@ -67,6 +82,12 @@ DEVICE uint32_t address_in(const void* local, int rank) {
     return remote;
 }
 
+/// One arrival at a barrier of another block, or of this one: `address_in` it. It says that memory was read; a release for the
+/// cluster, too, would wait for all copies that are under way.
+DEVICE void barrier_arrive_in(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 /// Floats into another block's shared memory, announced to a barrier of that block. Both addresses are `address_in` it; it must
 /// have started and may not have ended.
 DEVICE void cluster_store(uint32_t to, const Floats<2>& floats, uint32_t barrier) {
@@ -81,11 +102,15 @@ DEVICE void cluster_store(uint32_t to, const Floats<4>& floats, uint32_t barrier
 }
 // ---- wgmma: the four waves of a warpgroup, of consecutive indices from a multiple of four, multiply together
 
-/// A matrix in shared memory as wgmma's right operand, K-major and not swizzled: rows of 16 bytes, eight of them in a row,
-/// `along_k` bytes from eight of K (bf16) to the next, `along_n` bytes from eight rows to the next.
-DEVICE uint64_t matrix_in_lds(const void* at, int along_k, int along_n) {
-    return (shared_address(at) & 0x3ffff) >> 4 | static_cast<uint64_t>(along_k >> 4) << 16 | static_cast<uint64_t>(along_n >> 4) << 32;
+/// 64 of K of a matrix in shared memory as wgmma's right operand: rows of 128 bytes, in which the sixteen bytes `i` lie at
+/// `i ^ row % 8` (PTX ISA, "Shared memory matrix layout", 128-byte swizzle), so that the eight rows that the unit reads together
+/// meet in no bank. `at` is 1024-byte aligned; a step of 16 along K is 32 bytes.
+DEVICE uint64_t matrix_in_lds(const void* at) {
+    return (shared_address(at) & 0x3ffff) >> 4 | 1ull << 16 | static_cast<uint64_t>(8 * 128 >> 4) << 32 | 1ull << 62;
 }
+
+/// The first address from `p` on that a matrix may have; up to 1023 bytes on.
+DEVICE uint8_t* matrix_aligned(uint8_t* p) { return p + (-shared_address(p) & 1023); }
 
 /// All threads that wrote shared memory, before a barrier: makes it visible to matrix instructions behind that.
 DEVICE void show_to_matrix_unit() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -1,0 +1,158 @@
+// Many rows of x that a launch in front of this one has quantized, once for all blocks, in the order in which wgmma reads them.
+//
+// Activations stream through a ring of the block beside the weights, which have one a wave. So x need not fit in shared memory,
+// and K is split over blocks only where there are too few rows of w to occupy them. Blocks of a cluster that multiply the same
+// part of x ("share" it) each fetch a piece of it for all of them.
+#pragma once
+
+constexpr int PREPARING_WAVES = 8;  // of a block that prepares
+
+/// Quantizes x into `XTile`s: for every `room` rows, which is the M that reads them, one after the other along K. A wave takes
+/// eight rows of an MX block, its lanes eight values each, so that both sides move whole sectors. Rows beyond m are left as they
+/// are: their sums reach nobody.
+template <Weight W, Act A>
+DEVICE void prepare(const uint16_t* x, const float* x_scale, uint8_t* prepared, int64_t x_stride, int m, int k, int room,
+                    int carry) {
+    allow_next_launch();
+    const int blocks = ceil_div(k, Tile<W>::K) * Tile<W>::BLOCKS, unit = block_index() * PREPARING_WAVES + wave_index();
+    const int row = unit / blocks * 8 + lane_index() / 4, piece = unit % blocks * 4 + lane_index() % 4;
+    wait_for_previous_launch();
+    const float static_scale = A == Act::fp8_static ? *x_scale : 1.0f;
+    const bool real = row < m && 8 * piece < k;
+    const Words out = rounded_activations<A>(real ? load_words(x + row * x_stride + 8 * piece) : Words{}, carry, static_scale);
+    if (row >= m) return;
+    const int64_t tile = static_cast<int64_t>(row / room) * (blocks / 2) + piece / 8;
+    XTile<W, 1>::keep(prepared + tile * room * XTile<W, 1>::BYTES, row % room, piece % 8, out);
+}
+
+/// x on its way through a block's shared memory, by stages: one chunk for each of the waves that share K.
+///
+/// Wave 0 fetches, and is a stage behind in doing so: what it waits for, that all waves have read a stage, they mostly have then.
+template <Weight W, int M>
+class XRing {
+   public:
+    /// `barriers`: `depth` that say what has arrived, and `depth` for what has been read.
+    DEVICE XRing(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barriers)
+        : a(a), s(s), lds(matrix_aligned(lds)), full(barriers), empty(barriers + a.depth), share(cluster_blocks() / a.split) {
+        stages = ceil_div(s.block_tiles, a.waves_k * a.chunk);
+        if (thread_index() != 0) return;
+        for (int i = 0; i < a.depth; i++) barrier_init(full + i), barrier_init(empty + i, share * s.threads / WAVE);
+        barriers_are_ready();
+    }
+
+    DEVICE static int bytes(const DecodeArgs& a) { return 1024 + a.depth * a.waves_k * a.chunk * XTile<W, M>::BYTES; }
+
+    /// Once x is there, and all blocks that share it: starts fetching.
+    DEVICE void begin(int row_block) {
+        next = reinterpret_cast<const uint8_t*>(a.x) +
+               (static_cast<int64_t>(row_block) * s.tiles + s.block_first) * XTile<W, M>::BYTES;
+        if (wave_index() != 0) return;
+        for (int i = 0; i < smaller(a.depth, stages); i++) fetch(i, i);
+    }
+
+    /// Waits for the next stage.
+    DEVICE void wait() { barrier_wait(full + at_stage, parity); }
+
+    /// Gives the stage back, and has wave 0 fetch into the place of the one before.
+    DEVICE void release() {
+        __syncwarp();
+        // What nobody will fill again need not be given back, and the blocks that would be told may have ended.
+        if (number + a.depth < stages && lane_index() < share)
+            barrier_arrive_in(address_in(empty + at_stage, lane_index() * a.split + s.rank));
+        if (wave_index() == 0 && number > 0 && number - 1 + a.depth < stages) {
+            const int before = at_stage == 0 ? a.depth - 1 : at_stage - 1;
+            barrier_wait(empty + before, at_stage == 0 ? parity ^ 1 : parity);
+            fetch(number - 1 + a.depth, before);
+        }
+        if (++at_stage == a.depth) at_stage = 0, parity ^= 1;
+        number++;
+    }
+
+    /// What step `step` of 16 of tile `block / 2` of this wave's chunk multiplies.
+    DEVICE uint64_t at(int block, int step) const {
+        const int tile = (at_stage * a.waves_k + s.wave_k) * a.chunk + block / 2;
+        return matrix_in_lds(lds) + (tile * XTile<W, M>::BYTES + step * 32) / 16;
+    }
+
+    int stages;
+
+   private:
+    /// Wave 0: stage `i` into place `place`. This block's piece of it, for all that share it.
+    DEVICE void fetch(int i, int place) {
+        if (lane_index() != 0) return;
+        const int tiles = a.waves_k * a.chunk, bytes = smaller(tiles, s.block_tiles - i * tiles) * XTile<W, M>::BYTES;
+        const int mine = cluster_rank() / a.split * (bytes / share), offset = place * tiles * XTile<W, M>::BYTES + mine;
+        barrier_expect(full + place, bytes);
+        if (share == 1) {
+            bulk_copy(lds + offset, next, bytes, full + place);
+        } else {
+            int blocks = 0;
+            for (int j = 0; j < share; j++) blocks |= 1 << (j * a.split + s.rank);
+            bulk_copy_to(blocks, lds + offset, next + mine, bytes / share, full + place);
+        }
+        next += bytes;
+    }
+
+    const DecodeArgs& a;
+    const Share& s;
+    uint8_t* lds;
+    const uint8_t* next;
+    uint64_t *full, *empty;
+    int share, at_stage = 0, number = 0;
+    uint32_t parity = 0;
+};
+
+/// Partial sums: first of the waves that share K, [wave_k][row][column], where the rings were; then, sent to the blocks that own
+/// the rows, of the blocks that share K, [rank][owned row][column].
+template <int Room>
+class PreparedSums : public OwnedRows {
+    static constexpr int PITCH = Room + 4;  // floats from row to row: stores and loads meet in few banks
+
+   public:
+    static constexpr int COLUMNS = 4;  // that one thread finishes together
+
+    DEVICE PreparedSums(const DecodeArgs& a, const Share& s, uint8_t* rings, uint8_t* lds, uint64_t* barrier)
+        : OwnedRows(a, s, lds), barrier(barrier), of_waves(reinterpret_cast<float*>(rings)), of_blocks(plus + owned) {
+        if (thread_index() == 0) barrier_init(barrier), barriers_are_ready();
+    }
+
+    DEVICE static int wave_bytes(const DecodeArgs& a) { return a.waves_k * a.waves_n * TILE_ROWS * PITCH * 4; }
+
+    /// All threads: sums up.
+    template <typename T>
+    DEVICE void hand_over(const T& totals, int columns) {
+        const int rows = a.waves_n * TILE_ROWS;
+        block_barrier();  // nobody reads the rings any more
+        float* mine = of_waves + (s.wave_k * a.waves_n + s.wave_n) * TILE_ROWS * PITCH;
+        totals.each(columns, [&](int row, int column, const auto& values) {
+            *reinterpret_cast<Floats<T::TOGETHER>*>(mine + row * PITCH + column) = values;
+        });
+        publish();
+        block_barrier();
+        if (a.split == 1) return;
+        const int quads = ceil_div(columns, COLUMNS), first_rank = cluster_rank() - s.rank;
+        if (thread_index() == 0) barrier_expect(barrier, a.split * owned * quads * COLUMNS * 4);
+        for (int j = thread_index(); j < rows * quads; j += s.threads) {
+            const int row = j % rows, column = j / rows * COLUMNS, owner = first_rank + row / owned;
+            Floats<COLUMNS> total = {};
+            for (int i = 0; i < a.waves_k; i++) {
+                const auto part = *reinterpret_cast<const Floats<COLUMNS>*>(of_waves + (i * rows + row) * PITCH + column);
+#pragma unroll
+                for (int c = 0; c < COLUMNS; c++) total.v[c] += part.v[c];
+            }
+            float* to = of_blocks + (s.rank * owned + row % owned) * PITCH + column;
+            cluster_store(address_in(to, owner), total, address_in(barrier, owner));
+        }
+        barrier_wait(barrier, 0);
+    }
+
+    /// The finished sums of an owned row, columns `column` ... , in an order that never changes.
+    DEVICE void sum(int row, int column, float (&total)[COLUMNS]) const {
+        const bool split = a.split > 1;
+        sum_up((split ? of_blocks : of_waves) + row * PITCH + column, split ? a.split : a.waves_k, owned * PITCH, row, total);
+    }
+
+   private:
+    uint64_t* barrier;
+    float *of_waves, *of_blocks;
+};
