@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 AMD_ARCHS := gfx950,gfx942,gfx1100,gfx1151
 
-.PHONY: serve stop test test-fast check format venv clean
+.PHONY: serve stop test test-fast code-objects check format venv clean
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m examples.serve --port $(PORT) $(if $(MODEL),--model $(MODEL)) $(if $(SCHEME),--scheme $(SCHEME))
@@ -22,15 +22,16 @@ serve: $(VENV)/.serve
 stop:
 	$(BIN)/python -m examples.serve --stop --port $(PORT)
 
-# Two stages: unit tests, then real servers. In each, two test processes share the cores, and whatever they start works
-# with one thread: two threads a process would wait for each other more than they compute. Unit tests that share something
-# expensive are of one xdist_group, which one process runs.
-test: test-fast
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal tests/serving
+# Two test processes share the cores, and whatever they start works with one thread: two threads a process would wait for
+# each other more than they compute. Tests that share something expensive are of one xdist_group, which one process runs.
+test: code-objects
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup
 
-test-fast: $(VENV)/.test
-	$(BIN)/amd-mx build --arch $(AMD_ARCHS)
+test-fast: code-objects
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadgroup -m "not serving"
+
+code-objects: $(VENV)/.test
+	$(BIN)/amd-mx build --arch $(AMD_ARCHS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

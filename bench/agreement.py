@@ -85,12 +85,18 @@ def logits(model: Any, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
 @torch.inference_mode()
 def _logits_of(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
     """Those of every pair; together, since a head in fp32 takes longer to make than to use."""
+    rows = functional.linear(_hidden(model, pairs), model.get_output_embeddings().weight.float())
+    return list(rows.split([len(output) for _, output in pairs]))
+
+
+@torch.inference_mode()
+def _hidden(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+    """fp32 states [positions of all pairs, hidden] that the head makes logits of."""
     hidden = []
     for prompt, output in pairs:
         ids = torch.tensor([[*prompt, *output[:-1]]])
         hidden.append(model.base_model(ids).last_hidden_state[0, len(prompt) - 1 :])
-    rows = functional.linear(torch.cat(hidden).float(), model.get_output_embeddings().weight.float())
-    return list(rows.split([len(output) for _, output in pairs]))
+    return torch.cat(hidden).float()
 
 
 @contextmanager
@@ -150,18 +156,17 @@ def compare_pair(
     return Agreement(positions, tuple(partings), noise, margins.median().item())
 
 
+@torch.inference_mode()
 def _measure(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[list[Tensor], Tensor, float]:
     """Logits of each pair, the top-2 margins of all positions, and s."""
     rows = _logits_of(model, pairs)
+    top = torch.cat(rows).topk(2, dim=-1)
+    margins = top.values[:, 0] - top.values[:, 1]
     with moved_by_an_ulp(model):
-        moved = _logits_of(model, pairs)
-    margins, changes = [], []
-    for before, after in zip(rows, moved, strict=True):
-        top = before.topk(2, dim=-1)
-        margins.append(top.values[:, 0] - top.values[:, 1])
-        again = after.gather(-1, top.indices)
-        changes.append(again[:, 0] - again[:, 1] - margins[-1])
-    return rows, torch.cat(margins), torch.cat(changes).square().mean().sqrt().item()
+        moved = _hidden(model, pairs)
+    again = torch.einsum("ph,pth->pt", moved, model.get_output_embeddings().weight[top.indices].float())
+    changes = again[:, 0] - again[:, 1] - margins
+    return rows, margins, changes.square().mean().sqrt().item()
 
 
 def _closest(model: Any, pair: tuple[Sequence[int], Sequence[int]], parting: Parting) -> Parting:

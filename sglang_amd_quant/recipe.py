@@ -32,6 +32,8 @@ ALWAYS_BF16 = (
 """Never quantized: what a router, an embedding, MLA's absorbed kv_b_proj or the per-head gates of linear attention lose
 costs more than it saves."""
 
+_ALWAYS_BF16 = re.compile("|".join(map(fnmatch.translate, ALWAYS_BF16)))
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -133,7 +135,7 @@ class Recipe:
         return SCHEMES.get(found.pop())
 
     def _name_for(self, module: str) -> str:
-        if any(fnmatch.fnmatchcase(module, pattern) for pattern in ALWAYS_BF16):
+        if _ALWAYS_BF16.match(module):
             return BF16
         return next((rule.scheme for rule in self.rules if rule.matches(module)), self.default)
 

@@ -15,7 +15,9 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -27,6 +29,14 @@ T = TypeVar("T")
 
 class ProcessAborted(Exception):
     """The process ended before it answered; the message is what it said last."""
+
+
+@cache
+def _context() -> BaseContext:
+    """Processes forked from one that has imported torch and Triton, which takes seconds, and compiled nothing."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "triton.compiler"])
+    return context
 
 
 class Worker:
@@ -43,7 +53,7 @@ class Worker:
             os.close(handle)
             self._log = Path(name)
             start = (list(sglang_amd_quant.__path__), name)
-            self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_start, initargs=start)
+            self._pool = ProcessPoolExecutor(1, _context(), initializer=_start, initargs=start)
         return self._pool.submit(function, *args, **kwargs)
 
     def result(self, future: Future[T]) -> T:
