@@ -9,7 +9,9 @@ MODEL ?=
 SCHEME ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
+# What pip would do with one process. A few packages hold files for other Pythons, whose errors are not ours.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # Tests start many Pythons, which must find each other's bytecode even where the environment says to write none.
 PYTEST := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 AMD_ARCHS := gfx950,gfx942,gfx1100,gfx1151
@@ -50,15 +52,17 @@ $(VENV)/.serve: pyproject.toml cpu_platform/pyproject.toml requirements/torch.tx
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch, SGLang and this package into $(VENV) (about 2.5 GB on disk)"
-	$(PIP) install -r requirements/torch.txt
-	$(PIP) install --no-deps -r requirements/sglang-nodeps.txt
-	$(PIP) install -e ".[cpu,example]"
-	$(PIP) install --no-deps ./cpu_platform
+	$(INSTALL) -r requirements/torch.txt
+	$(INSTALL) --no-deps -r requirements/sglang-nodeps.txt
+	$(INSTALL) -e ".[cpu,example]"
+	$(INSTALL) --no-deps ./cpu_platform
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.serve requirements/emulator-nodeps.txt
-	$(PIP) install -e ".[build,test,bench]"
-	$(PIP) install --no-deps -r requirements/emulator-nodeps.txt
+	$(INSTALL) -e ".[build,test,bench]"
+	$(INSTALL) --no-deps -r requirements/emulator-nodeps.txt
+	$(COMPILE)
 	touch $@
 
 clean:

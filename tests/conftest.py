@@ -3,6 +3,7 @@ what test processes start."""
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -29,7 +30,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Groups are pytest-xdist's to mark in node ids; where it cannot, tests would only become slow, and nobody knew."""
+    """What was imported until now stays: the garbage collector need not look at it again and again.
+
+    Groups are pytest-xdist's to mark in node ids; where it cannot, tests would only become slow, and nobody knew."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
     if session.config.getoption("loadgroup", False):
         lost = [i.nodeid for i in session.items if i.get_closest_marker("xdist_group") and "@" not in i.nodeid]
         assert not lost, f"pytest-xdist lost the group of {lost[0]}: see pytest's version in pyproject.toml"

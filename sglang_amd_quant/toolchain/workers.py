@@ -9,6 +9,7 @@ what it cannot lower.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import tempfile
@@ -78,8 +79,9 @@ class Worker:
 
 
 def _start(package_path: list[str], log: str) -> None:
-    """First thing in the process: an uninstalled checkout's subpackages (bench/source_tree.py), and a file for what C++
-    writes to standard error."""
+    """First thing in the process: an uninstalled checkout's subpackages (bench/source_tree.py), a file for what C++
+    writes to standard error, and nothing for the garbage collector to do about what is imported."""
+    gc.freeze()
     sglang_amd_quant.__path__[:] = package_path
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
 

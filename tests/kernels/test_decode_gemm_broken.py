@@ -20,7 +20,7 @@ MUTANTS: dict[str, tuple[str, str, str, str, tuple[str, ...]]] = {
     # name: (file, what is there, what is put in its place, what is said of it, where)
     "none": ("decode_gemm.hip", "", "", "right", ARCHS),
     "no barrier after staging": (
-        "decode_gemm.hip", "x.stage(a, s, rows);\n    block_barrier();", "x.stage(a, s, rows);", RACE, ARCHS
+        "decode_gemm.hip", "rows);\n    }\n    block_barrier();", "rows);\n    }", RACE, ARCHS
     ),
     "no barrier before summing": (AMD, "block_barrier();\n        owned = rows;", "owned = rows;", RACE, ARCHS),
     "a counter that stays": (AMD, "if (thread_index() == 0) *counter = 0;", "", "counters are not zero again", ARCHS),
