@@ -22,6 +22,7 @@ GROUPS = {
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
+    items.sort(key=lambda item: here / "serving" not in item.path.parents)  # the longest first: none is left alone at the end
     for item in items:
         place = item.path.relative_to(here)
         for path in (place, *place.parents):
