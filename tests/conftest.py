@@ -22,7 +22,8 @@ GROUPS = {
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
-    items.sort(key=lambda item: here / "serving" not in item.path.parents)  # the longest first: none is left alone at the end
+    # the longest first, so that none is left alone at the end
+    items.sort(key=lambda item: here / "serving" not in item.path.parents)
     for item in items:
         place = item.path.relative_to(here)
         for path in (place, *place.parents):
