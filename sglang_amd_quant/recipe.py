@@ -35,6 +35,11 @@ costs more than it saves."""
 _ALWAYS_BF16 = re.compile("|".join(map(fnmatch.translate, ALWAYS_BF16)))
 
 
+def always_bf16(module: str) -> bool:
+    """Whether one of `ALWAYS_BF16` matches the module's name."""
+    return _ALWAYS_BF16.match(module) is not None
+
+
 @dataclass(frozen=True)
 class Rule:
     """One pattern and what it gives: a scheme's name or `bf16`."""
@@ -135,7 +140,7 @@ class Recipe:
         return SCHEMES.get(found.pop())
 
     def _name_for(self, module: str) -> str:
-        if _ALWAYS_BF16.match(module):
+        if always_bf16(module):
             return BF16
         return next((rule.scheme for rule in self.rules if rule.matches(module)), self.default)
 

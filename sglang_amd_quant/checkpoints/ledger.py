@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from sglang_amd_quant.checkpoints.naming import Part, Role, is_fused, some
 from sglang_amd_quant.errors import CheckpointError
 from sglang_amd_quant.formats.mx import ELEMENTS, dequantize_mx
-from sglang_amd_quant.recipe import ALWAYS_BF16
+from sglang_amd_quant.recipe import always_bf16
 from sglang_amd_quant.schemes import MX_BLOCK, Scheme
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ class Ledger:
         scheme = self._scheme(module)
         if scheme is not None:
             return scheme.weight
-        if tensor.dtype in _ELEMENT_OF and any(fnmatchcase(module, pattern) for pattern in ALWAYS_BF16):
+        if tensor.dtype in _ELEMENT_OF and always_bf16(module):
             return _ELEMENT_OF[tensor.dtype]
         raise CheckpointError(
             f"{name} {list(tensor.shape)} {tensor.dtype}",
