@@ -102,6 +102,15 @@ struct Rows {
     DEVICE int in(int i) const { return Grouped ? ids[i] / top_k : first + i; }
 };
 
+/// Eight bf16 as floats.
+DEVICE void floats_from_words(const Words& x, float (&v)[8]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const Float2 pair = floats_from_bf16x2(x.v[i]);
+        v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
+    }
+}
+
 /// Where the bias of packed row `row` lies. With an activation behind them, packed rows alternate 8 gates and 8 ups; biases stay
 /// in the checkpoint's order: all gates first, or, INTERLEAVED, gate and up by turns.
 DEVICE int bias_index(const DecodeArgs& a, int row) {

@@ -16,11 +16,7 @@ DEVICE uint32_t max_u16x2(uint32_t a, uint32_t b) { return bits<uint32_t>(__buil
 /// the e8m0 code of what that divided them by (fp8_static: by 1 / inverse, and the code means nothing).
 template <Act A>
 DEVICE void scale_activations(const Words& x, int carry, float inverse, float (&v)[8], int& exponent) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const Float2 pair = floats_from_bf16x2(x.v[i]);
-        v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
-    }
+    floats_from_words(x, v);
     if constexpr (A == Act::fp8_static) {
         exponent = 127;
 #pragma unroll

@@ -15,11 +15,7 @@ DEVICE uint32_t largest_of_block(const Words& x) {
 /// codes times `factor`'s inverse, that is, elements of the format, and `factor` is the block's scale.
 template <Act A>
 DEVICE void quantize_activations(const Words& x, int carry, float static_scale, float (&v)[8], float& factor) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const Float2 pair = floats_from_bf16x2(x.v[i]);
-        v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
-    }
+    floats_from_words(x, v);
     const uint32_t largest = largest_of_block(x);
     if constexpr (A == Act::bf16) {
         // Brought up to 2^14..2^15 for halves; a bf16 has 8 significant bits, so what lies within 2^-28 of the largest is exact.
