@@ -22,7 +22,7 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 _SCALE_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "e2m1": (torch.uint8,),
     "e4m3": (torch.uint8,),
-    "int4": (torch.bfloat16, torch.float16, torch.float32),
+    "int4": (torch.bfloat16, torch.float16, torch.float32, torch.int32),
 }
 
 
@@ -69,7 +69,8 @@ class MxTensor:
     Attributes:
         data: values as `layout.value` keeps them. Strided: e2m1 and int4 uint8 [..., N, K/2], low nibble = even
             index; e4m3 float8_e4m3fn [..., N, K] (or float8_e4m3fnuz, once converted for gfx942).
-        scales: as `layout.scale` keeps them. Strided: uint8 e8m0 [..., N, K/32]; for int4 floats [..., N, K/group].
+        scales: as `layout.scale` keeps them. Strided: uint8 e8m0 [..., N, K/32]; for int4 floats [..., N, K/group], or
+            int32 words of scale and zero point (`with_words`), as kernels read them.
         scheme: what the numbers are; `scheme.block` is the group of int4.
         shape: the logical [..., N, K], in elements, without padding.
         layout: how values and scales lie.
@@ -106,6 +107,8 @@ class MxTensor:
         if self.zeros is not None:
             if weight != "int4":
                 raise SchemeError(self._what, f"{weight} has no zero points", "leave zeros out")
+            if self.scales.dtype == torch.int32:
+                raise SchemeError(self._what, "words of scale and zero point have zeros in them", "leave zeros out")
             self._check("zeros", self.zeros, self._scales_size, (torch.uint8,))
 
     def _sizes(self, pad: PadPlan) -> PadPlan:
@@ -311,6 +314,8 @@ class MxTensor:
         """The values that these bits stand for: [..., N, K] without padding, in `dtype`."""
         data, scales, zeros = self._matrices(PadPlan(self.n, self.k))
         if self.scheme.weight == "int4":
+            if scales.dtype == torch.int32:
+                scales, zeros = formats.split_words(scales)
             return formats.dequantize_int4(data, scales, zeros, dtype=dtype)
         if data.dtype == torch.float8_e4m3fnuz:  # no checkpoint format, so `formats` does not read it back
             blocks = data.to(torch.float32).unflatten(-1, (-1, self.scheme.block))
@@ -321,6 +326,19 @@ class MxTensor:
         """The same on another device."""
         zeros = None if self.zeros is None else self.zeros.to(device)
         return replace(self, data=self.data.to(device), scales=self.scales.to(device), zeros=zeros)
+
+    def with_words(self) -> MxTensor:
+        """int4 with a word of scale and zero point a group in place of both (`formats.group_words`), which is what
+        kernels and ops take; itself if it has them.
+
+        Raises:
+            SchemeError: no int4.
+        """
+        if self.scheme.weight != "int4":
+            raise SchemeError(self._what, "no zero points to put into words", "pass int4 weights")
+        if self.scales.dtype == torch.int32:
+            return self
+        return replace(self, scales=formats.group_words(self.scales, self.zeros), zeros=None)
 
     def to_fnuz(self) -> MxTensor:
         """MXFP8 as gfx942 takes it, in the same layout: float8_e4m3fnuz bytes under doubled scales, equal values.

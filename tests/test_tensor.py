@@ -91,6 +91,25 @@ def test_nbytes_is_what_the_plan_without_torch_says(tensor, data):
     assert laid.nbytes - zeros - wider == experts * layout.nbytes(laid.pad.n, laid.pad.k, tensor.scheme)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("layout", ["strided", "cdna_int4+tile_group", "rdna_int4+tile_group", "mma_int4+tile_group"])
+def test_words_of_int4_stand_for_the_same_values(layout, symmetric):
+    tensor = MxTensor.quantize(weights(2, 20, 192), dataclasses.replace(INT4, block=64), symmetric=symmetric)
+    words = tensor.with_words().to_layout(layout)
+    assert (words.scales.dtype, words.zeros) == (torch.int32, None)
+    assert words.with_words() is words
+    assert torch.equal(words.dequantize(), tensor.dequantize())
+    assert torch.equal(words.expert(1).dequantize(), tensor.dequantize()[1])
+
+
+def test_words_are_for_int4_and_have_zeros_in_them():
+    with pytest.raises(SchemeError, match="no zero points to put into words"):
+        MxTensor.quantize(weights(8, 64), scheme("mxfp4")).with_words()
+    tensor = MxTensor.quantize(weights(8, 64), INT4, symmetric=False)
+    with pytest.raises(SchemeError, match="leave zeros out"):
+        dataclasses.replace(tensor, scales=tensor.with_words().scales)
+
+
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "int4_w4a16"])
 def test_padding_is_zero_data_and_neutral_scales(name):
     tensor = MxTensor.quantize(weights(2, 33, 96), scheme(name), symmetric=False)

@@ -5,7 +5,7 @@ over blocks, no host read of device data; `docs/formats.md` defines every corner
 """
 
 from sglang_amd_quant.formats.e4m3 import fn_to_fnuz, mx_fn_to_fnuz, quantize_fp8_static
-from sglang_amd_quant.formats.int4 import dequantize_int4, quantize_int4
+from sglang_amd_quant.formats.int4 import dequantize_int4, group_words, quantize_int4, split_words
 from sglang_amd_quant.formats.mx import dequantize_mx, fake_quantize_mx, quantize_mx
 
 __all__ = [
@@ -13,8 +13,10 @@ __all__ = [
     "dequantize_mx",
     "fake_quantize_mx",
     "fn_to_fnuz",
+    "group_words",
     "mx_fn_to_fnuz",
     "quantize_fp8_static",
     "quantize_int4",
     "quantize_mx",
+    "split_words",
 ]

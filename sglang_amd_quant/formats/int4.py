@@ -102,6 +102,31 @@ def dequantize_int4(
     return out.flatten(-2)
 
 
+def group_words(scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """Scale and zero point of each group in one word: what kernels load.
+
+    The scale is an fp32 whose last four bits are the zero point's. It is exact for bf16 and fp16 scales, which leave at
+    least 13 bits of an fp32 unused; others are rounded to 19 bits after the leading one.
+
+    Args:
+        scales: float [..., K/group].
+        zeros: uint8 [..., K/group], 0..15; None: 8 everywhere.
+
+    Returns:
+        int32 [..., K/group].
+    """
+    bits = scales.to(torch.float32).view(torch.int32)
+    finite = scales.isfinite()
+    rounded = torch.where(finite, bits + 7 + (bits >> 4 & 1), bits) & ~15  # to nearest, ties to even
+    rounded = torch.where(scales.isnan(), 0x7FC00000, rounded)
+    return rounded | (ZERO if zeros is None else zeros.to(torch.int32))
+
+
+def split_words(words: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `group_words`: fp32 scales, and zero points as uint8."""
+    return (words & ~15).view(torch.float32), (words & 15).to(torch.uint8)
+
+
 def _code(values: Tensor) -> Tensor:
     """The nearest signed code, -8..7; 0 for NaN. fp32, overwritten."""
     return values.round_().clamp_(-8, 7).nan_to_num_(nan=0)

@@ -2,8 +2,8 @@
 
 A tensor's layout is a pair: how the bytes of the values lie, and how the bytes of the scales lie. Its name is what the
 `layout` column of a pack holds: `strided`, `cdna4_scale`, `preshuffle+cdna4_scale_256`, ... The classes that move the
-bytes (`strided.py`, `tiled.py`, `int4.py`) take their padding from here, so that a plan made without torch and the
-tensor that is stored agree.
+bytes (`strided.py`, `preshuffle.py`, `int4_tile.py`, ...) take their padding from here, so that a plan made without
+torch and the tensor that is stored agree.
 """
 
 from __future__ import annotations
@@ -145,6 +145,19 @@ VALUE_LAYOUTS: Mapping[str, LayoutSpec] = {
             block_cols=4,
             about="int32 words of 8 nibbles, even elements in the low half and odd ones in the high half",
         ),
+        *(
+            LayoutSpec(
+                name,
+                Role.VALUE,
+                ("int4",),
+                tile_n=16,
+                tile_cols=cols,
+                block_n=16,
+                block_cols=cols,
+                about=f"tiles of exllama's words: decode kernels on {who}",
+            )
+            for name, cols, who in (("cdna_int4", 64, "CDNA"), ("rdna_int4", 16, "RDNA"), ("mma_int4", 32, "Hopper"))
+        ),
     )
 }
 
@@ -173,6 +186,14 @@ SCALE_LAYOUTS: Mapping[str, LayoutSpec] = {
             block_n=16,
             block_cols=4,
             about="a word of four scales for each of 16 rows: decode kernels on AMD",
+        ),
+        LayoutSpec(
+            "tile_group",
+            Role.SCALE,
+            ("int4",),
+            tile_n=16,
+            block_n=16,
+            about="a group's words of scale and zero point for 16 rows together: decode kernels",
         ),
         *(
             LayoutSpec(

@@ -12,6 +12,7 @@ from sglang_amd_quant.layouts.cdna3_tile import Cdna3E2m1, Cdna3E4m3, TileScale
 from sglang_amd_quant.layouts.cdna4_scale import Cdna4Scale
 from sglang_amd_quant.layouts.exllama import ExLlama
 from sglang_amd_quant.layouts.gptq import Gptq
+from sglang_amd_quant.layouts.int4_tile import CdnaInt4, MmaInt4, RdnaInt4, TileGroup
 from sglang_amd_quant.layouts.mma_tile import MmaScale, MmaTile
 from sglang_amd_quant.layouts.mxfp8_lane import Mxfp8Lane
 from sglang_amd_quant.layouts.names import Role
@@ -21,11 +22,15 @@ from sglang_amd_quant.layouts.strided import Strided
 L = TypeVar("L", bound=Layout)
 
 VALUES: Mapping[str, Layout] = {
-    item.name: item for item in (Strided(), Preshuffle(), Mxfp8Lane(), MmaTile(), Cdna3E2m1(), Cdna3E4m3(), ExLlama())
-}
+    item.name: item
+    for item in (
+        Strided(), Preshuffle(), Mxfp8Lane(), MmaTile(), Cdna3E2m1(), Cdna3E4m3(), ExLlama(), CdnaInt4(), RdnaInt4(),
+        MmaInt4(),
+    )
+}  # fmt: skip
 SCALES: Mapping[str, Layout] = {
     item.name: item
-    for item in (Strided(Role.SCALE), Cdna4Scale(rows=32), Cdna4Scale(rows=256), MmaScale(), TileScale())
+    for item in (Strided(Role.SCALE), Cdna4Scale(rows=32), Cdna4Scale(rows=256), MmaScale(), TileScale(), TileGroup())
 }
 
 

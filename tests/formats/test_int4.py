@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_amd_quant.errors import SchemeError, ShapeError
-from sglang_amd_quant.formats import dequantize_int4, nibbles, quantize_int4
+from sglang_amd_quant.formats import dequantize_int4, group_words, nibbles, quantize_int4, split_words
 
 GROUPS = (32, 64, 128)
 
@@ -133,3 +133,31 @@ def test_no_value_is_read_by_the_host():
 def test_empty():
     assert dequantize_int4(*quantize_int4(torch.empty(0, 64), 32)).shape == (0, 64)
     assert dequantize_int4(*quantize_int4(torch.empty(4, 0), 32)).shape == (4, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_words_hold_every_16_bit_scale_exactly(dtype: torch.dtype):
+    scales = torch.arange(2**16).to(torch.int32).to(torch.uint16).view(dtype)
+    zeros = (torch.arange(2**16) % 16).to(torch.uint8)
+    there, zero = split_words(group_words(scales, zeros))
+    wanted = scales.float()
+    assert torch.equal(there.isnan(), wanted.isnan())
+    assert torch.equal(there[~wanted.isnan()], wanted[~wanted.isnan()])
+    assert torch.equal(zero, zeros)
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_subnormal=False), min_size=1, max_size=20), st.integers(0, 15)
+)
+@settings(max_examples=200, deadline=None)
+def test_words_round_other_scales_to_19_bits(values: list[float], zero: int):
+    scales = torch.tensor(values)
+    there, zeros = split_words(group_words(scales, torch.full(scales.shape, zero, dtype=torch.uint8)))
+    finite = there.isfinite()  # what lies within 2^-20 of fp32's largest rounds to infinity
+    assert (finite | (scales.abs() >= 3.4028e38)).all()
+    assert ((there - scales).abs() <= scales.abs() * 2.0**-20)[finite].all()  # half of the last of 19 bits
+    assert (zeros == zero).all()
+
+
+def test_words_without_zero_points_have_8():
+    assert group_words(torch.zeros(2, 3)).tolist() == [[8] * 3] * 2

@@ -44,10 +44,22 @@ BYTE_OFFSETS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
         (n // 16) * 16 * cols + (k // 64) * 1024 + (k % 32 // 8) * 256 + (n % 16) * 16 + (k % 64 // 32) * 8 + k % 8
     ),
     "tile_scale": lambda n, k, cols: (n // 16) * 16 * cols + (k // 4) * 64 + (n % 16) * 4 + k % 4,
+    "tile_group": lambda n, k, cols: (n // 16) * 16 * cols + k * 16 + n % 16,
+    "rdna_int4": lambda n, k, cols: (n // 16) * 16 * cols + (k // 16) * 256 + (n % 16) * 16 + k % 16,
+    "mma_int4": lambda n, k, cols: (
+        (n // 16) * 16 * cols
+        + (k // 32) * 512
+        + (n % 8) * 64
+        + (k % 16 // 4) * 16
+        + (k % 32 // 16) * 8
+        + (n % 16 // 8) * 4
+        + k % 4
+    ),
     "mma_scale": lambda n, k, cols: (n // 16) * 16 * cols + (k // 2) * 32 + (n % 8) * 4 + (n % 16 // 8) * 2 + k % 2,
 }
 """Byte that holds (n, column) of a matrix whose rows have been padded to `cols` columns."""
 BYTE_OFFSETS["cdna4_scale_256"] = BYTE_OFFSETS["cdna4_scale"]
+BYTE_OFFSETS["cdna_int4"] = BYTE_OFFSETS["cdna3_e2m1"]
 
 NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Element held by nibble slot 0..7 of an ExLlama or AutoAWQ word."""

@@ -12,7 +12,8 @@ from sglang_amd_quant.errors import SchemeError, ShapeError
 from sglang_amd_quant.layouts import Cdna4Scale, Gptq, Strided
 from sglang_amd_quant.layouts.registry import SCALES, SOURCES, VALUES
 
-BYTE_LAYOUTS = [*(layout for name, layout in VALUES.items() if name != "exllama"), *SCALES.values()]
+PAIRED = [layout for name, layout in VALUES.items() if name.endswith("_int4")]
+BYTE_LAYOUTS = [layout for layout in (*VALUES.values(), *SCALES.values()) if layout.storage_dtype is None]
 LEADING = st.lists(st.integers(1, 3), max_size=2).map(tuple)
 quick = settings(max_examples=40, deadline=None)
 
@@ -113,6 +114,20 @@ def test_exllama_words_hold_even_elements_low_and_odd_ones_high(n, cols, seed, p
     nibbles = torch.zeros(n, -(-cols // 4) * 8, dtype=torch.uint8)
     nibbles[:, 0 : 2 * cols : 2], nibbles[:, 1 : 2 * cols : 2] = matrix & 15, matrix >> 4
     assert torch.equal(VALUES["exllama"].pack(matrix), pack_words(nibbles, nibble_order))
+
+
+@pytest.mark.parametrize("layout", PAIRED, ids=identify)
+@given(n=st.integers(1, 60), words=st.integers(1, 60), seed=st.integers(0, 2**32 - 1))
+@quick
+def test_tiles_of_int4_are_exllama_words_where_the_closed_form_says(layout, n, words, seed, byte_offsets):
+    matrix = random_bytes((n, 4 * words), seed)
+    stored, exllama = layout.pack(matrix), VALUES["exllama"].pack(matrix)
+    assert stored.dtype == torch.int32
+    padded = layout.spec.padded(n, 4 * words)
+    where = byte_offsets[layout.name](np.arange(n)[:, None], 4 * np.arange(words)[None, :], padded[1]) // 4
+    assert np.array_equal(stored.flatten().numpy()[where], exllama.numpy())
+    assert stored.numel() * 4 == math.prod(padded)
+    assert int((stored != 0).sum()) == int((exllama != 0).sum())  # all else is padding
 
 
 def test_exllama_gives_two_bf16_values_in_one_and_or():
