@@ -77,8 +77,10 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
         sums.template look_ahead<W, A, M>(rows.expert, group);
         Totals<W, A, M> totals;
         if (M >= WIDE_FROM || group * s.waves_n + s.wave_n < s.row_tiles)
-            stream.template each_tile<W == Weight::e2m1 && M < 8 ? 2 : 1>(
-                [&](const auto& tile, int number) { totals.add(stream, tile, x, (number - s.block_first) * Tile<W>::BLOCKS); },
+            stream.template each_tile<X::TILES>(
+                [&](const auto& tile, int number, auto... tiles) {
+                    totals.add(stream, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, tiles...);
+                },
                 [&](auto pending) {
                     if constexpr (M >= WIDE_FROM) totals.settle(pending);
                 });
@@ -122,7 +124,7 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
         if (first < s.wave_end) {
             stream.wait(), x.wait();
             by_turns(
-                smaller(a.chunk, s.wave_end - first), [&](int t) { totals.add(stream, t, x, t * Tile<W>::BLOCKS); },
+                smaller(a.chunk, s.wave_end - first), [&](int t) { totals.add(stream, t, x, t * Tile<W>::BLOCKS, Number<1>{}); },
                 [&](auto pending) { totals.settle(pending); });
             stream.release();
         }
@@ -134,11 +136,9 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
 #endif
 
 // Threads of a block, by the registers that they leave a thread.
-constexpr int MANY = 512;
+constexpr int MANY = 512, FEW_GROUPED = TARGET_SM90 ? 256 : 512;
 template <Weight W>
-constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 384;
-template <Weight W>
-constexpr int FEW_GROUPED = TARGET_SM90 && W == Weight::e4m3 ? 256 : FEW<W>;
+constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
 
 #define DECODE(NAME, W, A, M, THREADS, BLOCKS, GROUPED) ENTRY(NAME, THREADS, BLOCKS, (decode_gemm<W, A, M, GROUPED>))
 #define ENTRY(NAME, THREADS, BLOCKS, FUNCTION)                                                                                 \
@@ -169,8 +169,8 @@ constexpr int FEW_GROUPED = TARGET_SM90 && W == Weight::e4m3 ? 256 : FEW<W>;
     DECODE(decode_##NAME##_m16, W, A, 16, MANY, 1, false)   \
     DECODE(decode_##NAME##_m32, W, A, 32, MANY, 1, false)   \
     DECODE(decode_##NAME##_m64, W, A, 64, MANY, 1, false)   \
-    DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW_GROUPED<W>, 2, true)  \
-    DECODE(moe_decode_##NAME##_m8, W, A, 8, FEW_GROUPED<W>, 2, true)  \
+    DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW_GROUPED, 2, true)  \
+    DECODE(moe_decode_##NAME##_m8, W, A, 8, FEW_GROUPED, 2, true)  \
     DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)  \
     DECODE(moe_decode_##NAME##_m32, W, A, 32, MANY, 1, true)  \
     DECODE(moe_decode_##NAME##_m64, W, A, 64, MANY, 1, true)
@@ -179,7 +179,7 @@ constexpr int FEW_GROUPED = TARGET_SM90 && W == Weight::e4m3 ? 256 : FEW<W>;
     DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)   \
     DECODE(decode_##NAME##_m16, W, A, 16, MANY, 1, false)   \
     DECODE(decode_##NAME##_m32, W, A, 32, FEW<W>, 1, false) \
-    DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW_GROUPED<W>, 2, true) \
+    DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW_GROUPED, 2, true) \
     DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)
 #endif
 

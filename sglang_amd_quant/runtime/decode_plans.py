@@ -20,8 +20,8 @@ E4M3_SCHEMES = ("mxfp8", "mxfp8_static", "w8a16")
 TILE_ROWS, TILE_K = 16, 64
 WIDE_FROM = 16
 """Rows from which on four waves multiply together, by wgmma (decode_sm90_many.h)."""
-RESIDENT_WAVES = {2: 24, 4: 24, 8: 24, 16: 28, 32: 20, 64: 16}
-"""Waves that find registers on a multiprocessor, by rows."""
+RESIDENT_WAVES = {16: 28, 32: 20, 64: 16}
+"""Waves that find registers on a multiprocessor, by rows; of fewer rows 20 with e4m3 weights, else 16."""
 
 
 @dataclass(frozen=True)
@@ -59,79 +59,73 @@ class DecodePlan:
         return -(-m // self.rows) * self.rows * -(-k // TILE_K) * TILE_K if self.share else 0
 
 
-def room(e4m3: bool, rows: int) -> int:
-    """Columns of the matrix unit that activations are given (Activations::ROOM)."""
-    return max(4, rows) if rows < 8 else rows
-
-
 def lds_bytes(e4m3: bool, rows: int, tiles: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int) -> int:
     """Shared memory of a block: barriers, rings, activations with their factors, row factors and partial sums."""
-    waves, most, columns = waves_k * waves_n, -(-tiles // split), room(e4m3, rows)
+    waves, most, columns = waves_k * waves_n, -(-tiles // split), rows
     barriers = -(-(8 + waves * depth * 8) // 128) * 128
     ring = waves * depth * chunk * ((1024 if e4m3 else 512) + 32)
     if rows < WIDE_FROM:
-        activations = 16 + columns * ((most * TILE_K + 32) * 2 + most * 2 * 4)
+        activations = 16 + most * 2 * (rows * (2 * MX_BLOCK + 4) + 16)
     else:
         activations, columns = 1024 + most * 128 * rows, columns + 4
     sums = 2 * 4 * waves_n * TILE_ROWS // split + 4 * waves * TILE_ROWS * columns
     return barriers + ring + activations + sums
 
 
-def max_waves(e4m3: bool, rows: int) -> int:
+def max_waves(rows: int) -> int:
     """Waves that a block may have: `KERNEL(...)` in decode_gemm.hip."""
-    return 16 if rows >= WIDE_FROM else 8 if e4m3 else 12
+    return 16 if rows >= WIDE_FROM else 8
 
 
 Shape = tuple[int, ...]
 """split, waves_k, waves_n, depth, chunk, and share where x is prepared."""
 
 
-_WIDE: dict[tuple[bool, int], tuple[Shape, Shape, Shape, Shape]] = {
+_WANTED: dict[tuple[bool, int], tuple[Shape, Shape, Shape, Shape]] = {
     # e4m3, rows: many row groups a block; long K with few row tiles, or more; short K
-    (False, 16): ((4, 1, 16, 2, 8), (8, 2, 8, 2, 3), (8, 1, 12, 2, 6), (4, 1, 16, 2, 4)),
-    (False, 32): ((1, 1, 16, 4, 4, 1), (8, 1, 8, 2, 6), (8, 1, 12, 2, 6), (1, 2, 4, 4, 4, 1)),
-    (False, 64): ((1, 1, 16, 3, 4, 1), (8, 1, 8, 3, 4, 1), (8, 1, 12, 3, 4, 1), (1, 2, 4, 5, 2, 1)),
-    (True, 16): ((8, 1, 16, 2, 4), (8, 2, 8, 2, 2), (8, 1, 12, 2, 3), (4, 1, 8, 2, 4)),
-    (True, 32): ((8, 1, 12, 2, 4), (4, 2, 4, 3, 4, 1), (8, 1, 12, 2, 3), (4, 1, 16, 2, 2)),
-    (True, 64): ((1, 2, 8, 3, 2, 1), (4, 2, 4, 4, 2, 1), (8, 1, 12, 4, 2, 1), (4, 1, 16, 2, 2)),
+    (False, 1): ((2, 2, 2, 2, 8), (8, 2, 2, 2, 3), (8, 1, 8, 2, 6), (2, 2, 4, 2, 4)),
+    (False, 2): ((2, 1, 8, 2, 8), (8, 2, 4, 2, 3), (8, 1, 8, 2, 6), (2, 2, 4, 2, 4)),
+    (False, 4): ((2, 1, 8, 2, 8), (8, 2, 4, 2, 3), (8, 1, 8, 2, 6), (2, 2, 4, 2, 4)),
+    (False, 8): ((8, 1, 8, 2, 8), (8, 2, 4, 2, 3), (8, 1, 8, 2, 6), (4, 1, 8, 2, 4)),
+    (False, 16): ((4, 1, 16, 2, 8), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
+    (False, 32): ((1, 1, 16, 4, 4, 1), (8, 2, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
+    (False, 64): ((1, 1, 16, 3, 4, 1), (4, 2, 4, 2, 4, 1), (8, 1, 12, 3, 4, 1), (1, 2, 4, 2, 4, 1)),
+    (True, 1): ((2, 2, 4, 2, 8), (8, 1, 4, 2, 6), (8, 1, 4, 2, 6), (2, 2, 2, 2, 4)),
+    (True, 2): ((8, 1, 8, 2, 8), (8, 1, 8, 2, 6), (8, 1, 8, 2, 3), (4, 1, 4, 2, 4)),
+    (True, 4): ((8, 1, 8, 2, 8), (8, 2, 4, 2, 2), (8, 1, 8, 2, 3), (2, 2, 4, 2, 2)),
+    (True, 8): ((8, 1, 8, 2, 8), (8, 2, 4, 2, 2), (8, 1, 8, 2, 3), (4, 1, 8, 2, 2)),
+    (True, 16): ((4, 1, 16, 2, 4), (8, 2, 8, 2, 2), (8, 1, 12, 2, 3), (4, 1, 16, 2, 2)),
+    (True, 32): ((8, 1, 12, 2, 4), (4, 2, 4, 3, 4, 1), (8, 1, 12, 2, 3), (1, 4, 4, 3, 2, 1)),
+    (True, 64): ((1, 1, 16, 4, 2, 1), (4, 2, 4, 4, 2, 1), (8, 1, 12, 4, 2, 1), (1, 4, 4, 4, 1, 1)),
 }
+"""What measured best, or within a few percent, on an H200, of up to 100 plans each for 70 dense problems
+(`python -m bench.decode --schemes w4a8,mxfp8 --explore 100`).
+
+K is shared by more blocks the longer it is and the more activations each would have to quantize, and few enough tiles
+remain to a wave that its ring holds them all; where every block has many row groups to take, K is shared by fewer.
+A launch in front costs a few microseconds, so x is prepared only where it is large, or blocks have little else to do.
+"""
 
 
 def _wanted(e4m3: bool, rows: int, m: int, tiles: int, row_tiles: int, cu_count: int) -> Shape:
-    """What measured best, or within a few percent, on an H100 80GB HBM3, of up to 60 plans each for 70 dense problems
-    (`python -m bench.decode --schemes w4a8,mxfp8 --explore 60`).
-
-    K is shared by more blocks the longer it is and the more activations each would have to quantize, and waves share
-    what is left of it, so that 6 to 16 tiles remain to a wave; where every block has many row groups to take, by fewer.
-    A launch in front costs 3 us, so x is prepared only where it is large.
-    """
     large, long = row_tiles >= 8 * cu_count, tiles >= 64
-    if rows >= WIDE_FROM:
-        return _WIDE[e4m3, rows][0 if large else 3 if not long else 1 if row_tiles <= cu_count else 2]
-    if large:
-        return (2, 4, 2, 4, 4) if e4m3 else (2, 4, 2, 2, 8) if m <= 4 else (4, 2, 4, 2, 8)
-    if long:
-        if not e4m3:
-            return 8, 2, 6, 2, 3
-        return (8, 2, 2, 2, 2) if m <= 2 else (8, 1, 8, 2, 3)
-    if m == 1:
-        return (2, 2, 2, 2, 4) if e4m3 else (1, 4, 2, 2, 4)
-    return (2, 2, 4, 2, 2) if e4m3 else (2, 2, 4, 4, 2)
+    which = 0 if large else 3 if not long else 1 if row_tiles <= cu_count else 2
+    return _WANTED[e4m3, 1 if m == 1 else rows][which]
 
 
-def _distance(plan: DecodePlan, wanted: Shape, row_tiles: int, cu_count: int) -> float:
+def _distance(plan: DecodePlan, e4m3: bool, wanted: Shape, row_tiles: int, cu_count: int) -> float:
     """How far a plan is from what is wanted, in powers of two; idle multiprocessors and uneven shares count double."""
     split, waves_k, waves_n, depth, chunk, share = (*wanted, 0)[:6]
     blocks = plan.groups * plan.split
     idle = max(0.0, math.log2(min(cu_count, row_tiles * split * waves_k) / blocks) - 0.7)
     row_groups = -(-row_tiles // plan.waves_n)
     if plan.share:  # one row group a block: as many rounds as it takes
-        places = _in_clusters(cu_count, plan.split * plan.share) * _resident(plan.lds, plan.rows, plan.waves)
+        places = _in_clusters(cu_count, plan.split * plan.share) * _resident(e4m3, plan.lds, plan.rows, plan.waves)
         uneven = math.log2(-(-blocks // places) * min(1, places / blocks))
     else:
         uneven = math.log2(-(-row_groups // plan.groups) * plan.groups / row_groups)
     ways = abs(math.log2(plan.split * plan.waves_k / (split * waves_k))) + 0.5 * abs(math.log2(plan.split / split))
-    ring = abs(math.log2(plan.depth * plan.chunk / (depth * chunk))) + 0.25 * abs(math.log2(plan.depth / depth))
+    ring = abs(math.log2(plan.depth * plan.chunk / (depth * chunk))) + 0.5 * abs(math.log2(plan.depth / depth))
     waves = abs(math.log2(plan.waves / (waves_k * waves_n))) + 0.5 * abs(math.log2(plan.waves_n / waves_n))
     other = abs(math.log2(plan.share / share)) if plan.share and share else 2 * (plan.share != share)
     return 2 * (idle + uneven) + ways + 0.5 * (waves + ring + other)
@@ -187,7 +181,7 @@ def _sorted(
 ) -> tuple[DecodePlan, ...]:
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
     wanted = _wanted(e4m3, rows, m, tiles, row_tiles, cu_count)
-    return tuple(sorted(found, key=lambda p: _distance(p, wanted, row_tiles, cu_count)))
+    return tuple(sorted(found, key=lambda p: _distance(p, e4m3, wanted, row_tiles, cu_count)))
 
 
 def _in_clusters(cu_count: int, split: int) -> int:
@@ -196,9 +190,10 @@ def _in_clusters(cu_count: int, split: int) -> int:
     return cu_count if split <= 2 else cu_count * 10 // 11
 
 
-def _resident(lds: int, rows: int, waves: int) -> int:
+def _resident(e4m3: bool, lds: int, rows: int, waves: int) -> int:
     """Blocks of so many waves that find a place on one multiprocessor."""
-    return min((arch_facts("sm_90").lds_bytes + 1024) // (lds + 1024), RESIDENT_WAVES[rows] // waves)
+    by_registers = RESIDENT_WAVES.get(rows, 20 if e4m3 else 16)
+    return min((arch_facts("sm_90").lds_bytes + 1024) // (lds + 1024), by_registers // waves)
 
 
 def _enumerate(
@@ -211,7 +206,7 @@ def _enumerate(
     row_blocks: int,
 ) -> list[DecodePlan]:
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
-    most = max_waves(e4m3, rows)
+    most = max_waves(rows)
     found = []
     for waves, waves_k, split in itertools.product((4, 8, 12, 16), (1, 2, 4), (1, 2, 4, 8)):
         waves_n, mine = waves // waves_k, tiles / split / waves_k
@@ -225,7 +220,7 @@ def _enumerate(
         for depth, ring in itertools.product((2, 4), (1, 2, 4)):
             chunk = min(12, max(1, math.ceil(mine / depth / ring)))
             lds = lds_bytes(e4m3, rows, tiles, split, waves_k, waves_n, depth, chunk)
-            resident = _resident(lds, rows, waves)
+            resident = _resident(e4m3, lds, rows, waves)
             if resident:
                 groups = min(row_groups, max(1, _in_clusters(cu_count, split) * resident // (split * row_blocks)))
                 found.append(DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds))

@@ -69,8 +69,7 @@ def _decode_lds(problem: GemmProblem, config: Config) -> int:
         return 1280 + max(2 * (128 * rows + 4 * tile), 4 * 16 * (rows + 4) * 4) + 8 * 4 * 16
     tiles = -(-problem.k // 512)  # of 64 along K, of one block
     ring = 4 * 4 * min(12, max(1, -(-tiles // 64))) * tile
-    columns = max(4, rows)
-    return 256 + ring + 16 + columns * ((tiles * 64 + 32) * 2 + tiles * 8) + 16 + 4 * 4 * 16 * columns
+    return 256 + ring + 16 + tiles * 2 * (rows * 68 + 16) + 16 + 4 * 4 * 16 * rows
 
 
 def _mx_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ("strided",)) -> KernelSpec:

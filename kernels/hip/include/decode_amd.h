@@ -155,7 +155,7 @@ class Stream {
 /// How the block's activations lie in LDS: as codes where the matrix unit takes them, else as halves (gfx950: bf16).
 template <Weight W, Act A, int M>
 struct Activations {
-    static constexpr int ROOM = M;
+    static constexpr int ROOM = M, TILES = 1;
     static constexpr int SETS = (M + 15) / 16;  // of sixteen rows
     static constexpr int SUMS = ((M < 16 ? M : 16) + LANE_GROUPS - 1) / LANE_GROUPS;  // of a lane and set
     static constexpr bool FP8 = A == Act::e4m3 || A == Act::fp8_static;

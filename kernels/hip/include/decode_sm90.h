@@ -73,15 +73,13 @@ class Stream {
    public:
     /// `lds` is this wave's part, `bytes(a)` long. Starts fetching: weights depend on no launch before this one.
     DEVICE Stream(const DecodeArgs& a, const Share& s, int expert, uint8_t* lds, uint64_t* barriers)
-        : a(a), s(s), ring(lds), barriers(barriers), group(s.first_group), tile(s.wave_first) {
-        const int64_t tiles = static_cast<int64_t>(expert) * s.row_tiles * s.tiles;
-        w = a.w + tiles * Tile<W>::BYTES;
-        scales = a.scales + tiles * Tile<W>::SCALES;
+        : a(a), s(s), ring(lds), barriers(barriers), expert(expert), group(s.first_group) {
         if (lane_index() == 0) {
             for (int i = 0; i < a.depth; i++) barrier_init(barriers + i);
             barriers_are_ready();
         }
         __syncwarp();
+        seek();
         begin(M >= WIDE_FROM ? 1 : a.depth);
     }
 
@@ -94,18 +92,20 @@ class Stream {
 
     DEVICE static int bytes(const DecodeArgs& a) { return a.depth * a.chunk * (Tile<W>::BYTES + Tile<W>::SCALES); }
 
-    /// `each(t, number along K)` for all tiles of the next row group; t is the tile's place in its chunk. `settle`: as in
-    /// `by_turns`.
-    template <int Unroll, typename Each, typename Settle>
+    /// `each(t, number along K, Number of tiles)` for all tiles of the next row group, one or `Together` at a time; t is the
+    /// first one's place in its chunk. `settle`: as in `by_turns`.
+    template <int Together, typename Each, typename Settle>
     DEVICE void each_tile(Each each, Settle settle) {
         for (int first = s.wave_first; first < s.wave_end; first += s.wave_step) {
             const int count = smaller(a.chunk, s.wave_end - first);
             wait();
             if constexpr (M < WIDE_FROM) {
-#pragma unroll(Unroll)
-                for (int t = 0; t < count; t++) each(t, first + t);
+                int t = 0;
+#pragma unroll(M == 4 ? 2 : 1)
+                for (; t + Together <= count; t += Together) each(t, first + t, Number<Together>{});
+                if (Together > 1 && t < count) each(t, first + t, Number<1>{});
             } else {
-                by_turns(count, [&](int t) { each(t, first + t); }, settle);
+                by_turns(count, [&](int t) { each(t, first + t, Number<1>{}); }, settle);
             }
             release();
         }
@@ -126,30 +126,38 @@ class Stream {
     }
 
    private:
+    /// To the first tile of this wave's row tile in row group `group`.
+    DEVICE void seek() {
+        tile = s.wave_first;
+        const int wanted = group * s.waves_n + s.wave_n;
+        const int row_tile = M >= WIDE_FROM ? smaller(wanted, s.row_tiles - 1) : wanted;
+        any = group < s.row_groups && row_tile < s.row_tiles && s.wave_first < s.wave_end;
+        const int64_t from = (static_cast<int64_t>(expert) * s.row_tiles + row_tile) * s.tiles + tile;
+        codes_from = a.w + from * Tile<W>::BYTES, scales_from = a.scales + from * Tile<W>::SCALES;
+    }
+
     DEVICE void fetch() {
-        if (group >= s.row_groups || s.wave_first >= s.wave_end) return;
-        const int wanted = group * a.waves_n + s.wave_n, row_tile = M >= WIDE_FROM ? smaller(wanted, s.row_tiles - 1) : wanted;
-        const int count = smaller(a.chunk, s.wave_end - tile);
-        const int64_t from = static_cast<int64_t>(row_tile) * s.tiles + tile;
-        const int at = fetch_stage * a.chunk;
-        uint8_t *to = ring + at * Tile<W>::BYTES, *scales_to = ring + a.depth * a.chunk * Tile<W>::BYTES + at * Tile<W>::SCALES;
-        uint64_t* barrier = barriers + fetch_stage;
-        if (row_tile < s.row_tiles && lane_index() == 0) {
+        if (any && lane_index() == 0) {
+            const int count = smaller(a.chunk, s.wave_end - tile), at = fetch_stage * a.chunk;
+            uint64_t* barrier = barriers + fetch_stage;
             barrier_expect(barrier, count * (Tile<W>::BYTES + Tile<W>::SCALES));
-            bulk_copy(to, w + from * Tile<W>::BYTES, count * Tile<W>::BYTES, barrier);
-            bulk_copy(scales_to, scales + from * Tile<W>::SCALES, count * Tile<W>::SCALES, barrier);
+            bulk_copy(ring + at * Tile<W>::BYTES, codes_from, count * Tile<W>::BYTES, barrier);
+            uint8_t* scales = ring + a.depth * a.chunk * Tile<W>::BYTES;
+            bulk_copy(scales + at * Tile<W>::SCALES, scales_from, count * Tile<W>::SCALES, barrier);
         }
         if (++fetch_stage == a.depth) fetch_stage = 0;
-        tile += s.wave_step;
-        if (tile >= s.wave_end) tile = s.wave_first, group += a.groups;
+        tile += s.wave_step, codes_from += s.wave_step * Tile<W>::BYTES, scales_from += s.wave_step * Tile<W>::SCALES;
+        if (tile >= s.wave_end) group += s.groups, seek();
     }
 
     const DecodeArgs& a;
     const Share& s;
     uint8_t* ring;
     uint64_t* barriers;
-    const uint8_t *w, *scales;
+    const int expert;
+    const uint8_t *codes_from, *scales_from;  // what is fetched next: of row group `group`, from `tile` on, if there is any
     int group, tile, begun = 0, fetch_stage = 0, stage = 0;
+    bool any;
     uint32_t parity = 0;
 };
 

@@ -17,38 +17,33 @@ DEVICE float scale_of_byte(uint32_t word, int i) {
     return bits<float>(larger(exponent, 0x00400000u));
 }
 
-/// The block's activations in shared memory.
+/// The block's activations in shared memory, MX block by MX block, with a factor for every row of each.
 ///
 /// For e4m3 weights as halves in the order of K. For e2m1 weights as bf16, permuted within MX blocks so that lane q finds what
-/// two steps of 16 want of it as 16 bytes, its chunk; chunks are swizzled so that stores, too, meet no bank twice. Elements of the
-/// format, with a factor for every MX block.
+/// two steps of 16 want of it as 16 bytes. Blocks are 16 bytes apart, so that neither loads of a block, of two rows by eight lanes
+/// together, nor stores into eight blocks meet in a bank.
 template <Weight W, Act A, int M>
 struct Activations<W, A, M, false> {
     static constexpr float UNLIFT = 1.0f;             // what sums are to be multiplied by ...
     static constexpr bool STATIC_SCALE_LAST = false;  // ... and whether also by the scale of static activations
     // Codes of e2m1 are subnormal bf16 (2^-126): activations go as far up, so that sums stay normal floats.
     static constexpr float LIFT = W == Weight::e2m1 ? 0x1p48f : 1.0f;
-    // Up to four rows leave columns of the matrix unit free: they are given to the other MX block of a tile, so
-    // that the sums of both come out of one accumulator, each in columns of its own, and scales are applied once.
-    static constexpr int GROUP = M < 8 ? 2 : 1;
-    static constexpr int ROOM = 8 / GROUP;
+    // Up to four rows leave columns of the matrix unit free: they are given to other MX blocks of the tile, or of two, so
+    // that the sums of all come out of one accumulator, each in columns of its own, and scales are applied once.
+    static constexpr int ROOM = M, GROUP = 8 / ROOM;
+    static constexpr int TILES = GROUP == 4 ? 2 : 1;  // that are taken together
+    static constexpr int ROW_BYTES = 2 * MX_BLOCK, BLOCK_BYTES = ROOM * ROW_BYTES + 16;
 
-    uint16_t *zeros, *values;  // [ROOM][row]
-    float* factors;            // [MX block][ROOM]
-    int row;                   // 16-bit values; 64 bytes beyond a multiple of 128, so that two rows share no bank
+    uint8_t *zeros, *values;  // [MX block][ROOM]
+    float* factors;           // [MX block][ROOM]
 
     Pieces<W> pieces;
 
-    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : pieces(s) {
-        const int most = ceil_div(s.tiles, a.split);
-        row = most * Tile<W>::K + 32;
-        zeros = reinterpret_cast<uint16_t*>(lds);
-        values = zeros + 8;
-        factors = reinterpret_cast<float*>(values + ROOM * row);
+    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : zeros(lds), values(lds + 16), pieces(s) {
+        factors = reinterpret_cast<float*>(values + ceil_div(s.tiles, a.split) * Tile<W>::BLOCKS * BLOCK_BYTES);
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) {
-        const int most = ceil_div(s.tiles, a.split);
-        return 16 + ROOM * ((most * Tile<W>::K + 32) * 2 + most * Tile<W>::BLOCKS * 4);
+        return 16 + ceil_div(s.tiles, a.split) * Tile<W>::BLOCKS * (BLOCK_BYTES + ROOM * 4);
     }
 
     /// All threads: quantizes the block's part of x. Visible to the block after its next barrier.
@@ -58,9 +53,10 @@ struct Activations<W, A, M, false> {
         stage_rows<A, M <= 2 ? 1 : M <= 4 ? 2 : 4>(*this, a, pieces, rows, [] {});
     }
 
-    /// Column `m`'s 16-bit values of MX block `block` that lane q multiplies: for W = e2m1, of two steps of 16.
-    DEVICE const uint16_t* at(int m, int block, int q) const {
-        return values + m * row + block * MX_BLOCK + 8 * (W == Weight::e2m1 ? q ^ (block >> 1 & 3) : q);
+    /// Where lane (g, q) finds what it multiplies of MX block `block`, of whose group that is member `i`.
+    DEVICE const uint8_t* at(int block, int i, int g, int q) const {
+        const uint8_t* row = values + block * BLOCK_BYTES + g % ROOM * ROW_BYTES + 16 * q;
+        return GROUP == 1 || g / ROOM == i ? row : zeros;
     }
 
     /// Eight values, piece `j` along K, of row `i`.
@@ -69,16 +65,17 @@ struct Activations<W, A, M, false> {
         float factor, v[8];
         quantize_activations<A>(x, carry, static_scale, v, factor);
         if (!wanted) return;
+        uint8_t* row = values + block * BLOCK_BYTES + i * ROW_BYTES;
         if (quarter == 0) factors[block * ROOM + i] = factor / LIFT;
         if constexpr (W == Weight::e4m3) {
             Words out;
 #pragma unroll
             for (int p = 0; p < 4; p++) out.v[p] = half2_from_floats({v[2 * p], v[2 * p + 1]});
-            store_words(values + i * row + 8 * j, out);
+            store_words(row + 16 * quarter, out);
         } else {
 #pragma unroll
             for (int q = 0; q < 4; q++)
-                *reinterpret_cast<uint32_t*>(values + i * row + block * MX_BLOCK + 8 * (q ^ (block >> 1 & 3)) + 2 * quarter) =
+                *reinterpret_cast<uint32_t*>(row + 16 * q + 4 * quarter) =
                     bf16x2_from_floats({v[2 * q] * LIFT, v[2 * q + 1] * LIFT});
         }
     }
@@ -90,39 +87,41 @@ struct Totals<W, A, M, false> {
     using X = Activations<W, A, M>;
     float sum[4] = {};
 
-    /// Adds tile `t` of the stream's chunk; `block` is its first MX block in the activations.
-    DEVICE void add(const Stream<W, M>& stream, int t, const X& x, int block) {
+    /// Adds tiles `t` ... of the stream's chunk; `block` is their first MX block in the activations.
+    template <int Tiles>
+    DEVICE void add(const Stream<W, M>& stream, int t, const X& x, int block, Number<Tiles>) {
         const int g = lane_index() / 4, q = lane_index() % 4;
-        const uint32_t scales = stream.scale_words(t)[g];  // bytes: row g, blocks 0 and 1; row g + 8
-        uint32_t fragments[4][4];                          // of A, for each step of 16 along K
-        load(stream.codes(t), fragments);
-        Accumulator part[2] = {};
+        Accumulator part[2] = {};  // of even and of odd MX blocks: two chains of matrix instructions
 #pragma unroll
-        for (int b = 0; b < 2; b++) {
-            const uint16_t* at = x.at(g % X::ROOM, block + b, q);
-            const Words v = load_words(X::GROUP == 1 || g / X::ROOM == b ? at : x.zeros);
+        for (int tile = 0; tile < Tiles; tile++) {
+            uint32_t fragments[4][4];  // of A, for each step of 16 along K
+            load(stream.codes(t + tile), fragments);
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const uint32_t(&f)[4] = fragments[2 * b + half];
-                const Packed<2> column = {v.v[2 * half], v.v[2 * half + 1]};
-                if constexpr (W == Weight::e4m3)
-                    part[b] = matrix_half({f[0], f[1], f[2], f[3]}, column, part[b]);
-                else
-                    part[b] = matrix_bf16({f[0], f[1], f[2], f[3]}, column, part[b]);
+            for (int b = 0; b < 2; b++) {
+                const int i = 2 * tile + b;
+                const Words v = load_words(x.at(block + i, i, g, q));
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const uint32_t(&f)[4] = fragments[2 * b + half];
+                    const Packed<2> column = {v.v[2 * half], v.v[2 * half + 1]};
+                    if constexpr (W == Weight::e4m3)
+                        part[b] = matrix_half({f[0], f[1], f[2], f[3]}, column, part[b]);
+                    else
+                        part[b] = matrix_bf16({f[0], f[1], f[2], f[3]}, column, part[b]);
+                }
             }
         }
-        const float* factors = x.factors + block * X::ROOM + 2 * q;
-        const uint32_t mine = scales >> 8 * (2 * q / X::ROOM);  // this lane's columns belong to that block of a group
+        // This lane's columns belong to one block of a group; those of blocks that a lone tile has not got are zero.
+        const int mine = 2 * q / X::ROOM % (2 * Tiles);
+        const uint32_t scales = stream.scale_words(t + mine / 2)[g] >> 8 * (mine % 2);  // bytes 0 and 2: rows g and g + 8
+        const float* factors = x.factors + block * X::ROOM + (2 * q) % (2 * Tiles * X::ROOM);
+        if constexpr (X::GROUP == 1) {
 #pragma unroll
-        for (int b = 0; b < 2; b += X::GROUP) {
-            Accumulator p = part[b];
-            const float up = scale_of_byte(mine, b), down = scale_of_byte(mine, 2 + b);
-            const float2 factor = *reinterpret_cast<const float2*>(factors + b * X::ROOM);
+            for (int b = 0; b < 2; b++) add_scaled(part[b], scales >> 8 * b, factors + b * X::ROOM);
+        } else {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (X::GROUP == 2) p.v[i] += part[1].v[i];
-                sum[i] = fmaf(p.v[i] * (i < 2 ? up : down), i % 2 ? factor.y : factor.x, sum[i]);
-            }
+            for (int i = 0; i < 4; i++) part[0].v[i] += part[1].v[i];
+            add_scaled(part[0], scales, factors);
         }
     }
 
@@ -146,6 +145,14 @@ struct Totals<W, A, M, false> {
     }
 
    private:
+    /// Adds products under the scales in bytes 0 and 2, of rows g and g + 8, and under the factors of two columns.
+    DEVICE void add_scaled(const Accumulator& products, uint32_t scales, const float* factors) {
+        const float up = scale_of_byte(scales, 0), down = scale_of_byte(scales, 2);
+        const float2 factor = *reinterpret_cast<const float2*>(factors);
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[i] = fmaf(products.v[i] * (i < 2 ? up : down), i % 2 ? factor.y : factor.x, sum[i]);
+    }
+
     /// This lane's part of A of a tile: of each step of 16 along K, rows g and g + 8 by turns, lower K first.
     DEVICE static void load(const uint8_t* codes, uint32_t (&fragments)[4][4]) {
         if constexpr (W == Weight::e4m3) {

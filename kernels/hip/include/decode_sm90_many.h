@@ -27,7 +27,7 @@ struct XTile {
 /// The block's activations in shared memory, tile by tile.
 template <Weight W, Act A, int M>
 struct Activations<W, A, M, true> {
-    static constexpr int ROOM = M;
+    static constexpr int ROOM = M, TILES = 1;
     // e4m3 codes are read as bf16 2^-120 too small, and their scales applied 2^-60 too small, to fit (`scale_as_bf16`).
     static constexpr float UNLIFT = W == Weight::e4m3 ? 0x1p60f : 1.0f;
     static constexpr bool STATIC_SCALE_LAST = true;
@@ -46,8 +46,8 @@ struct Activations<W, A, M, true> {
     }
 
     /// What step `step` of 16 of the tile that begins with MX block `block` multiplies.
-    DEVICE uint64_t at(int block, int step) const {
-        return matrix_in_lds(values) + (block / 2 * XTile<W, M>::BYTES + step * 32) / 16;
+    DEVICE uint32_t at(int block, int step) const {
+        return matrix_in_lds(values) + block / 2 * (XTile<W, M>::BYTES / 16) + step * 2;
     }
 
     /// Eight values, piece `j` along K, of row `i`.
@@ -79,7 +79,7 @@ struct Totals<W, A, M, true> {
 
     /// Starts adding tile `t` of what `stream` has at hand; `block` is its first MX block in the activations `x`.
     template <typename Tiles, typename Columns>
-    DEVICE void add(const Tiles& stream, int t, const Columns& x, int block) {
+    DEVICE void add(const Tiles& stream, int t, const Columns& x, int block, Number<1>) {
         uint32_t fragments[4][4];  // for each step of 16 along K: rows g and g + 8 by turns, lower K first
         load(stream.codes(t), stream.scale_words(t)[lane_index() / 4], fragments);
         warpgroup_fence();

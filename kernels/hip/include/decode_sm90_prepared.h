@@ -69,9 +69,9 @@ class XRing {
     }
 
     /// What step `step` of 16 of tile `block / 2` of this wave's chunk multiplies.
-    DEVICE uint64_t at(int block, int step) const {
+    DEVICE uint32_t at(int block, int step) const {
         const int tile = (at_stage * a.waves_k + s.wave_k) * a.chunk + block / 2;
-        return matrix_in_lds(lds) + (tile * XTile<W, M>::BYTES + step * 32) / 16;
+        return matrix_in_lds(lds) + tile * (XTile<W, M>::BYTES / 16) + step * 2;
     }
 
     int stages;

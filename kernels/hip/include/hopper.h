@@ -104,10 +104,10 @@ DEVICE void cluster_store(uint32_t to, const Floats<4>& floats, uint32_t barrier
 
 /// 64 of K of a matrix in shared memory as wgmma's right operand: rows of 128 bytes, in which the sixteen bytes `i` lie at
 /// `i ^ row % 8` (PTX ISA, "Shared memory matrix layout", 128-byte swizzle), so that the eight rows that the unit reads together
-/// meet in no bank. `at` is 1024-byte aligned; a step of 16 along K is 32 bytes.
-DEVICE uint64_t matrix_in_lds(const void* at) {
-    return (shared_address(at) & 0x3ffff) >> 4 | 1ull << 16 | static_cast<uint64_t>(8 * 128 >> 4) << 32 | 1ull << 62;
-}
+/// meet in no bank. `at` is 1024-byte aligned; a step of 16 along K is 32 bytes. The unit takes 64 bits, of which only the
+/// lower half differs from one matrix to the next: that is returned, in units of 16 bytes, and added to with 32 bits.
+DEVICE uint32_t matrix_in_lds(const void* at) { return (shared_address(at) & 0x3ffff) >> 4 | 1u << 16; }
+constexpr uint32_t MATRIX_ROWS_SWIZZLED = 8 * 128 >> 4 | 1u << 30;  // the upper half: eight rows apart, and the swizzle
 
 /// The first address from `p` on that a matrix may have; up to 1023 bytes on.
 DEVICE uint8_t* matrix_aligned(uint8_t* p) { return p + (-shared_address(p) & 1023); }
@@ -125,48 +125,50 @@ DEVICE void warpgroup_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
+#define MATRIX_IN_LDS(LOW, HIGH) "{\n\t.reg .b64 b;\n\tmov.b64 b, {%" #LOW ", %" #HIGH "};\n\t"
+
 /// sum += A B, A of 64 x 16 and B of 16 x N in bf16, N being 8 times `sum`'s first dimension. Wave w of the warpgroup holds rows
 /// 16 w ... 16 w + 15 of A and of the sum, as `matrix_bf16` does (matrix.h); B is a `matrix_in_lds`.
-DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint64_t b, float (&sum)[1][4]) {
+DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint32_t b, float (&sum)[1][4]) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+        MATRIX_IN_LDS(8, 9) "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3}, "
-        "{%4, %5, %6, %7}, %8, 1, 1, 1, 0;"
+        "{%4, %5, %6, %7}, b, 1, 1, 1, 0;\n\t}"
         : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(MATRIX_ROWS_SWIZZLED));
 }
-DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint64_t b, float (&sum)[2][4]) {
+DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint32_t b, float (&sum)[2][4]) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+        MATRIX_IN_LDS(12, 13) "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7}, "
-        "{%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
+        "{%8, %9, %10, %11}, b, 1, 1, 1, 0;\n\t}"
         : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
           "+f"(sum[1][2]), "+f"(sum[1][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(MATRIX_ROWS_SWIZZLED));
 }
-DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint64_t b, float (&sum)[4][4]) {
+DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint32_t b, float (&sum)[4][4]) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+        MATRIX_IN_LDS(20, 21) "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-        "{%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
+        "{%16, %17, %18, %19}, b, 1, 1, 1, 0;\n\t}"
         : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
           "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]),
           "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(MATRIX_ROWS_SWIZZLED));
 }
-DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint64_t b, float (&sum)[8][4]) {
+DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint32_t b, float (&sum)[8][4]) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        MATRIX_IN_LDS(36, 37) "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
         "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+        "{%32, %33, %34, %35}, b, 1, 1, 1, 0;\n\t}"
         : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
           "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]),
           "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3]), "+f"(sum[4][0]), "+f"(sum[4][1]),
           "+f"(sum[4][2]), "+f"(sum[4][3]), "+f"(sum[5][0]), "+f"(sum[5][1]), "+f"(sum[5][2]), "+f"(sum[5][3]),
           "+f"(sum[6][0]), "+f"(sum[6][1]), "+f"(sum[6][2]), "+f"(sum[6][3]), "+f"(sum[7][0]), "+f"(sum[7][1]),
           "+f"(sum[7][2]), "+f"(sum[7][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(MATRIX_ROWS_SWIZZLED));
 }
 #else
 DEVICE void wait_for_previous_launch() {}
