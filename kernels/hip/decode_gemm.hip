@@ -1,5 +1,5 @@
 // y = x w^T for few rows of x, where time is what reading the weights takes: MXFP8 and MXFP4 weights times bf16, MXFP8, MXFP4
-// or static fp8 activations, dense or grouped by expert.
+// or static fp8 activations, int4 weights times bf16 or fp16 (AMD), dense or grouped by expert.
 //
 // A block of threads is waves_k x waves_n waves. It quantizes its part of x into LDS once; then each wave takes a row tile
 // (16 rows of w), adds up its part of K, and the block sums over its waves_k, over the `split` blocks that share K, applies
@@ -14,6 +14,9 @@
 #include "decode_gfx942.h"
 #else
 #include "decode_gfx11.h"
+#endif
+#if TARGET_AMD
+#include "decode_int4.h"
 #endif
 
 /// What this block finishes of a row group: rows from `first` on. With an activation behind them, row tiles alternate 8 gates and
@@ -198,6 +201,14 @@ SCHEME(w4a8_static, Weight::e2m1, Act::fp8_static)
 SCHEME(mxfp8_static, Weight::e4m3, Act::fp8_static)
 #elif defined(DECODE_W8A16)
 SCHEME(w8a16, Weight::e4m3, Act::bf16)
+#elif defined(DECODE_INT4_W4A16)
+SCHEME(int4_w4a16_g32, Weight::int4_g32, Act::bf16)
+SCHEME(int4_w4a16_g64, Weight::int4_g64, Act::bf16)
+SCHEME(int4_w4a16_g128, Weight::int4_g128, Act::bf16)
+#elif defined(DECODE_INT4_W4A16_FP16)
+SCHEME(int4_w4a16_fp16_g32, Weight::int4_g32, Act::fp16)
+SCHEME(int4_w4a16_fp16_g64, Weight::int4_g64, Act::fp16)
+SCHEME(int4_w4a16_fp16_g128, Weight::int4_g128, Act::fp16)
 #else
 #error "define which scheme to compile, see kernels/hip/manifest.py"
 #endif
