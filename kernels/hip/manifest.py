@@ -82,6 +82,9 @@ MOE_DECODE_M = (4, 8, 16, 32, 64)
 PREPARED_M = (16, 32, 64)
 """Rows of activations that the dense and the grouped decode kernels, and those of an x that a launch has prepared, are
 instantiated for on sm_90 ..."""
+INT4_DECODE_M = (2, 4, 8)
+INT4_MOE_DECODE_M = (4, 8)
+"""... of int4 ..."""
 AMD_DECODE_M = (4, 16, 32)
 AMD_MOE_DECODE_M = (4, 16)
 """... and on AMD, whose matrix units take sixteen rows at a time."""
@@ -126,6 +129,7 @@ CODE_OBJECTS = (
     ),
     *(_decode(scheme, ("sm_90",), DECODE_M, MOE_DECODE_M, PREPARED_M) for scheme in DECODE_SCHEMES),
     *(_decode(scheme, AMD_ARCHS, AMD_DECODE_M, AMD_MOE_DECODE_M) for scheme in DECODE_SCHEMES),
+    *(_decode(scheme, ("sm_90",), INT4_DECODE_M, INT4_MOE_DECODE_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),
     *(_decode(scheme, AMD_ARCHS, AMD_DECODE_M, AMD_MOE_DECODE_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),
 )
 """Code objects of one name are one kernel for several targets."""

@@ -345,8 +345,7 @@ def decode_gemm_amd(
     Raises:
         ShapeError: shapes, strides or dtypes that do not fit each other or the kernel, or too small a workspace.
     """
-    check_operands(x, y, n, top_k, epilogue)
-    _check_dtype(x, scheme)
+    check_operands(x, y, n, top_k, epilogue, scheme)
     m, k = y.shape[0], x.shape[1]
     grouped = row_ids is not None
     blocks = len(block_experts) if grouped else 0
@@ -373,9 +372,3 @@ def decode_gemm_amd(
             epilogue.alpha, epilogue.limit or 0.0,
         ),
     )  # fmt: skip
-
-
-def _check_dtype(x: Any, scheme: str) -> None:
-    wanted = "float16" if FORMATS[scheme][1] == "fp16" else "bfloat16"
-    if (name := str(x.dtype).removeprefix("torch.")) != wanted:
-        raise ShapeError(f"x {tuple(x.shape)} of {name}", f"{scheme} takes {wanted}", "convert x, or take its scheme")

@@ -16,6 +16,7 @@ from sglang_amd_quant.kernels.hip import manifest
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.formats import group_words
+from sglang_amd_quant.runtime import decode_plans
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.runtime.decode_gemm import Epilogue
 from sglang_amd_quant.runtime.decode_gemm_amd import (
@@ -306,3 +307,20 @@ def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(ShapeError, match="blocks of 8 routed rows"):
         plans("gfx950", "mxfp8", 8, 32, 256, 4, block_m=8, blocks=2)
     assert replace(split, split=1).workspace_bytes(1, 32) == 0
+
+
+@pytest.mark.parametrize("group", manifest.INT4_GROUPS)
+def test_int4_on_hopper_is_for_few_rows(group: int) -> None:
+    """Plans are tried on a GPU (tests/device); here, that they fit into it, and name kernels that there are."""
+    scheme, tiles = f"int4_w4a16_fp16_g{group}", -(-640 // (128 if group == 128 else 64))
+    for m in (1, 3, 8):
+        found = decode_plans.plans(scheme, m, 200, 640, 132)
+        assert all(p.split <= tiles and not p.share and p.lds <= arch_facts("sm_90").lds_bytes for p in found)
+        manifest.find(f"decode_{scheme}_m{found[0].rows}", "sm_90")
+    for block_m in manifest.INT4_MOE_DECODE_M:
+        plan = decode_plans.grouped_plan(scheme, block_m, 9, 96, 640, 132)
+        manifest.find(f"moe_decode_{scheme}_m{plan.rows}", "sm_90")
+    with pytest.raises(ShapeError, match="made for M <= 8"):
+        decode_plans.plans(scheme, 9, 200, 640, 132)
+    with pytest.raises(ShapeError, match="blocks of 16 routed rows"):
+        decode_plans.grouped_plan(scheme, 16, 9, 96, 640, 132)

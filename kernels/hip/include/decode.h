@@ -5,9 +5,9 @@
 
 enum class Weight { e4m3, e2m1, int4_g32, int4_g64, int4_g128 };  // int4 in groups of so many along K
 enum class Act { bf16, fp16, e4m3, e2m1, fp8_static };
-constexpr bool is_int4(Weight w) { return w != Weight::e4m3 && w != Weight::e2m1; }
+constexpr DEVICE bool is_int4(Weight w) { return w != Weight::e4m3 && w != Weight::e2m1; }
 /// Elements along K that share a scale.
-constexpr int group_of(Weight w) { return w == Weight::int4_g128 ? 128 : w == Weight::int4_g64 ? 64 : MX_BLOCK; }
+constexpr DEVICE int group_of(Weight w) { return w == Weight::int4_g128 ? 128 : w == Weight::int4_g64 ? 64 : MX_BLOCK; }
 
 /// Rows of x from which on the waves of a group multiply together, and need row tiles all of them.
 constexpr int WIDE_FROM = TARGET_SM90 ? 16 : 1 << 30;

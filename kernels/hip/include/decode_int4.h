@@ -5,30 +5,7 @@
 // `tile_group`.
 #pragma once
 #include "decode_scaled_sums.h"
-
-/// A group's scale and zero point z, from their word (`formats.group_words`): an fp32 whose last four bits are z.
-struct Int4Group {
-    float scale;
-    Half2Vector near, far;  // 1024 + z and 64 + z
-
-    DEVICE explicit Int4Group(uint32_t word) : scale(bits<float>(word & ~15u)) {
-        const auto z = bits<_Float16>(static_cast<uint16_t>((word & 15) | 0x6400));
-        near = Half2Vector{z, z}, far = near - Half2Vector{960, 960};
-    }
-
-    /// Eight codes q as q - z, in their order and exact: 0x6400 | q is 1024 + q as a half, and 0x6400 | 16 q is 16 (64 + q).
-    DEVICE void halves(uint32_t codes, Half2* h) const {
-        uint32_t exponents = 0x64006400;  // in a register: of two constants, gfx9 would make two instructions
-        asm("" : "+v"(exponents));
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const auto low = bits<Half2Vector>((codes >> 8 * i & 0x000f000fu) | exponents);
-            const auto high = bits<Half2Vector>((codes >> 8 * i & 0x00f000f0u) | exponents);
-            h[2 * i] = bits<Half2>(low - near);
-            h[2 * i + 1] = bits<Half2>(__builtin_elementwise_fma(high, Half2Vector{0.0625, 0.0625}, -far));
-        }
-    }
-};
+#include "int4.h"
 
 template <Weight W, Act A, int M>
 struct Totals<W, A, M, true> : ScaledSums<W, A, M> {
