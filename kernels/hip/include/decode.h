@@ -3,8 +3,11 @@
 #include "convert.h"
 #include "memory.h"
 
-enum class Weight { e4m3, e2m1 };
-enum class Act { bf16, e4m3, e2m1, fp8_static };
+enum class Weight { e4m3, e2m1, int4_g32, int4_g64, int4_g128 };  // int4 in groups of so many along K
+enum class Act { bf16, fp16, e4m3, e2m1, fp8_static };
+constexpr DEVICE bool is_int4(Weight w) { return w != Weight::e4m3 && w != Weight::e2m1; }
+/// Elements along K that share a scale.
+constexpr DEVICE int group_of(Weight w) { return w == Weight::int4_g128 ? 128 : w == Weight::int4_g64 ? 64 : MX_BLOCK; }
 
 /// Rows of x from which on the waves of a group multiply together, and need row tiles all of them.
 constexpr int WIDE_FROM = TARGET_SM90 ? 16 : 1 << 30;
@@ -18,7 +21,7 @@ enum Activation { NO_ACTIVATION, SILU, SWIGLU_OAI, ACTIVATION_KIND = 3, INTERLEA
 /// A launch. Grouped (a mixture of experts), `row_ids` and `block_experts` are those of
 /// sglang_amd_quant/ops/routing.py; dense, they are null.
 struct DecodeArgs {
-    const uint16_t* x;             // bf16, rows x_stride apart
+    const uint16_t* x;             // bf16, or fp16 (Act::fp16), rows x_stride apart
     const uint8_t *w, *scales;     // layouts of the target, one expert after the other
     const float* factors;          // of weight rows, where the layout has them
     const uint16_t* bias;          // bf16 [experts][n], or null; order: see `bias_index`
@@ -50,6 +53,19 @@ DEVICE int opaque(int value) {
     return value;
 }
 
+/// a / b, of 0 <= a < 2^20 and b > 0. On sm_90 by the float unit, for a fraction of an integer division's instructions: (a + 1/2) / b
+/// is at least 1 / 2b from the next integer, and comes out wrong by 2^-22 of it at most.
+DEVICE int quotient(int a, int b) {
+#if TARGET_SM90
+    return static_cast<int>(__fdividef(a + 0.5f, b));
+#else
+    return a / b;
+#endif
+}
+
+/// a / b, of a >= 0; sm_90's plans share by powers of two.
+DEVICE int shared_by(int a, int b) { return TARGET_SM90 ? a >> (31 - __builtin_clz(b)) : a / b; }
+
 /// What this block and this wave have to do.
 struct Share {
     int threads, wave_k, wave_n;
@@ -64,14 +80,14 @@ struct Share {
     DEVICE Share(const DecodeArgs& a, int tile_k, int rank) : rank(rank) {
         threads = a.waves_k * a.waves_n * WAVE;
         waves_n = opaque(a.waves_n), groups = opaque(a.groups);
-        wave_k = wave_index() / a.waves_n, wave_n = wave_index() % a.waves_n;
+        wave_k = quotient(wave_index(), a.waves_n), wave_n = wave_index() - wave_k * a.waves_n;
         tiles = ceil_div(a.k, tile_k);
         row_tiles = ceil_div(a.n, TILE_ROWS), row_groups = ceil_div(row_tiles, a.waves_n);
-        first_group = block_index() / a.split % a.groups;
-        block_first = tiles * rank / a.split;
-        block_tiles = tiles * (rank + 1) / a.split - block_first;
-        wave_first = block_first + block_tiles * wave_k / a.waves_k;
-        wave_end = block_first + block_tiles * (wave_k + 1) / a.waves_k;
+        first_group = shared_by(block_index(), a.split) % a.groups;
+        block_first = shared_by(tiles * rank, a.split);
+        block_tiles = shared_by(tiles * (rank + 1), a.split) - block_first;
+        wave_first = block_first + shared_by(block_tiles * wave_k, a.waves_k);
+        wave_end = block_first + shared_by(block_tiles * (wave_k + 1), a.waves_k);
         wave_step = a.chunk;
     }
 
@@ -90,7 +106,7 @@ struct Rows {
 
     template <int Room>
     DEVICE static Rows of(const DecodeArgs& a) {
-        const int block = block_index() / a.split / a.groups, first = block * Room;
+        const int block = shared_by(block_index(), a.split) / a.groups, first = block * Room;
         if constexpr (Grouped) {
             const bool used = lane_index() < Room && a.row_ids[first + lane_index()] < a.m;
             const int count = count_lanes(used);  // padding comes last

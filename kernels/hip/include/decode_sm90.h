@@ -3,7 +3,8 @@
 // Weights lie in tiles of 16 rows x 64 of K, in which lane l = 4 g + q finds what the matrix unit wants of it of rows g and
 // g + 8 together. e4m3 (layout `mma_tile`, sglang_amd_quant/layouts/mma_tile.py): k = 8 q ... 8 q + 7 of every MX block. Which k
 // a step of the matrix unit calls its own does not matter as long as B agrees, so activations are held with that order in mind.
-// e2m1 (layout `hopper_bf16`, kernels/triton/hopper_pack.py, shared with the prefill kernels): k as in PTX's fragments.
+// e2m1 (layout `hopper_bf16`, kernels/triton/hopper_pack.py, shared with the prefill kernels): k as in PTX's fragments. int4
+// (layout `mma_int4` + `tile_group`): k as for e4m3; for few rows of x alone.
 //
 // Two ways to multiply them: few rows of x by mma.sync (decode_sm90_few.h), from WIDE_FROM on by wgmma (decode_sm90_many.h), where
 // another launch may have quantized x (decode_sm90_prepared.h).
@@ -11,14 +12,17 @@
 #include "decode.h"
 #include "matrix.h"
 #include "hopper.h"
+#include "int4.h"
 
 /// e4m3: layout `mma_tile`. e2m1: layout `hopper_bf16`, whose scales are relative to a row's largest, which `factors` keeps.
+/// int4: layout `mma_int4`, two of whose tiles are one here if a group is as long.
 template <Weight W>
 struct Tile {
-    static constexpr int BLOCKS = 2;  // MX blocks of a row
+    static constexpr int BLOCKS = W == Weight::int4_g128 ? 4 : 2;  // of 32 elements of a row: MX blocks
     static constexpr int K = BLOCKS * MX_BLOCK;
-    static constexpr int BYTES = TILE_ROWS * K / (W == Weight::e2m1 ? 2 : 1);
-    static constexpr int SCALES = TILE_ROWS * BLOCKS;
+    static constexpr int BYTES = TILE_ROWS * K / (W == Weight::e4m3 ? 1 : 2);
+    static constexpr int SCALES = is_int4(W) ? TILE_ROWS * K / group_of(W) * 4 : TILE_ROWS * BLOCKS;
+    static constexpr bool SHORT = W == Weight::int4_g32;  // a row's last tile may have scales for one block only
 };
 
 /// Eight e2m1 codes in the bit order of `hopper_bf16` as four pairs of bf16, times 2^-126. Of each 16 bits, the magnitude of the
@@ -126,24 +130,32 @@ class Stream {
     }
 
    private:
-    /// To the first tile of this wave's row tile in row group `group`.
+    /// To the first tile of this wave's row tile in row group `group`, or beyond all groups if it has none.
     DEVICE void seek() {
         tile = s.wave_first;
         const int wanted = group * s.waves_n + s.wave_n;
         const int row_tile = M >= WIDE_FROM ? smaller(wanted, s.row_tiles - 1) : wanted;
-        any = group < s.row_groups && row_tile < s.row_tiles && s.wave_first < s.wave_end;
-        const int64_t from = (static_cast<int64_t>(expert) * s.row_tiles + row_tile) * s.tiles + tile;
-        codes_from = a.w + from * Tile<W>::BYTES, scales_from = a.scales + from * Tile<W>::SCALES;
+        if (row_tile >= s.row_tiles || s.wave_first >= s.wave_end) group = s.row_groups;
+        const int64_t row = static_cast<int64_t>(expert) * s.row_tiles + row_tile, from = row * s.tiles + tile;
+        codes_from = a.w + from * Tile<W>::BYTES;
+        scales_from = a.scales + (Tile<W>::SHORT ? row * row_scales() + tile * Tile<W>::SCALES : from * Tile<W>::SCALES);
+    }
+
+    /// Bytes of scales of a row tile, and of `count` of its tiles from `tile` on.
+    DEVICE int row_scales() const { return a.k / group_of(W) * TILE_ROWS * 4; }
+    DEVICE int scale_bytes(int count) const {
+        if constexpr (Tile<W>::SHORT) return smaller(count * Tile<W>::SCALES, row_scales() - tile * Tile<W>::SCALES);
+        return count * Tile<W>::SCALES;
     }
 
     DEVICE void fetch() {
-        if (any && lane_index() == 0) {
+        if (group < s.row_groups && lane_index() == 0) {
             const int count = smaller(a.chunk, s.wave_end - tile), at = fetch_stage * a.chunk;
             uint64_t* barrier = barriers + fetch_stage;
-            barrier_expect(barrier, count * (Tile<W>::BYTES + Tile<W>::SCALES));
+            barrier_expect(barrier, count * Tile<W>::BYTES + scale_bytes(count));
             bulk_copy(ring + at * Tile<W>::BYTES, codes_from, count * Tile<W>::BYTES, barrier);
             uint8_t* scales = ring + a.depth * a.chunk * Tile<W>::BYTES;
-            bulk_copy(scales + at * Tile<W>::SCALES, scales_from, count * Tile<W>::SCALES, barrier);
+            bulk_copy(scales + at * Tile<W>::SCALES, scales_from, scale_bytes(count), barrier);
         }
         if (++fetch_stage == a.depth) fetch_stage = 0;
         tile += s.wave_step, codes_from += s.wave_step * Tile<W>::BYTES, scales_from += s.wave_step * Tile<W>::SCALES;
@@ -155,9 +167,8 @@ class Stream {
     uint8_t* ring;
     uint64_t* barriers;
     const int expert;
-    const uint8_t *codes_from, *scales_from;  // what is fetched next: of row group `group`, from `tile` on, if there is any
+    const uint8_t *codes_from, *scales_from;  // what is fetched next: of row group `group`, from `tile` on
     int group, tile, begun = 0, fetch_stage = 0, stage = 0;
-    bool any;
     uint32_t parity = 0;
 };
 
@@ -187,7 +198,7 @@ class OwnedRows {
     float *times, *plus;  // of every owned row: what its sums are multiplied by, and what is added then
 
     DEVICE OwnedRows(const DecodeArgs& a, const Share& s, uint8_t* lds) : a(a), s(s) {
-        owned = a.waves_n * TILE_ROWS / a.split, first = s.rank * owned;
+        owned = shared_by(a.waves_n * TILE_ROWS, a.split), first = s.rank * owned;
         times = reinterpret_cast<float*>(lds);
         plus = times + owned;
     }
@@ -261,11 +272,12 @@ class Sums : public OwnedRows {
         float* slot = partial + (s.rank * a.waves_k + s.wave_k) * owned * PITCH;
         totals.each(columns, [&](int row, int column, const auto& values) {
             row += s.wave_n * TILE_ROWS;
-            float* to = slot + row % owned * PITCH + column;
-            if (row / owned == s.rank)
+            const int owner = quotient(row, owned);
+            float* to = slot + (row - owner * owned) * PITCH + column;
+            if (owner == s.rank)
                 *reinterpret_cast<Floats<T::TOGETHER>*>(to) = values;
             else
-                cluster_store(address_in(to, row / owned), values, address_in(barrier, row / owned));
+                cluster_store(address_in(to, owner), values, address_in(barrier, owner));
         });
         publish();
         block_barrier();
@@ -288,10 +300,10 @@ class Sums : public OwnedRows {
     uint32_t parity = 0;
 };
 
-/// Whether weight row `row` has a scale that is NaN. The factors of e2m1 know, so nobody asks.
+/// Whether weight row `row` has a scale that is NaN. The factors of e2m1 know, so nobody asks; those of int4 are NaN themselves.
 template <Weight W>
 DEVICE bool has_nan(const DecodeArgs& a, const Share& s, int expert, int row) {
-    if constexpr (W == Weight::e2m1) return false;
+    if constexpr (W != Weight::e4m3) return false;
     const int64_t row_tile = static_cast<int64_t>(expert) * s.row_tiles + row / TILE_ROWS;
     const uint8_t* from = a.scales + row_tile * s.tiles * Tile<W>::SCALES + (row % 8 * 2 + row % TILE_ROWS / 8) * 2;
     for (int block = 0; block < a.k / MX_BLOCK; block++)

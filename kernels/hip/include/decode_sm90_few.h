@@ -19,7 +19,7 @@ DEVICE float scale_of_byte(uint32_t word, int i) {
 
 /// The block's activations in shared memory, MX block by MX block, with a factor for every row of each.
 ///
-/// For e4m3 weights as halves in the order of K. For e2m1 weights as bf16, permuted within MX blocks so that lane q finds what
+/// For e4m3 and int4 weights as halves in the order of K, fp16 as they are. For e2m1 weights as bf16, permuted within MX blocks so that lane q finds what
 /// two steps of 16 want of it as 16 bytes. Blocks are 16 bytes apart, so that neither loads of a block, of two rows by eight lanes
 /// together, nor stores into eight blocks meet in a bank.
 template <Weight W, Act A, int M>
@@ -31,19 +31,21 @@ struct Activations<W, A, M, false> {
     // Up to four rows leave columns of the matrix unit free: they are given to other MX blocks of the tile, or of two, so
     // that the sums of all come out of one accumulator, each in columns of its own, and scales are applied once.
     static constexpr int ROOM = M, GROUP = 8 / ROOM;
-    static constexpr int TILES = GROUP == 4 ? 2 : 1;  // that are taken together
+    static constexpr int TILES = GROUP > Tile<W>::BLOCKS ? 2 : 1;  // that are taken together
     static constexpr int ROW_BYTES = 2 * MX_BLOCK, BLOCK_BYTES = ROOM * ROW_BYTES + 16;
 
     uint8_t *zeros, *values;  // [MX block][ROOM]
-    float* factors;           // [MX block][ROOM]
+    float* factors;           // [MX block][ROOM], but for fp16
+    int blocks;               // MX blocks from the block's first to the end of K
 
     Pieces<W> pieces;
 
     DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : zeros(lds), values(lds + 16), pieces(s) {
-        factors = reinterpret_cast<float*>(values + ceil_div(s.tiles, a.split) * Tile<W>::BLOCKS * BLOCK_BYTES);
+        factors = reinterpret_cast<float*>(values + shared_by(s.tiles + a.split - 1, a.split) * Tile<W>::BLOCKS * BLOCK_BYTES);
+        blocks = a.k / MX_BLOCK - s.block_first * Tile<W>::BLOCKS;
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) {
-        return 16 + ceil_div(s.tiles, a.split) * Tile<W>::BLOCKS * (BLOCK_BYTES + ROOM * 4);
+        return 16 + shared_by(s.tiles + a.split - 1, a.split) * Tile<W>::BLOCKS * (BLOCK_BYTES + ROOM * 4);
     }
 
     /// All threads: quantizes the block's part of x. Visible to the block after its next barrier.
@@ -62,12 +64,16 @@ struct Activations<W, A, M, false> {
     /// Eight values, piece `j` along K, of row `i`.
     DEVICE void keep(const Words& x, int i, int j, bool wanted, int carry, float static_scale) {
         const int block = j >> 2, quarter = j & 3;
+        uint8_t* row = values + block * BLOCK_BYTES + i * ROW_BYTES;
+        if constexpr (A == Act::fp16) {
+            if (wanted) store_words(row + 16 * quarter, x);
+            return;
+        }
         float factor, v[8];
         quantize_activations<A>(x, carry, static_scale, v, factor);
         if (!wanted) return;
-        uint8_t* row = values + block * BLOCK_BYTES + i * ROW_BYTES;
         if (quarter == 0) factors[block * ROOM + i] = factor / LIFT;
-        if constexpr (W == Weight::e4m3) {
+        if constexpr (W != Weight::e2m1) {
             Words out;
 #pragma unroll
             for (int p = 0; p < 4; p++) out.v[p] = half2_from_floats({v[2 * p], v[2 * p + 1]});
@@ -90,38 +96,38 @@ struct Totals<W, A, M, false> {
     /// Adds tiles `t` ... of the stream's chunk; `block` is their first MX block in the activations.
     template <int Tiles>
     DEVICE void add(const Stream<W, M>& stream, int t, const X& x, int block, Number<Tiles>) {
+        constexpr int BLOCKS = Tiles * Tile<W>::BLOCKS, SUMMED = X::GROUP < 2 ? 2 : X::GROUP < BLOCKS ? X::GROUP : BLOCKS;
         const int g = lane_index() / 4, q = lane_index() % 4;
-        Accumulator part[2] = {};  // of even and of odd MX blocks: two chains of matrix instructions
 #pragma unroll
-        for (int tile = 0; tile < Tiles; tile++) {
-            uint32_t fragments[4][4];  // of A, for each step of 16 along K
-            load(stream.codes(t + tile), fragments);
+        for (int first = 0; first < BLOCKS; first += SUMMED) {
+            Accumulator part[2] = {};  // of even and of odd MX blocks: two chains of matrix instructions
 #pragma unroll
-            for (int b = 0; b < 2; b++) {
-                const int i = 2 * tile + b;
-                const Words v = load_words(x.at(block + i, i, g, q));
+            for (int i = first; i < first + SUMMED; i += 2) {
+                uint32_t fragments[4][4];  // of A of two MX blocks, for each step of 16 along K
+                load(stream, t, i, x.blocks - block, fragments);
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const uint32_t(&f)[4] = fragments[2 * b + half];
-                    const Packed<2> column = {v.v[2 * half], v.v[2 * half + 1]};
-                    if constexpr (W == Weight::e4m3)
-                        part[b] = matrix_half({f[0], f[1], f[2], f[3]}, column, part[b]);
-                    else
-                        part[b] = matrix_bf16({f[0], f[1], f[2], f[3]}, column, part[b]);
+                for (int b = 0; b < 2; b++) {
+                    const Words v = load_words(x.at(block + i + b, i + b - first, g, q));
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const uint32_t(&f)[4] = fragments[2 * b + half];
+                        const Packed<2> column = {v.v[2 * half], v.v[2 * half + 1]};
+                        if constexpr (W == Weight::e2m1)
+                            part[b] = matrix_bf16({f[0], f[1], f[2], f[3]}, column, part[b]);
+                        else
+                            part[b] = matrix_half({f[0], f[1], f[2], f[3]}, column, part[b]);
+                    }
                 }
             }
-        }
-        // This lane's columns belong to one block of a group; those of blocks that a lone tile has not got are zero.
-        const int mine = 2 * q / X::ROOM % (2 * Tiles);
-        const uint32_t scales = stream.scale_words(t + mine / 2)[g] >> 8 * (mine % 2);  // bytes 0 and 2: rows g and g + 8
-        const float* factors = x.factors + block * X::ROOM + (2 * q) % (2 * Tiles * X::ROOM);
-        if constexpr (X::GROUP == 1) {
+            if constexpr (X::GROUP == 1) {
 #pragma unroll
-            for (int b = 0; b < 2; b++) add_scaled(part[b], scales >> 8 * b, factors + b * X::ROOM);
-        } else {
+                for (int b = 0; b < 2; b++) add_scaled(part[b], stream, t, x, block, first + b);
+            } else {
 #pragma unroll
-            for (int i = 0; i < 4; i++) part[0].v[i] += part[1].v[i];
-            add_scaled(part[0], scales, factors);
+                for (int i = 0; i < 4; i++) part[0].v[i] += part[1].v[i];
+                // This lane's columns belong to one block of a group; those of blocks that a lone tile has not got are zero.
+                add_scaled(part[0], stream, t, x, block, first + 2 * q / X::ROOM % SUMMED);
+            }
         }
     }
 
@@ -145,16 +151,38 @@ struct Totals<W, A, M, false> {
     }
 
    private:
-    /// Adds products under the scales in bytes 0 and 2, of rows g and g + 8, and under the factors of two columns.
-    DEVICE void add_scaled(const Accumulator& products, uint32_t scales, const float* factors) {
-        const float up = scale_of_byte(scales, 0), down = scale_of_byte(scales, 2);
-        const float2 factor = *reinterpret_cast<const float2*>(factors);
+    /// Adds products of block `i` of tiles `t` ..., under its scales in rows g and g + 8 and its factors of two columns.
+    DEVICE void add_scaled(const Accumulator& products, const Stream<W, M>& stream, int t, const X& x, int block, int i) {
+        const float2 scale = scales(stream, t, i, x.blocks - block);
+        float2 factor = {1, 1};  // of fp16
+        if constexpr (A != Act::fp16)
+            factor = *reinterpret_cast<const float2*>(x.factors + (block + i) * X::ROOM + 2 * (lane_index() % 4) % X::ROOM);
 #pragma unroll
-        for (int i = 0; i < 4; i++) sum[i] = fmaf(products.v[i] * (i < 2 ? up : down), i % 2 ? factor.y : factor.x, sum[i]);
+        for (int c = 0; c < 4; c++)
+            sum[c] = fmaf(products.v[c] * (c < 2 ? scale.x : scale.y), c % 2 ? factor.y : factor.x, sum[c]);
     }
 
-    /// This lane's part of A of a tile: of each step of 16 along K, rows g and g + 8 by turns, lower K first.
-    DEVICE static void load(const uint8_t* codes, uint32_t (&fragments)[4][4]) {
+    /// Scales of block `i` of tiles `t` ... in rows g and g + 8; K has `left` blocks.
+    DEVICE static float2 scales(const Stream<W, M>& stream, int t, int i, int left) {
+        if constexpr (is_int4(W)) {
+            return {Int4Group(group_word(stream, t, i, 0, left)).scale, Int4Group(group_word(stream, t, i, 1, left)).scale};
+        } else {
+            const uint32_t both = stream.scale_words(t + i / 2)[lane_index() / 4] >> 8 * (i % 2);
+            return {scale_of_byte(both, 0), scale_of_byte(both, 2)};
+        }
+    }
+
+    /// int4: the word of block `i` of tiles `t` ... in row g or g + 8.
+    DEVICE static uint32_t group_word(const Stream<W, M>& stream, int t, int i, int half, int left) {
+        if (Tile<W>::SHORT && i >= left) return 0;  // there is none
+        const int group = group_of(W) == MX_BLOCK ? i % 2 : 0;
+        return stream.scale_words(t + i / Tile<W>::BLOCKS)[group * TILE_ROWS + 8 * half + lane_index() / 4];
+    }
+
+    /// This lane's part of A of blocks `i` and `i + 1` of tiles `t` ...: of each step of 16 along K, rows g and g + 8 by turns,
+    /// lower K first.
+    DEVICE static void load(const Stream<W, M>& stream, int t, int i, int left, uint32_t (&fragments)[4][4]) {
+        const uint8_t* codes = stream.codes(t + i / Tile<W>::BLOCKS);
         if constexpr (W == Weight::e4m3) {
 #pragma unroll
             for (int row = 0; row < 2; row++) {
@@ -163,6 +191,17 @@ struct Totals<W, A, M, false> {
                 for (int step = 0; step < 4; step++)
                     halves_from_e4m3(words.v[step], fragments[step][row], fragments[step][row + 2]);
             }
+        } else if constexpr (is_int4(W)) {
+            const Words words = load_words(codes + i % Tile<W>::BLOCKS * (TILE_ROWS * MX_BLOCK / 2) + lane_index() * 16);
+#pragma unroll
+            for (int b = 0; b < 2; b++)
+#pragma unroll
+                for (int row = 0; row < 2; row++) {
+                    Half2 eight[4];
+                    Int4Group(group_word(stream, t, i + b, row, left)).halves(words.v[2 * b + row], eight);
+#pragma unroll
+                    for (int p = 0; p < 4; p++) fragments[2 * b + p / 2][row + p % 2 * 2] = eight[p];
+                }
         } else {
             each_e2m1_fragment(codes, [&](int step, int part, Bf16x2 pair) { fragments[step][part] = pair; });
         }

@@ -115,8 +115,8 @@ struct Pieces {
     DEVICE explicit Pieces(const Share& s)
         : count(s.block_tiles * Tile<W>::K / 8), base(s.block_first * Tile<W>::K), i(1 << 30), j(0), step_i(0), step_j(0) {
         if (count == 0) return;
-        i = thread_index() / count, j = thread_index() % count;
-        step_i = s.threads / count, step_j = s.threads % count;
+        i = quotient(thread_index(), count), j = thread_index() - i * count;
+        step_i = quotient(s.threads, count), step_j = s.threads - step_i * count;
     }
 };
 
