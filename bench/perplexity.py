@@ -22,11 +22,11 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from bench.hf_model import INT4_GROUP, fake_quantize, load_model
+from bench.hf_model import fake_quantize, load_model
 from examples.fetch_gemma import DEFAULT_OUT, fetch
 from sglang_amd_quant.errors import AmdMxError
 from sglang_amd_quant.recipe import Recipe
-from sglang_amd_quant.schemes import BF16, SCHEMES, Scheme
+from sglang_amd_quant.schemes import BF16, INT4_GROUP, SCHEMES, Scheme
 
 TEXT = Path(__file__).parent / "text" / "alice.txt"
 DOCUMENT = Path("docs/perplexity.md")

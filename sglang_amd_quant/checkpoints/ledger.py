@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_amd_quant.checkpoints.naming import Part, Role, is_fused, some
+from sglang_amd_quant.checkpoints.naming import STORED, Part, Role, is_fused, some
 from sglang_amd_quant.errors import CheckpointError
-from sglang_amd_quant.formats.mx import ELEMENTS, dequantize_mx
+from sglang_amd_quant.formats import dequantize_int4, dequantize_mx, group_words, split_words
+from sglang_amd_quant.formats.int4 import ZERO
+from sglang_amd_quant.formats.mx import ELEMENTS
 from sglang_amd_quant.recipe import always_bf16
 from sglang_amd_quant.schemes import MX_BLOCK, Scheme
 
@@ -22,6 +24,9 @@ Named = tuple[str, torch.Tensor]
 
 E8M0_NAN = 255
 _ELEMENT_OF = {element.dtype: element.name for element in ELEMENTS.values()}
+INT4 = "int4"
+NIBBLES = 8  # to a word
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _RAW_DTYPES = frozenset({torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu})
 _KV_CACHE = re.compile(r".*\.(k_scale|v_scale|[kv]_proj\.output_scale)")
 _QUANTIZERS_OWN = re.compile(
@@ -32,11 +37,24 @@ _LINEARS_OWN = frozenset({"weight", "bias"})
 
 @dataclass
 class _Module:
-    """What has been seen of one quantized module: source names, and the blocks [..., N, K/32] each implies."""
+    """What has been seen of one quantized module.
+
+    Attributes:
+        names: source names.
+        blocks: [..., N, K/block] that each implies.
+        unpaired: int4 scales or zero points that wait for one another.
+        dequantized: data or scales that wait for one another to be dequantized.
+        is_int4: whether a tensor said so.
+        dtype: what it is dequantized to, where that has to be.
+        broken: whether a problem has been told already.
+    """
 
     names: dict[Role, str] = field(default_factory=dict)
     blocks: dict[Role, tuple[int, ...]] = field(default_factory=dict)
     unpaired: dict[Role, torch.Tensor] = field(default_factory=dict)
+    dequantized: dict[Role, torch.Tensor] = field(default_factory=dict)
+    is_int4: bool = False
+    dtype: torch.dtype = torch.bfloat16
     broken: bool = False
 
 
@@ -61,20 +79,23 @@ class Ledger:
             raise CheckpointError(name, "stored twice", "delete one of the two copies")
         self._names.add(name)
         part = self._reader.part(name)
-        if part is None or (part.role is Role.DATA and tensor.dtype not in _RAW_DTYPES):
+        if part is None or (part.role is Role.DATA and tensor.dtype not in _RAW_DTYPES | {torch.int32}):
             return self._passed(name, tensor)
         module = self._modules.setdefault(part.module, _Module())
         if part.role in module.names:
             raise CheckpointError(name, f"says what {module.names[part.role]} says already", "delete one of the two")
         module.names[part.role] = name
         try:
-            tensor = self._checked(name, part, tensor, module)
+            checked = self._checked(name, part, tensor, module)
         except CheckpointError:
             module.broken = True
             raise
+        if checked is None:
+            return None
+        part = replace(part, role=Role.SCALE) if part.role is Role.ZEROS else part
         if self._scheme(part.module) is None:
-            return self._dequantized(part, tensor, module)
-        return part.name, tensor
+            return self._dequantized(part, checked, module)
+        return part.name, checked
 
     def _scheme(self, module: str) -> Scheme | None:
         if module not in self._schemes:
@@ -90,33 +111,83 @@ class Ledger:
             self._floats.add(name.removesuffix(".weight"))
         return name, tensor
 
-    def _checked(self, name: str, part: Part, tensor: torch.Tensor, module: _Module) -> torch.Tensor:
-        fused = is_fused(part.module)
-        if part.role is Role.INPUT_SCALE:
-            return _checked_input_scale(name, tensor, fused)
-        rank = 3 if fused else 2
-        if part.role is Role.DATA:
-            tensor = self._reader.data(tensor)
-            module.blocks[Role.DATA] = _checked_data(name, tensor, self._element(name, part.module, tensor), rank)
-        else:
-            tensor = self._reader.scales(tensor)
-            module.blocks[Role.SCALE] = _checked_scales(name, tensor, rank)
-        if len(set(module.blocks.values())) > 1:
-            weight, scale = module.blocks[Role.DATA], module.blocks[Role.SCALE]
-            raise CheckpointError(
-                f"{module.names[Role.SCALE]} {list(scale)}",
-                f"the weight has {list(weight)} blocks of {MX_BLOCK}",
-                "the file was cut or mixed up: fetch it again",
-            )
-        return tensor
+    def _checked(self, name: str, part: Part, tensor: torch.Tensor, module: _Module) -> torch.Tensor | None:
+        """The tensor in canonical form, or None where it is dropped or waits; int4 scales as words."""
+        rank = 3 if is_fused(part.module) else 2
+        match part.role:
+            case Role.DATA:
+                element = self._element(name, part.module, tensor)
+                module.is_int4 = element == INT4
+                tensor = self._reader.data(name, tensor, element)
+                module.blocks[part.role] = _checked_data(name, tensor, element, self._block(module), rank)
+            case Role.SCALE:
+                tensor, scheme = self._reader.scales(name, tensor), self._scheme(part.module)
+                module.is_int4 = tensor.dtype != torch.uint8 if scheme is None else scheme.weight == INT4
+                check = _checked_groups if module.is_int4 else _checked_scales
+                module.blocks[part.role] = check(name, tensor, rank)
+            case Role.SHAPE:
+                module.blocks |= _checked_shape(name, tensor, self._reader.recipe.group)
+            case Role.ZEROS:
+                module.is_int4 = True
+                tensor = _checked_zeros(name, self._reader.zeros(name, tensor), self._reader.symmetric)
+            case Role.ORDER:
+                _check_order(name, tensor, self._reader.recipe.group)
+            case Role.INPUT_SCALE:
+                return _checked_input_scale(name, tensor, rank == 3)
+        self._check_blocks(module)
+        if part.role in (Role.SHAPE, Role.ORDER):
+            return None
+        waits = part.role is Role.ZEROS or (part.role is Role.SCALE and tensor.is_floating_point())
+        return self._words(part, tensor, module) if waits else tensor
+
+    def _block(self, module: _Module) -> int:
+        return self._reader.recipe.group if module.is_int4 else MX_BLOCK
+
+    def _check_blocks(self, module: _Module) -> None:
+        """All that has come must be of one weight."""
+        seen = sorted(module.blocks.items(), key=lambda item: item[0] is not Role.DATA)
+        for role, blocks in seen[1:]:
+            first, wanted = seen[0]
+            if blocks != wanted:
+                what = "weight" if first is Role.DATA else module.names[first]
+                raise CheckpointError(
+                    f"{module.names[role]} {list(blocks)}",
+                    f"the {what} has {list(wanted)} blocks of {self._block(module)}",
+                    "the file was cut or mixed up: fetch it again",
+                )
+
+    def _words(self, part: Part, tensor: torch.Tensor, module: _Module) -> torch.Tensor | None:
+        """int4 scales and zero points as words (`formats.group_words`), as soon as both are here; where the config
+        says symmetric, scales wait for nothing and zero points, which are 8, are dropped."""
+        module.unpaired[part.role] = tensor
+        wanted = {Role.SCALE} if self._reader.symmetric else {Role.SCALE, Role.ZEROS}
+        if not wanted <= set(module.unpaired):
+            module.unpaired = {} if self._reader.symmetric else module.unpaired
+            return None
+        scales, zeros = module.unpaired.pop(Role.SCALE), module.unpaired.pop(Role.ZEROS, None)
+        if zeros is not None:
+            rows, groups = scales.shape[-2:]
+            spare = zeros.shape[-2] - rows
+            if zeros.shape[-1] != groups or not 0 <= spare < NIBBLES:  # words of rows may be filled up
+                raise CheckpointError(
+                    f"{module.names[Role.ZEROS]} {list(zeros.shape)}",
+                    f"there are {[rows, groups]} scales",
+                    "the file was cut or mixed up: fetch it again",
+                )
+            zeros = zeros[..., :rows, :]
+        module.dtype = scales.dtype
+        return group_words(scales, zeros)
 
     def _element(self, name: str, module: str, tensor: torch.Tensor) -> str:
         """What a weight's elements must be: as its scheme says; as stored, where it is only to be dequantized."""
         scheme = self._scheme(module)
         if scheme is not None:
             return scheme.weight
-        if tensor.dtype in _ELEMENT_OF and always_bf16(module):
-            return _ELEMENT_OF[tensor.dtype]
+        if always_bf16(module):
+            if tensor.dtype == torch.int32:  # eight to a word: only int4 is stored so
+                return INT4
+            if tensor.dtype in _ELEMENT_OF:
+                return _ELEMENT_OF[tensor.dtype]
         raise CheckpointError(
             f"{name} {list(tensor.shape)} {tensor.dtype}",
             "quantized, but the checkpoint's config says bf16",
@@ -124,17 +195,20 @@ class Ledger:
         )
 
     def _dequantized(self, part: Part, tensor: torch.Tensor, module: _Module) -> Named | None:
-        """A layer that must run in bf16 (MLA's kv_b_proj, lm_head) but is stored quantized: exact in bf16, since
-        an element has at most 4 significant bits and bf16 has fp32's exponents. Waits for its partner."""
-        module.unpaired[part.role] = tensor
-        if not {Role.DATA, Role.SCALE} <= set(module.unpaired):
+        """A layer that must run in bf16 (MLA's kv_b_proj, lm_head) but is stored quantized. MX is exact in bf16, since
+        an element has at most 4 significant bits and bf16 has fp32's exponents; int4 is rounded to the dtype of its
+        scales, as the tools that write it do. Waits for its partner."""
+        module.dequantized[part.role] = tensor
+        if not {Role.DATA, Role.SCALE} <= set(module.dequantized):
             return None
-        data, scales = module.unpaired.pop(Role.DATA), module.unpaired.pop(Role.SCALE)
+        data, scales = module.dequantized.pop(Role.DATA), module.dequantized.pop(Role.SCALE)
         name = Part(part.module, Role.DATA).name
         if data.is_meta or scales.is_meta:
-            shape = (*scales.shape[:-1], scales.shape[-1] * MX_BLOCK)
-            return name, torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        return name, dequantize_mx(data, scales, _ELEMENT_OF[data.dtype], torch.bfloat16)
+            shape = (*scales.shape[:-1], scales.shape[-1] * self._block(module))
+            return name, torch.empty(shape, dtype=module.dtype, device="meta")
+        if module.is_int4:
+            return name, dequantize_int4(data, *split_words(scales), dtype=module.dtype)
+        return name, dequantize_mx(data, scales, _ELEMENT_OF[data.dtype], module.dtype)
 
     def close(self) -> Iterator[CheckpointError]:
         """Problems that only the end of the stream can tell."""
@@ -146,11 +220,13 @@ class Ledger:
                 "the checkpoint is of another format or newer than this reader: check config.json's quant_method",
             )
         for name, module in self._modules.items():
-            wanted = {Role.DATA, Role.SCALE} | ({Role.INPUT_SCALE} if self._reader.static_input(name) else set())
+            wanted = {Role.DATA, Role.SCALE}
+            wanted |= {Role.INPUT_SCALE} if self._reader.static_input(name) else set()
+            wanted |= {Role.ZEROS} if module.is_int4 and not self._reader.symmetric else set()
             missing = wanted - set(module.names)
             if missing and not module.broken:
                 yield CheckpointError(
-                    f"{name}: {', '.join(sorted(missing))}",
+                    f"{name}: {', '.join(sorted(map(self._reader.called, missing)))}",
                     f"missing, though {some(module.names.values())} is there",
                     "fetch the shard that holds it again",
                 )
@@ -178,20 +254,20 @@ class Ledger:
             )
 
 
-def _checked_data(name: str, tensor: torch.Tensor, element: str, rank: int) -> tuple[int, ...]:
-    """Blocks [..., N, K/32] of a canonical weight."""
-    kind = ELEMENTS[element]
-    if tensor.dtype != kind.dtype:
+def _checked_data(name: str, tensor: torch.Tensor, element: str, block: int, rank: int) -> tuple[int, ...]:
+    """Blocks [..., N, K/block] of a canonical weight."""
+    dtype, pack = STORED[element][0], 1 if element == "e4m3" else 2
+    if tensor.dtype != dtype:
         raise CheckpointError(
             f"{name} {list(tensor.shape)} {tensor.dtype}",
-            f"the config says {element} weights, which are {kind.dtype}",
+            f"the config says {element} weights, which are {dtype}",
             "mend the scheme in config.json's quantization_config",
         )
-    stored = MX_BLOCK // kind.pack
+    stored = block // pack
     if tensor.dim() != rank or tensor.numel() == 0 or tensor.shape[-1] % stored:
         raise CheckpointError(
             f"{name} {list(tensor.shape)}",
-            f"a stored {element} weight is [{'E, ' * (rank - 2)}N, K/{kind.pack}] with K a multiple of {MX_BLOCK}",
+            f"a stored {element} weight is [{'E, ' * (rank - 2)}N, K/{pack}] with K a multiple of {block}",
             "fetch the checkpoint again, or mend the scheme in config.json",
         )
     return (*tensor.shape[:-1], tensor.shape[-1] // stored)
@@ -212,6 +288,64 @@ def _checked_scales(name: str, tensor: torch.Tensor, rank: int) -> tuple[int, ..
             "quantize the source again: its weights held NaN or Inf, or padding was written",
         )
     return tuple(tensor.shape)
+
+
+def _checked_groups(name: str, tensor: torch.Tensor, rank: int) -> tuple[int, ...]:
+    """Blocks [..., N, K/group] of int4 scales: floats, or words that are canonical already."""
+    if tensor.dtype not in (*_FLOATS, torch.int32) or tensor.dim() != rank:
+        raise CheckpointError(
+            f"{name} {list(tensor.shape)} {tensor.dtype}",
+            f"int4 scales are floats, or int32 words of scale and zero point, [{'E, ' * (rank - 2)}N, K/group]",
+            "the checkpoint is of another format: check config.json's quant_method",
+        )
+    if not tensor.is_meta:
+        scales = split_words(tensor)[0] if tensor.dtype == torch.int32 else tensor
+        bad = int(torch.count_nonzero(~scales.isfinite()))
+        if bad:
+            raise CheckpointError(
+                f"{name} {list(tensor.shape)}",
+                f"{bad} scales are NaN or Inf",
+                "quantize the source again: its weights held NaN or Inf, or a scale left fp16's range",
+            )
+    return tuple(tensor.shape)
+
+
+def _checked_zeros(name: str, tensor: torch.Tensor, symmetric: bool) -> torch.Tensor:
+    """int4 zero points [N, K/group]. Where the config says symmetric they must be 8, or bytes and config contradict
+    one another (GPTQ's two versions differ by one)."""
+    if symmetric and not tensor.is_meta and bool((tensor != ZERO).any()):
+        raise CheckpointError(
+            f"{name} {list(tensor.shape)}",
+            f"zero points other than {ZERO} (as {int(tensor[tensor != ZERO][0])}), though the config says symmetric",
+            "mend config.json's quantization_config (gptq: sym and checkpoint_format; awq: zero_point)",
+        )
+    return tensor
+
+
+def _check_order(name: str, tensor: torch.Tensor, group: int) -> None:
+    """The group of each element of K must be that of its place."""
+    if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
+        raise CheckpointError(
+            f"{name} {list(tensor.shape)} {tensor.dtype}", "groups of K are int32 [K]", "fetch the checkpoint again"
+        )
+    if not tensor.is_meta and not torch.equal(tensor, torch.arange(len(tensor), dtype=tensor.dtype) // group):
+        raise CheckpointError(
+            f"{name} {list(tensor.shape)}",
+            f"in activation order (desc_act), where kernels read groups of {group} neighbours",
+            "take a checkpoint made with desc_act false, or quantize the bf16 original with `amd-mx quantize`",
+        )
+
+
+def _checked_shape(name: str, tensor: torch.Tensor, group: int) -> dict[Role, tuple[int, ...]]:
+    """Blocks [N, K/group] that a stored shape says; nothing without values."""
+    if tensor.shape != (2,) or tensor.is_floating_point():
+        raise CheckpointError(
+            f"{name} {list(tensor.shape)} {tensor.dtype}", "a shape is two integers, N and K", "fetch the file again"
+        )
+    if tensor.is_meta:
+        return {}
+    n, k = tensor.tolist()
+    return {Role.SHAPE: (n, -(-k // group))}
 
 
 def _checked_input_scale(name: str, tensor: torch.Tensor, fused: bool) -> torch.Tensor:

@@ -69,7 +69,7 @@ class Operand:
         """What the op binds the weight's tensors to."""
         p = self.problem
         shape = (p.e_local, p.n, p.k) if p.moe else (p.n, p.k)
-        scheme, layout = scheme_named(p.scheme), TensorLayout.parse(p.layout or "strided")
+        scheme, layout = replace(scheme_named(p.scheme), block=p.group), TensorLayout.parse(p.layout or "strided")
         return PackedForm(scheme, shape, layout) if layout.packed else MxForm(scheme, shape, layout, self.pad)
 
     def act(self, scale: torch.Tensor | None) -> ActQuant:
