@@ -14,9 +14,9 @@ from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, INT4_GROUP, INT4_GROUPS, SCHEMES, ScaleMode
 
 DESCRIPTION = """Convert a Hugging Face checkpoint (bf16, fp16 or fp32 safetensors, dense or MoE) to MX formats or int4,
-shard by shard: little memory is needed, and a killed run goes on where it stopped when the command is repeated. DST appears
-only when it is whole; SGLang with this package serves it without any flag. Router, embeddings, lm_head, norms and
-encoders of images and sound stay as they are."""
+shard by shard: little memory is needed, and a killed run goes on where it stopped when the command is repeated. DST
+appears only when it is whole; SGLang with this package serves it without any flag. Router, embeddings, lm_head, norms
+and encoders of images and sound stay as they are."""
 EXAMPLE = "amd-mx quantize Qwen3-30B-A3B Qwen3-30B-A3B-W4A8 --scheme w4a8"
 
 KEEP = "keep"
