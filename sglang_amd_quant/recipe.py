@@ -100,9 +100,9 @@ class Recipe:
                 ) from None
 
     @classmethod
-    def uniform(cls, scheme: str) -> Recipe:
+    def uniform(cls, scheme: str, group: int = INT4_GROUP) -> Recipe:
         """Every quantizable layer gets the same scheme."""
-        return cls(default=scheme, source=f"scheme {scheme}")
+        return cls(default=scheme, source=f"scheme {scheme}", group=group)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "recipe") -> Recipe:
