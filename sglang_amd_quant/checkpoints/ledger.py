@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_amd_quant.checkpoints.naming import STORED, Part, Role, is_fused, some
+from sglang_amd_quant.checkpoints import checks
+from sglang_amd_quant.checkpoints.naming import INT4_ROLES, Part, Role, is_fused, some
 from sglang_amd_quant.errors import CheckpointError
 from sglang_amd_quant.formats import dequantize_int4, dequantize_mx, group_words, split_words
-from sglang_amd_quant.formats.int4 import ZERO
 from sglang_amd_quant.formats.mx import ELEMENTS
 from sglang_amd_quant.recipe import always_bf16
 from sglang_amd_quant.schemes import MX_BLOCK, Scheme
@@ -22,11 +22,8 @@ if TYPE_CHECKING:
 
 Named = tuple[str, torch.Tensor]
 
-E8M0_NAN = 255
 _ELEMENT_OF = {element.dtype: element.name for element in ELEMENTS.values()}
 INT4 = "int4"
-NIBBLES = 8  # to a word
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _RAW_DTYPES = frozenset({torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu})
 _KV_CACHE = re.compile(r".*\.(k_scale|v_scale|[kv]_proj\.output_scale)")
 _QUANTIZERS_OWN = re.compile(
@@ -81,6 +78,10 @@ class Ledger:
         part = self._reader.part(name)
         if part is None or (part.role is Role.DATA and tensor.dtype not in _RAW_DTYPES | {torch.int32}):
             return self._passed(name, tensor)
+        scheme = self._scheme(part.module)
+        if part.role in INT4_ROLES and scheme is not None and scheme.weight != INT4:
+            self._left_over.add(name)
+            return None
         module = self._modules.setdefault(part.module, _Module())
         if part.role in module.names:
             raise CheckpointError(name, f"says what {module.names[part.role]} says already", "delete one of the two")
@@ -93,7 +94,7 @@ class Ledger:
         if checked is None:
             return None
         part = replace(part, role=Role.SCALE) if part.role is Role.ZEROS else part
-        if self._scheme(part.module) is None:
+        if scheme is None:
             return self._dequantized(part, checked, module)
         return part.name, checked
 
@@ -119,21 +120,21 @@ class Ledger:
                 element = self._element(name, part.module, tensor)
                 module.is_int4 = element == INT4
                 tensor = self._reader.data(name, tensor, element)
-                module.blocks[part.role] = _checked_data(name, tensor, element, self._block(module), rank)
+                module.blocks[part.role] = checks.data(name, tensor, element, self._block(module), rank)
             case Role.SCALE:
                 tensor, scheme = self._reader.scales(name, tensor), self._scheme(part.module)
                 module.is_int4 = tensor.dtype != torch.uint8 if scheme is None else scheme.weight == INT4
-                check = _checked_groups if module.is_int4 else _checked_scales
+                check = checks.groups if module.is_int4 else checks.scales
                 module.blocks[part.role] = check(name, tensor, rank)
             case Role.SHAPE:
-                module.blocks |= _checked_shape(name, tensor, self._reader.recipe.group)
+                module.blocks |= checks.shape(name, tensor, self._reader.recipe.group)
             case Role.ZEROS:
                 module.is_int4 = True
-                tensor = _checked_zeros(name, self._reader.zeros(name, tensor), self._reader.symmetric)
+                tensor = checks.zeros(name, self._reader.zeros(name, tensor), self._reader.symmetric)
             case Role.ORDER:
-                _check_order(name, tensor, self._reader.recipe.group)
+                checks.order(name, tensor, self._reader.recipe.group)
             case Role.INPUT_SCALE:
-                return _checked_input_scale(name, tensor, rank == 3)
+                return checks.input_scale(name, tensor, rank == 3)
         self._check_blocks(module)
         if part.role in (Role.SHAPE, Role.ORDER):
             return None
@@ -159,22 +160,16 @@ class Ledger:
     def _words(self, part: Part, tensor: torch.Tensor, module: _Module) -> torch.Tensor | None:
         """int4 scales and zero points as words (`formats.group_words`), as soon as both are here; where the config
         says symmetric, scales wait for nothing and zero points, which are 8, are dropped."""
-        module.unpaired[part.role] = tensor
-        wanted = {Role.SCALE} if self._reader.symmetric else {Role.SCALE, Role.ZEROS}
-        if not wanted <= set(module.unpaired):
-            module.unpaired = {} if self._reader.symmetric else module.unpaired
-            return None
-        scales, zeros = module.unpaired.pop(Role.SCALE), module.unpaired.pop(Role.ZEROS, None)
-        if zeros is not None:
-            rows, groups = scales.shape[-2:]
-            spare = zeros.shape[-2] - rows
-            if zeros.shape[-1] != groups or not 0 <= spare < NIBBLES:  # words of rows may be filled up
-                raise CheckpointError(
-                    f"{module.names[Role.ZEROS]} {list(zeros.shape)}",
-                    f"there are {[rows, groups]} scales",
-                    "the file was cut or mixed up: fetch it again",
-                )
-            zeros = zeros[..., :rows, :]
+        if self._reader.symmetric:
+            scales, zeros = tensor, None
+            if part.role is Role.ZEROS:
+                return None
+        else:
+            module.unpaired[part.role] = tensor
+            if len(module.unpaired) < 2:
+                return None
+            scales, zeros = module.unpaired.pop(Role.SCALE), module.unpaired.pop(Role.ZEROS)
+            zeros = checks.paired_zeros(module.names[Role.ZEROS], zeros, scales)
         module.dtype = scales.dtype
         return group_words(scales, zeros)
 
@@ -252,109 +247,3 @@ class Ledger:
                 "stored unquantized, but the checkpoint's config says quantized",
                 "add them to the exclude list in config.json",
             )
-
-
-def _checked_data(name: str, tensor: torch.Tensor, element: str, block: int, rank: int) -> tuple[int, ...]:
-    """Blocks [..., N, K/block] of a canonical weight."""
-    dtype, pack = STORED[element][0], 1 if element == "e4m3" else 2
-    if tensor.dtype != dtype:
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)} {tensor.dtype}",
-            f"the config says {element} weights, which are {dtype}",
-            "mend the scheme in config.json's quantization_config",
-        )
-    stored = block // pack
-    if tensor.dim() != rank or tensor.numel() == 0 or tensor.shape[-1] % stored:
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)}",
-            f"a stored {element} weight is [{'E, ' * (rank - 2)}N, K/{pack}] with K a multiple of {block}",
-            "fetch the checkpoint again, or mend the scheme in config.json",
-        )
-    return (*tensor.shape[:-1], tensor.shape[-1] // stored)
-
-
-def _checked_scales(name: str, tensor: torch.Tensor, rank: int) -> tuple[int, ...]:
-    """Blocks [..., N, K/32] of canonical scales."""
-    if tensor.dtype != torch.uint8 or tensor.dim() != rank:
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)} {tensor.dtype}",
-            f"block scales are e8m0 bytes (uint8) [{'E, ' * (rank - 2)}N, K/{MX_BLOCK}]",
-            "the checkpoint is of another format: check config.json's quant_method",
-        )
-    if not tensor.is_meta and tensor.numel() and int(tensor.max()) == E8M0_NAN:
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)}",
-            f"{int((tensor == E8M0_NAN).sum())} scale bytes are 255, e8m0's NaN",
-            "quantize the source again: its weights held NaN or Inf, or padding was written",
-        )
-    return tuple(tensor.shape)
-
-
-def _checked_groups(name: str, tensor: torch.Tensor, rank: int) -> tuple[int, ...]:
-    """Blocks [..., N, K/group] of int4 scales: floats, or words that are canonical already."""
-    if tensor.dtype not in (*_FLOATS, torch.int32) or tensor.dim() != rank:
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)} {tensor.dtype}",
-            f"int4 scales are floats, or int32 words of scale and zero point, [{'E, ' * (rank - 2)}N, K/group]",
-            "the checkpoint is of another format: check config.json's quant_method",
-        )
-    if not tensor.is_meta:
-        scales = split_words(tensor)[0] if tensor.dtype == torch.int32 else tensor
-        bad = int(torch.count_nonzero(~scales.isfinite()))
-        if bad:
-            raise CheckpointError(
-                f"{name} {list(tensor.shape)}",
-                f"{bad} scales are NaN or Inf",
-                "quantize the source again: its weights held NaN or Inf, or a scale left fp16's range",
-            )
-    return tuple(tensor.shape)
-
-
-def _checked_zeros(name: str, tensor: torch.Tensor, symmetric: bool) -> torch.Tensor:
-    """int4 zero points [N, K/group]. Where the config says symmetric they must be 8, or bytes and config contradict
-    one another (GPTQ's two versions differ by one)."""
-    if symmetric and not tensor.is_meta and bool((tensor != ZERO).any()):
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)}",
-            f"zero points other than {ZERO} (as {int(tensor[tensor != ZERO][0])}), though the config says symmetric",
-            "mend config.json's quantization_config (gptq: sym and checkpoint_format; awq: zero_point)",
-        )
-    return tensor
-
-
-def _check_order(name: str, tensor: torch.Tensor, group: int) -> None:
-    """The group of each element of K must be that of its place."""
-    if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)} {tensor.dtype}", "groups of K are int32 [K]", "fetch the checkpoint again"
-        )
-    if not tensor.is_meta and not torch.equal(tensor, torch.arange(len(tensor), dtype=tensor.dtype) // group):
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)}",
-            f"in activation order (desc_act), where kernels read groups of {group} neighbours",
-            "take a checkpoint made with desc_act false, or quantize the bf16 original with `amd-mx quantize`",
-        )
-
-
-def _checked_shape(name: str, tensor: torch.Tensor, group: int) -> dict[Role, tuple[int, ...]]:
-    """Blocks [N, K/group] that a stored shape says; nothing without values."""
-    if tensor.shape != (2,) or tensor.is_floating_point():
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)} {tensor.dtype}", "a shape is two integers, N and K", "fetch the file again"
-        )
-    if tensor.is_meta:
-        return {}
-    n, k = tensor.tolist()
-    return {Role.SHAPE: (n, -(-k // group))}
-
-
-def _checked_input_scale(name: str, tensor: torch.Tensor, fused: bool) -> torch.Tensor:
-    """Static activation scales as float32: a scalar, or [E] where experts are fused."""
-    if not tensor.is_floating_point() or (tensor.dim() != 1 if fused else tensor.numel() != 1):
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)} {tensor.dtype}", "an input scale is one float", "calibrate the source again"
-        )
-    scale = tensor.to(torch.float32) if fused else tensor.reshape(()).to(torch.float32)
-    if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise CheckpointError(f"{name} = {scale.tolist()}", "no positive finite scale", "calibrate the source again")
-    return scale

@@ -35,8 +35,8 @@ _MANY = 6
 
 
 class Role(StrEnum):
-    """What a tensor is to its module: one of `CANONICAL_ROLES`, or what only int4 formats store, which is checked and
-    becomes part of the scales (zero points) or is dropped."""
+    """What a tensor is to its module: one of `CANONICAL_ROLES`; or of `INT4_ROLES`, which are checked and then become
+    part of the scales (zero points) or are dropped."""
 
     DATA = "weight"
     SCALE = "weight_scale"
@@ -47,6 +47,7 @@ class Role(StrEnum):
 
 
 CANONICAL_ROLES = (Role.DATA, Role.SCALE, Role.INPUT_SCALE)
+INT4_ROLES = (Role.ZEROS, Role.ORDER, Role.SHAPE)
 
 
 @dataclass(frozen=True)

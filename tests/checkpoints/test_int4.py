@@ -375,6 +375,21 @@ def test_another_version_of_gptq_is_found_where_it_is_symmetric(saved: Saved, to
         tools.canonical(tmp_path / "m")
 
 
+def test_zero_points_of_mx_layers_are_left_over(tools: Any) -> None:
+    """compressed-tensors mixes formats by group: zero points belong to int4."""
+    made = config(CT, GROUP, symmetric=False)
+    mx = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+    made["config_groups"]["mx"] = {"targets": ["re:.*mlp"], "weights": mx}
+    reader = tools.reader_for(made)
+    assert reader.recipe.scheme_for("a.mlp.up_proj").name == "w4a16"
+    assert reader.recipe.scheme_for(Q).block == GROUP
+    tensors = stored(CT, Int4.of(torch.randn(32, 64), GROUP, symmetric=False), symmetric=False)
+    with pytest.raises(CheckpointError, match=r"left over: a\.mlp\.up_proj\.weight_zero_point"):
+        list(reader.canonical([("a.mlp.up_proj.weight_zero_point", tensors["weight_zero_point"])]))
+    with pytest.raises(CheckpointError, match=r"weight_packed \[32, 8\] torch.int32: the config says e2m1"):
+        list(reader.canonical([("a.mlp.up_proj.weight_packed", tensors["weight_packed"])]))
+
+
 class TestOurOwn:
     @pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
     def test_quantize(self, saved: Saved, tools: Any, tmp_path: Path, model_type: str) -> None:

@@ -320,3 +320,21 @@ def test_weights_that_a_kernel_packs(make_config, rank, as_gpu, monkeypatch):
         assert (layer.weight_scale == 255).all()
     with pytest.raises(CheckpointError, match="256 of 256 weight scales"):
         layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
+def test_dummy_weights_are_finite_and_small(make_config, rank, monkeypatch, scheme):
+    """`--load-format dummy`: no tensor comes, and the layer computes."""
+    from sglang.srt.layers.linear import ReplicatedLinear
+
+    from sglang_amd_quant.integration import loading
+
+    monkeypatch.setattr(loading, "is_dummy_load", lambda: True)
+    with rank():
+        layer = ReplicatedLinear(
+            64, 32, bias=False, params_dtype=torch.bfloat16, quant_config=make_config(recipe(scheme)), prefix="m.q_proj"
+        )
+    layer.quant_method.process_weights_after_loading(layer)
+    values = layer.amd_mx.values()
+    assert torch.isfinite(values).all()
+    assert 0 < values.abs().max() <= 2**-8 * (240 if scheme.weight == "e4m3" else 8)  # e4m3 0x77 is 240
