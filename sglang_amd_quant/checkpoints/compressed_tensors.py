@@ -53,6 +53,8 @@ class CompressedTensorsReader(Reader):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], model: Mapping[str, Any]) -> Self:
+        if (config.get("transform_config") or {}).get("config_groups"):
+            raise unsupported("transform_config", "activations have to be rotated too, which no kernel here does")
         default, exact, regular = BF16, [], []
         int4 = {}  # (group, symmetric) -> where it is said
         for group, spec in (config.get("config_groups") or {}).items():

@@ -19,6 +19,7 @@ from sglang_amd_quant.recipe import Recipe
 from tests.int4_files import Int4, config, rewrite, stored
 
 METHODS = ("gptq", "gptq_v2", "awq", "compressed-tensors")
+CT = "compressed-tensors"
 GROUP = 32  # all that 64 and 96 columns allow
 Q = "model.layers.0.self_attn.q_proj"
 Saved = Callable[[str], Path]
@@ -246,6 +247,7 @@ def two_groups() -> dict[str, Any]:
         (refused("awq", group_size=16), "group_size 16: int4 kernels know groups"),
         (group_of(actorder="group"), r"group_0\.weights actorder 'group': in activation order"),
         (group_of(strategy="channel", group_size=None), r"group_0\.weights group_size -1 \(one scale a row\)"),
+        (config(CT, GROUP, True, transform_config={"config_groups": {"u": {}}}), "transform_config: activations"),
         (two_groups(), "group_0 and config_groups.group_1: int4 layers of several group sizes"),
     ],
 )
@@ -297,7 +299,6 @@ def value(number: float) -> Callable[[Path], None]:
     return change("scales", lambda t: t.fill_(number))
 
 
-CT = "compressed-tensors"
 BROKEN: dict[str, tuple[str, Callable[[Path], None], str]] = {
     # partners
     "no qzeros": ("gptq", change("qzeros", None), f"{Q}: qzeros: missing"),
