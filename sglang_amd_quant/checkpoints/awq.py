@@ -50,7 +50,7 @@ class AwqReader(Reader):
         return cls(Recipe(rules, SCHEME, CONFIG, group), symmetric=not config.get("zero_point", True))
 
     def data(self, name: str, tensor: torch.Tensor, element: str) -> torch.Tensor:
-        k, words_of_n = words(name, tensor, "[K, N/8]", rows=8).shape
+        k, words_of_n = words(name, tensor, "[K, N/8], K in whole groups", rows=8).shape
         return AutoAwq().unpack(tensor, 8 * words_of_n, k // 2)
 
     def scales(self, name: str, tensor: torch.Tensor) -> torch.Tensor:

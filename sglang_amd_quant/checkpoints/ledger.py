@@ -60,6 +60,8 @@ class Ledger:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
+        words = {torch.int32} if INT4 in reader.recipe.weights else set()
+        self._stored = _RAW_DTYPES | words  # dtypes of weights that are quantized
         self._names: set[str] = set()
         self._modules: dict[str, _Module] = {}
         self._schemes: dict[str, Scheme | None] = {}
@@ -76,7 +78,7 @@ class Ledger:
             raise CheckpointError(name, "stored twice", "delete one of the two copies")
         self._names.add(name)
         part = self._reader.part(name)
-        if part is None or (part.role is Role.DATA and tensor.dtype not in _RAW_DTYPES | {torch.int32}):
+        if part is None or (part.role is Role.DATA and tensor.dtype not in self._stored):
             return self._passed(name, tensor)
         scheme = self._scheme(part.module)
         if part.role in INT4_ROLES and scheme is not None and scheme.weight != INT4:
