@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .mx_gemm import STRIDED, MxGemmConfig, layout_constants, mx_gemm_kernel
+from .mx_gemm import MxGemmConfig, mx_gemm_kernel
+from .tiles import STRIDED, layout_constants
 
 TRITON_ARCHS = ("gfx950", "gfx942", "gfx1100", "sm_90")
 

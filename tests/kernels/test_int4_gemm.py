@@ -1,0 +1,134 @@
+"""The Triton GEMM of int4 groups: machine code against fp64, in every layout, group and dtype."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it is not said
+
+from emulated_triton import emulated_triton
+from sglang_amd_quant.kernels.triton.int4_gemm import Int4GemmConfig, int4_gemm
+
+from sglang_amd_quant.formats import dequantize_int4, group_words
+from sglang_amd_quant.layouts.names import TensorLayout
+from sglang_amd_quant.layouts.registry import scale_layout, value_layout
+
+AMD = ("gfx950", "gfx942", "gfx1100", "gfx1151")
+DECODE = {
+    "gfx950": "cdna_int4+tile_group", "gfx942": "cdna_int4+tile_group", "gfx1100": "rdna_int4+tile_group",
+    "gfx1151": "rdna_int4+tile_group", "sm_90": "mma_int4+tile_group",
+}  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EXPERTS, TOP_K = 3, 2
+
+
+@dataclass
+class Problem:
+    """Inputs with tails along N, and of routing; strided weights, and as a layout keeps them."""
+
+    x: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    options: dict[str, Any]
+
+    @property
+    def words(self) -> torch.Tensor:
+        return group_words(self.scales, self.zeros)
+
+    @property
+    def group(self) -> int:
+        return self.codes.shape[-1] * 2 // self.scales.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        return self.x.shape[0] * self.options.get("top_k", 1)
+
+    def run(self, config: Int4GemmConfig, arch: str, layout: str, out: torch.dtype) -> torch.Tensor:
+        lies = TensorLayout.parse(layout)
+        y = torch.full((self.rows, self.codes.shape[-2]), torch.nan, dtype=out)
+        return int4_gemm(
+            self.x, value_layout(lies.value).pack(self.codes), scale_layout(lies.scale).pack(self.words), y, config,
+            arch, group=self.group, layout=(lies.value, lies.scale), **self.options,
+        )  # fmt: skip
+
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The product and the sum of the magnitudes of its terms, in fp64, expert by expert."""
+        w = dequantize_int4(self.codes, self.scales, self.zeros, torch.float64)
+        x, o = self.x.double().repeat_interleave(self.options.get("top_k", 1), 0), self.options
+        bias = o.get("bias", torch.zeros(w.shape[:-1])).double()
+        if "row_ids" not in o:
+            return x @ w.T + bias, x.abs() @ w.abs().T + bias.abs()
+        product, magnitude = torch.zeros(2, self.rows, w.shape[-2], dtype=torch.float64)
+        block_m = o["row_ids"].numel() // o["block_experts"].numel()
+        for place, row in enumerate(o["row_ids"].tolist()):
+            expert = int(o["block_experts"][place // block_m])
+            if row < self.rows and expert >= 0:
+                weight = float(o["row_weights"][row])
+                product[row] = (w[expert] @ x[row] + bias[expert]) * weight
+                magnitude[row] = (w[expert].abs() @ x[row].abs() + bias[expert].abs()) * weight
+        return product, magnitude
+
+
+def problem(m: int, n: int, k: int, group: int, x: str = "bf16", grouped: int = 0, bias: bool = False) -> Problem:
+    """Random inputs; `grouped` is the BLOCK_M of routing, 0 for a dense problem."""
+    g = torch.Generator().manual_seed(m * n + k + group)
+    lead = (EXPERTS,) if grouped else ()
+    codes = torch.randint(0, 256, (*lead, n, k // 2), dtype=torch.uint8, generator=g)
+    scales = (torch.rand(*lead, n, k // group, generator=g) + 0.5).to(DTYPES[x]) / 64
+    zeros = torch.randint(0, 16, scales.shape, dtype=torch.uint8, generator=g)
+    options: dict[str, Any] = {}
+    if bias:
+        options["bias"] = torch.randn(*lead, n, generator=g).bfloat16()
+    if grouped:
+        experts = torch.randint(0, EXPERTS, (m * TOP_K,), generator=g)
+        experts[:5] = -1  # another rank's
+        row_ids, block_experts = [], []
+        for expert in experts.unique().tolist():
+            mine = torch.nonzero(experts == expert)[:, 0].tolist()
+            blocks = -(-len(mine) // grouped)
+            row_ids += mine + [experts.numel()] * (blocks * grouped - len(mine))
+            block_experts += [expert] * blocks
+        options["row_ids"] = torch.tensor(row_ids, dtype=torch.int32)
+        options["block_experts"] = torch.tensor(block_experts, dtype=torch.int32)
+        options["row_weights"] = torch.rand(m * TOP_K, generator=g)
+        options["top_k"] = TOP_K
+    return Problem(torch.randn(m, k, generator=g).to(DTYPES[x]), codes, scales, zeros, options)
+
+
+def assert_close(y: torch.Tensor, p: Problem) -> None:
+    """q - z and fp32 scales are exact; fp32 sums of K products, scaled by group, round K + K / group + 2 times at most;
+    y is rounded once, to 8 bits or more."""
+    want, magnitude = p.exact()
+    bound = (p.x.shape[-1] + p.scales.shape[-1] + 2) * 2.0**-23 * magnitude
+    bound += {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[y.dtype] * want.abs()
+    error = (y.double() - want).abs()
+    assert y.isfinite().all()
+    assert (error <= bound).all(), (error - bound).max()
+
+
+def executed(p: Problem, config: Int4GemmConfig, arch: str, layout: str, out: str = "fp32") -> None:
+    with emulated_triton(arch) as made:
+        y = p.run(config, arch, layout, DTYPES[out])
+    assert made[0].compiled.report.problems == []
+    if arch == "sm_90":  # compiled only
+        return
+    assert made[0].counters is not None
+    assert made[0].counters.matrix > 0
+    assert_close(y, p)
+
+
+@pytest.mark.parametrize("arch", [*AMD, "sm_90"])
+@pytest.mark.parametrize("lies", ["strided", "decode"])
+@pytest.mark.parametrize(("group", "block_k"), [(32, 64), (64, 128), (128, 64)])
+def test_layouts_are_read_where_they_lie(arch: str, lies: str, group: int, block_k: int) -> None:
+    """K of an odd number of groups: where two are a step, the last has one."""
+    config = Int4GemmConfig(16, 32, block_k, nonkdim=16, num_stages=1)
+    executed(problem(20, 40, 3 * group, group), config, arch, "strided" if lies == "strided" else DECODE[arch])
