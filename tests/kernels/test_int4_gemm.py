@@ -14,11 +14,13 @@ pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it is not said
 
 from emulated_triton import emulated_triton
-from sglang_amd_quant.kernels.triton.int4_gemm import Int4GemmConfig, int4_gemm
+from sglang_amd_quant.kernels.triton.int4_gemm import Int4GemmConfig, int4_gemm, int4_gemm_torch
+from sglang_amd_quant.kernels.triton.manifest import Int4Variant, int4_variants
 
 from sglang_amd_quant.formats import dequantize_int4, group_words
 from sglang_amd_quant.layouts.names import TensorLayout
 from sglang_amd_quant.layouts.registry import scale_layout, value_layout
+from sglang_amd_quant.toolchain.triton_aot import compile_variant
 
 AMD = ("gfx950", "gfx942", "gfx1100", "gfx1151")
 DECODE = {
@@ -53,7 +55,7 @@ class Problem:
 
     def run(self, config: Int4GemmConfig, arch: str, layout: str, out: torch.dtype) -> torch.Tensor:
         lies = TensorLayout.parse(layout)
-        y = torch.full((self.rows, self.codes.shape[-2]), torch.nan, dtype=out)
+        y = torch.full((self.rows, self.codes.shape[-2]), torch.nan, dtype=out, device=self.x.device)
         return int4_gemm(
             self.x, value_layout(lies.value).pack(self.codes), scale_layout(lies.scale).pack(self.words), y, config,
             arch, group=self.group, layout=(lies.value, lies.scale), **self.options,
@@ -125,10 +127,80 @@ def executed(p: Problem, config: Int4GemmConfig, arch: str, layout: str, out: st
     assert_close(y, p)
 
 
+@pytest.mark.parametrize("variant", list(int4_variants()), ids=lambda v: f"{v.arch}-{v.name}")
+def test_variants_compile_without_spills_and_keep_their_claims(variant: Int4Variant) -> None:
+    assert compile_variant(variant).report.problems == []
+
+
 @pytest.mark.parametrize("arch", [*AMD, "sm_90"])
 @pytest.mark.parametrize("lies", ["strided", "decode"])
-@pytest.mark.parametrize(("group", "block_k"), [(32, 64), (64, 128), (128, 64)])
-def test_layouts_are_read_where_they_lie(arch: str, lies: str, group: int, block_k: int) -> None:
+@pytest.mark.parametrize(("group", "block_k", "x"), [(32, 64, "bf16"), (64, 128, "fp16"), (128, 64, "bf16")])
+def test_layouts_are_read_where_they_lie(arch: str, lies: str, group: int, block_k: int, x: str) -> None:
     """K of an odd number of groups: where two are a step, the last has one."""
     config = Int4GemmConfig(16, 32, block_k, nonkdim=16, num_stages=1)
-    executed(problem(20, 40, 3 * group, group), config, arch, "strided" if lies == "strided" else DECODE[arch])
+    executed(problem(20, 40, 3 * group, group, x), config, arch, "strided" if lies == "strided" else DECODE[arch])
+
+
+@pytest.mark.parametrize("arch", [*AMD, "sm_90"])
+@pytest.mark.parametrize("lies", ["strided", "decode"])
+@pytest.mark.parametrize(("x", "out"), [("bf16", "fp32"), ("fp16", "fp16")])
+def test_experts(arch: str, lies: str, x: str, out: str) -> None:
+    """N is no multiple of 16, so experts are padded in tiles; some rows are another rank's, and become zero."""
+    layout = "strided" if lies == "strided" else DECODE[arch]
+    config = Int4GemmConfig(16, 32, 64, nonkdim=16, num_stages=2)
+    p = problem(11, 40, 160, 32, x, grouped=16, bias=True)
+    assert int(p.options["block_experts"].min()) == -1
+    executed(p, config, arch, layout, out)
+
+
+@pytest.mark.parametrize("arch", AMD)
+@pytest.mark.parametrize(
+    ("m", "n", "bias", "x", "out"), [(1, 1, True, "bf16", "bf16"), (70, 130, False, "fp16", "fp32")]
+)
+def test_any_m_and_n(arch: str, m: int, n: int, bias: bool, x: str, out: str) -> None:
+    """One row and column; and several tiles each way, of which the last are in part outside."""
+    few = Int4GemmConfig(32, 64, 64, num_warps=4, num_stages=1, nonkdim=16)
+    executed(problem(m, n, 256, 128, x, bias=bias), few, arch, DECODE[arch], out)
+
+
+@pytest.mark.parametrize("arch", AMD)
+@pytest.mark.parametrize("group", [32, 128])
+def test_a_nan_scale_is_nan_in_its_column_and_nowhere_else(arch: str, group: int) -> None:
+    p = problem(3, 20, 256, group)
+    p.scales[7, 1] = torch.nan
+    with emulated_triton(arch):
+        y = p.run(Int4GemmConfig(16, 32, 64, nonkdim=16, num_stages=1), arch, DECODE[arch], torch.float32)
+    assert y.isnan().nonzero().tolist() == [[0, 7], [1, 7], [2, 7]]
+
+
+def test_groups_are_scaled_in_fp32() -> None:
+    """Weights that are no bf16 (15 times a scale of 8 bits), which a kernel that dequantizes first would round."""
+    p = problem(16, 32, 128, 32)
+    p.codes.fill_(0xFF), p.zeros.zero_(), p.scales.fill_(1 + 2.0**-7), p.x.fill_(1.0)
+    with emulated_triton("gfx942"):
+        y = p.run(Int4GemmConfig(16, 32, 64, nonkdim=16, num_stages=1), "gfx942", "strided", torch.float32)
+    assert torch.equal(y, torch.full_like(y, 128 * 15 * (1 + 2.0**-7)))
+
+
+@pytest.mark.parametrize("grouped", [0, 16])
+def test_the_twin_agrees(grouped: int) -> None:
+    p = problem(11, 40, 160, 32, grouped=grouped, bias=True)
+    got = int4_gemm_torch(p.x, p.codes, p.words, **p.options, dtype=torch.float64)
+    torch.testing.assert_close(got, p.exact()[0], rtol=1e-12, atol=1e-9)
+
+
+def _sm90() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(not _sm90(), reason="no sm_90 GPU")
+@pytest.mark.parametrize("variant", [v for v in int4_variants() if v.arch == "sm_90"], ids=lambda v: v.name)
+@pytest.mark.parametrize("layout", ["strided", "mma_int4+tile_group"])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_agrees_on_the_gpu(variant: Int4Variant, layout: str, group: int) -> None:
+    p = problem(
+        75, 200, 5 * group, group, variant.x_format, variant.config.block_m if variant.grouped else 0, bias=True
+    )
+    on_gpu = {name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in p.options.items()}
+    there = Problem(p.x.cuda(), p.codes.cuda(), p.scales.cuda(), p.zeros.cuda(), on_gpu)
+    assert_close(there.run(variant.config, "sm_90", layout, torch.float32).cpu(), p)
