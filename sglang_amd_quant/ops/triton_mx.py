@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,9 +22,14 @@ def tile_of(config: Config) -> MxGemmConfig:
     """A choice's parameters as the kernel takes them."""
     from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig
 
+    return MxGemmConfig(*config.tile, **launch_options(config))
+
+
+def launch_options(config: Config) -> dict[str, int]:
+    """What a choice says besides its tile, by the names of `TileConfig`."""
     optional = {"nonkdim": config.nonkdim, "group_m": dict(config.params).get("group_m")}
     given = {name: value for name, value in optional.items() if value is not None}
-    return MxGemmConfig(*config.tile, num_warps=config.num_warps or 4, num_stages=config.num_stages or 2, **given)
+    return {"num_warps": config.num_warps or 4, "num_stages": config.num_stages or 2, **given}
 
 
 def run_mx_gemm(call: LinearCall) -> None:
@@ -42,7 +48,12 @@ def run_mx_gemm(call: LinearCall) -> None:
 
 
 def run_mx_moe(call: MoeCall) -> torch.Tensor:
-    """`kernels/triton/mx_gemm.py`, grouped, twice; activation, quantization and sum over top_k in torch between.
+    """`kernels/triton/mx_gemm.py`, grouped, twice."""
+    return two_gemms(call, grouped)
+
+
+def two_gemms(call: MoeCall, grouped: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """An MoE by a grouped GEMM, called as the one below; activation, quantization and sum over top_k in torch between.
 
     The first product stays fp32 until its activation, as in the reference.
     """

@@ -1,0 +1,54 @@
+"""Launchers of the Triton GEMM of int4 groups (`kernels/triton/int4_gemm.py`); activations are not quantized."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_amd_quant.ops.packed import Weight, as_mx
+from sglang_amd_quant.ops.quantize import Quantized
+from sglang_amd_quant.ops.routing import Routing
+from sglang_amd_quant.ops.triton_mx import launch_options, two_gemms
+from sglang_amd_quant.selection import Config
+
+if TYPE_CHECKING:
+    from sglang_amd_quant.ops.linear import LinearCall
+    from sglang_amd_quant.ops.moe import MoeCall
+
+
+def run_int4_gemm(call: LinearCall) -> None:
+    """Dense."""
+    _gemm(call.x.contiguous(), call.weight, call.y, call.config, call.problem.arch, bias=call.bias)
+
+
+def run_int4_moe(call: MoeCall) -> torch.Tensor:
+    """Grouped, twice."""
+    return two_gemms(call, _grouped)
+
+
+def _grouped(
+    x: Quantized,
+    w: Weight,
+    bias: torch.Tensor | None,
+    config: Config,
+    arch: str,
+    routing: Routing,
+    top_k: int,
+    row_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x times the weights of each row's expert: fp32 [rows, N]; undefined in rows that no expert here takes."""
+    y = torch.empty(routing.rows, w.n, dtype=torch.float32, device=x.data.device)
+    _gemm(x.data, w, y, config, arch, bias=bias, row_ids=routing.row_ids, block_experts=routing.block_experts,
+          row_weights=row_weights, top_k=top_k)  # fmt: skip
+    return y
+
+
+def _gemm(x: torch.Tensor, weight: Weight, y: torch.Tensor, config: Config, arch: str, **options: object) -> None:
+    from sglang_amd_quant.kernels.triton.int4_gemm import Int4GemmConfig, int4_gemm
+
+    w, tile = as_mx(weight), Int4GemmConfig(*config.tile, **launch_options(config))
+    int4_gemm(
+        x, w.data, w.scales, y, tile, arch, group=w.scheme.block, layout=(w.layout.value, w.layout.scale),
+        **options,  # type: ignore[arg-type]
+    )  # fmt: skip
