@@ -5,7 +5,8 @@ scale s and zero point z (`formats.group_words`). q - z is exact in x's dtype. I
 fp32, and the group's scale is applied to that sum in fp32, so nothing is rounded but sums.
 
 Codes come as int32 words of eight: in sequence, as in a checkpoint's bytes, or paired as the decode kernels of a target
-read them. Grouped (mixture of experts) as in `mx_gemm.py`; experts lie one after the other, each padded by itself.
+read them. Grouped (mixture of experts) as in `mx_gemm.py`; experts lie one after the other, each padded by itself. Of
+gate_up weights as decode kernels read them 8 gates and 8 ups alternate (`decode_*` layouts): results and biases do not.
 """
 
 from __future__ import annotations
@@ -58,13 +59,15 @@ def int4_gemm_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, XCDS: tl.constexpr, EVEN_K: tl.constexpr,
     VALUES: tl.constexpr, SCALES: tl.constexpr, PAD: tl.constexpr, SCALE_PAD: tl.constexpr,
+    PAIRS: tl.constexpr = None,
 ):  # fmt: skip
     """One BLOCK_M x BLOCK_N tile of y; see `int4_gemm` for the arguments.
 
     M: rows of y (routed rows when grouped). tiles_m: blocks along M. GROUP: elements that share a scale. TOP_K: rows of
         y that share a row of x. BLOCK_K: of one step, whole groups; or of one product, several of which make a group.
         EVEN_K: steps end where K does. VALUES, SCALES: the weights' layouts, whose rows are padded to PAD words and
-        SCALE_PAD scales. `bias`, `row_ids` with `block_experts`, and `row_weights` may be None.
+        SCALE_PAD scales. PAIRS: `halves` or `interleaved`, where 8 gates and 8 ups alternate in the weights, for how
+        they do in y; N is then whole 16s. `bias`, `row_ids` with `block_experts`, and `row_weights` may be None.
     """
     HALF: tl.constexpr = x.dtype.element_ty == tl.float16
     PAIRED: tl.constexpr = VALUES != "strided"
@@ -72,6 +75,11 @@ def int4_gemm_kernel(
     DEPTH: tl.constexpr = GROUP if BLOCK_K > GROUP else BLOCK_K
     tile_m, tile_n = tile_of_program(tl.program_id(0), tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    places = columns  # of y and of the bias
+    if PAIRS == "halves":
+        places = columns // 16 * 8 + columns % 8 + columns % 16 // 8 * (N // 2)
+    elif PAIRS == "interleaved":
+        places = columns // 16 * 16 + columns % 8 * 2 + columns % 16 // 8
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     # K is whole groups, of 32 at least: so Triton sees by how much rows are aligned.
     w_cols = tl.cdiv(K // 32 * 4, PAD) * PAD
@@ -82,7 +90,7 @@ def int4_gemm_kernel(
         if expert < 0:
             nothing = tl.zeros((BLOCK_M, BLOCK_N), y.dtype.element_ty)
             inside = (rows < M)[:, None] & (columns < N)[None, :]
-            tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], nothing, mask=inside)
+            tl.store(y + rows.to(tl.int64)[:, None] * N + places[None, :], nothing, mask=inside)
             return
         stored = expert * (tl.cdiv(N, 16) * 16 if PAIRED else N)  # rows before the expert's
         w += stored * w_cols
@@ -114,11 +122,11 @@ def int4_gemm_kernel(
             total += products * (words & -16).to(tl.float32, bitcast=True)[None, :]
 
     if bias is not None:
-        total += tl.load(bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias + places, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if row_weights is not None:
         total *= tl.load(row_weights + rows, mask=rows < M, other=0.0)[:, None]
     inside = row_mask & column_mask[None, :]
-    tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], total.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + rows.to(tl.int64)[:, None] * N + places[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,7 @@ def int4_gemm(
     row_weights: torch.Tensor | None = None,
     top_k: int = 1,
     layout: tuple[str, str] = STRIDED,
+    pairs: str | None = None,
 ) -> torch.Tensor:
     """y = x w^T (+ bias) (* row_weights), into y. No host read of device data: may be captured in a graph.
 
@@ -163,6 +172,7 @@ def int4_gemm(
         row_weights: [M] fp32, the routing weights.
         top_k: rows of y a row of x.
         layout: names of the layouts of w and w_scales.
+        pairs: where 8 gates and 8 ups alternate in w's rows, how they do in y and bias: `halves` or `interleaved`.
     """
     m, n = y.shape
     k = x.shape[-1]
@@ -171,7 +181,7 @@ def int4_gemm(
     grid = (tiles_m * triton.cdiv(n, config.block_n),)
     int4_gemm_kernel[grid](
         x, w.view(torch.int32), w_scales, bias, y, row_ids, block_experts, row_weights, m, n, k, tiles_m,
-        **constants, **config.options(arch),
+        **constants, PAIRS=pairs, **config.options(arch),
     )  # fmt: skip
     return y
 

@@ -10,7 +10,7 @@ import torch
 from sglang_amd_quant.ops.packed import Weight, as_mx
 from sglang_amd_quant.ops.quantize import Quantized, quantize_activation
 from sglang_amd_quant.ops.routing import Routing, combined, route, row_weights, weighted_input
-from sglang_amd_quant.selection import Config
+from sglang_amd_quant.selection import Config, GemmProblem
 
 if TYPE_CHECKING:
     from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig
@@ -61,12 +61,10 @@ def two_gemms(call: MoeCall, grouped: Callable[..., torch.Tensor]) -> torch.Tens
     x = weighted_input(call)
     routing = route(call.topk_ids, problem.num_experts, tile_of(call.config13).block_m)
     first = grouped(
-        quantize_activation(x, problem.act13), call.w13, call.b13, call.config13, call.gate_up.arch, routing, top_k
+        quantize_activation(x, problem.act13), call.w13, call.b13, call.config13, call.gate_up, routing, top_k
     )  # fmt: skip
     hidden = quantize_activation(problem.activation(first).to(x.dtype), problem.act2)
-    return combined(
-        call, grouped(hidden, call.w2, call.b2, call.config2, call.down.arch, routing, 1, row_weights(call))
-    )
+    return combined(call, grouped(hidden, call.w2, call.b2, call.config2, call.down, routing, 1, row_weights(call)))
 
 
 def grouped(
@@ -74,7 +72,7 @@ def grouped(
     w: Weight,
     bias: torch.Tensor | None,
     config: Config,
-    arch: str,
+    problem: GemmProblem,
     routing: Routing,
     top_k: int,
     row_weights: torch.Tensor | None = None,
@@ -87,7 +85,7 @@ def grouped(
     # The kernel adds the bias and weights rows after the product, so a factor of the product goes before both.
     fused = x.factor is None
     mx_gemm(
-        x.data, x.scales, w.data, w.scales, y, tile_of(config), arch, bias=bias if fused else None,
+        x.data, x.scales, w.data, w.scales, y, tile_of(config), problem.arch, bias=bias if fused else None,
         row_ids=routing.row_ids, block_experts=routing.block_experts, row_weights=row_weights if fused else None,
         top_k=top_k,
     )  # fmt: skip

@@ -14,6 +14,7 @@ pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it is not said
 
 from emulated_triton import emulated_triton
+from sglang_amd_quant.kernels.triton.hopper_pack import row_order
 from sglang_amd_quant.kernels.triton.int4_gemm import Int4GemmConfig, int4_gemm, int4_gemm_torch
 from sglang_amd_quant.kernels.triton.manifest import Int4Variant, int4_variants
 
@@ -53,12 +54,16 @@ class Problem:
     def rows(self) -> int:
         return self.x.shape[0] * self.options.get("top_k", 1)
 
-    def run(self, config: Int4GemmConfig, arch: str, layout: str, out: torch.dtype) -> torch.Tensor:
-        lies = TensorLayout.parse(layout)
+    def run(
+        self, config: Int4GemmConfig, arch: str, layout: str, out: torch.dtype, pairs: str | None = None
+    ) -> torch.Tensor:
+        """`pairs`: the rows of the weights are put into the order of gates and ups first."""
+        lies, order = TensorLayout.parse(layout), row_order(self.codes.shape[-2], pairs).to(self.codes.device)
+        w, words = (t.index_select(-2, order) for t in (self.codes, self.words))
         y = torch.full((self.rows, self.codes.shape[-2]), torch.nan, dtype=out, device=self.x.device)
         return int4_gemm(
-            self.x, value_layout(lies.value).pack(self.codes), scale_layout(lies.scale).pack(self.words), y, config,
-            arch, group=self.group, layout=(lies.value, lies.scale), **self.options,
+            self.x, value_layout(lies.value).pack(w), scale_layout(lies.scale).pack(words), y, config, arch,
+            group=self.group, layout=(lies.value, lies.scale), pairs=pairs, **self.options,
         )  # fmt: skip
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,9 +121,11 @@ def assert_close(y: torch.Tensor, p: Problem) -> None:
     assert (error <= bound).all(), (error - bound).max()
 
 
-def executed(p: Problem, config: Int4GemmConfig, arch: str, layout: str, out: str = "fp32") -> None:
+def executed(
+    p: Problem, config: Int4GemmConfig, arch: str, layout: str, out: str = "fp32", pairs: str | None = None
+) -> None:
     with emulated_triton(arch) as made:
-        y = p.run(config, arch, layout, DTYPES[out])
+        y = p.run(config, arch, layout, DTYPES[out], pairs)
     assert made[0].compiled.report.problems == []
     if arch == "sm_90":  # compiled only
         return
