@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from sglang_amd_quant.kernels.triton.hopper_pack import row_order
-from sglang_amd_quant.kernels.triton.mx_gemm import STRIDED, element_of, mx_gemm_torch
+from sglang_amd_quant.kernels.triton.mx_gemm import element_of, mx_gemm_torch
+from sglang_amd_quant.kernels.triton.tiles import STRIDED
 
 from sglang_amd_quant.layouts.registry import scale_layout, value_layout
 
