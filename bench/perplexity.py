@@ -81,8 +81,8 @@ def window_nll(model: Any, ids: torch.Tensor) -> float:
 
 
 def stored_bits(scheme: Scheme) -> float:
-    """Bits per weight with scales: an e8m0 byte per 32 elements, or a bf16 per int4 group."""
-    return scheme.weight_bits + (16 / INT4_GROUP if scheme.weight == "int4" else 8 / scheme.block)
+    """Bits per weight with scales: an e8m0 byte per 32 elements, or a word per int4 group."""
+    return scheme.weight_bits + (32 / INT4_GROUP if scheme.weight == "int4" else 8 / scheme.block)
 
 
 def measure(model_dir: Path, names: list[str]) -> tuple[list[Result], dict[str, Any]]:
