@@ -122,8 +122,9 @@ class AmdMxLinearMethod(LinearMethodBase):
             out_dtype=self._dtype,
             group=self.scheme.block,
         )
-        weight = lay_out(MxTensor.canonical(data, scales, self.scheme), problem)
-        values = loading.Dequantized(data, scales, self.scheme) if current_arch() == CPU else None
+        stored = MxTensor.canonical(data, scales, self.scheme)
+        weight = lay_out(stored, problem)
+        values = loading.Dequantized(stored) if current_arch() == CPU else None
         layer.weight.data, layer.weight_scale.data = weight.tensors[:2]
         act = ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static)
         layer.amd_mx = QuantizedLinear(problem, weight, act, values)

@@ -178,17 +178,17 @@ BUDGET = CopyBudget()
 class Dequantized:
     """fp32 values of a quantized weight; on a CPU they are kept while the budget lasts, for speed."""
 
-    def __init__(self, data: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> None:
-        self._data, self._scales, self._scheme = data, scales, scheme
+    def __init__(self, weight: MxTensor) -> None:
+        self._weight = weight
         self._kept: dict[int | None, torch.Tensor] = {}
 
     def __call__(self, expert: int | None = None) -> torch.Tensor:
         """[N, K] in fp32, of one expert where the weight is [E, N, K]."""
         if expert in self._kept:
             return self._kept[expert]
-        data, scales = (t if expert is None else t[expert] for t in (self._data, self._scales))
-        with one_thread(data.device):
-            values = MxTensor.canonical(data, scales, self._scheme).dequantize()
+        weight = self._weight if expert is None else self._weight.expert(expert)
+        with one_thread(weight.device):
+            values = weight.dequantize()
         if values.device.type == "cpu" and BUDGET.take(values.numel() * 4):
             self._kept[expert] = values
         return values

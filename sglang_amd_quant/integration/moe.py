@@ -166,14 +166,13 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
         """Check that all of it came, lay it out as its kernels read it; forget copies of earlier weights."""
         run = layer.moe_runner_config
         activation = activation_of(run)
-        weights, kept, acts, gemms = [], [], [], []
+        weights, acts, gemms = [], [], []
         for name, op in (("w13", "moe_gate_up"), ("w2", "moe_down")):
             data, scales = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale").data
             if loading.is_dummy_load():
                 loading.fill_dummy(data, scales)
             loading.check_loaded(f"{self.prefix}.{name}", scales)
             static = loading.static_scale(f"{self.prefix}.{name}", getattr(layer, f"{name}_input_scale", None))
-            kept.append(loading.Dequantized(data, scales, self.scheme))
             acts.append(ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static))
             gemms.append(self._gemm(layer, op, data, activation, static is not None))
             weights.append(MxTensor.canonical(data, scales, self.scheme))
@@ -197,7 +196,9 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             w2=w2,
             b13=_narrowed(getattr(layer, "w13_weight_bias", None)),
             b2=_narrowed(getattr(layer, "w2_weight_bias", None)),
-            values=(kept[0], kept[1]) if current_arch() == CPU else None,
+            values=(loading.Dequantized(weights[0]), loading.Dequantized(weights[1]))
+            if current_arch() == CPU
+            else None,
         )
         layer.amd_mx.prepare()
 
