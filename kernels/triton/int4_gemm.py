@@ -32,6 +32,19 @@ def codes_of(words, PAIRED: tl.constexpr):
 
 
 @triton.jit
+def cdna_blocks(words, ROWS: tl.constexpr):
+    """int32 [R, 16] words of 128 elements as `cdna_int4` keeps them -> [R, 4] each of four 32-blocks.
+
+    A row's words 4 q ... 4 q + 3, which lie together, are word q of each block: so Triton loads 16 bytes a lane, and
+    keeps elements along K together on their way through LDS.
+    """
+    even, odd = tl.split(words.reshape(ROWS, 4, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
 def shifted(codes, HALF: tl.constexpr):
     """Codes 0 to 15, as the last bits of a mantissa -> 1024 + code in fp16 if HALF, else 128 + code in fp32."""
     bits = (codes | 0x6400).to(tl.int16) if HALF else codes << 16 | 0x43000000
@@ -64,7 +77,8 @@ def int4_gemm_kernel(
     """One BLOCK_M x BLOCK_N tile of y; see `int4_gemm` for the arguments.
 
     M: rows of y (routed rows when grouped). tiles_m: blocks along M. GROUP: elements that share a scale. TOP_K: rows of
-        y that share a row of x. BLOCK_K: of one step, whole groups; or of one product, several of which make a group.
+        y that share a row of x. BLOCK_K: of one step, whole groups; or of one product, several of which make a group;
+        for `cdna_int4` 128.
         EVEN_K: steps end where K does. VALUES, SCALES: the weights' layouts, whose rows are padded to PAD words and
         SCALE_PAD scales. PAIRS: `halves` or `interleaved`, where 8 gates and 8 ups alternate in the weights, for how
         they do in y; N is then whole 16s. `bias`, `row_ids` with `block_experts`, and `row_weights` may be None.
@@ -72,7 +86,8 @@ def int4_gemm_kernel(
     HALF: tl.constexpr = x.dtype.element_ty == tl.float16
     PAIRED: tl.constexpr = VALUES != "strided"
     STEP: tl.constexpr = BLOCK_K if BLOCK_K > GROUP else GROUP
-    DEPTH: tl.constexpr = GROUP if BLOCK_K > GROUP else BLOCK_K
+    CDNA: tl.constexpr = VALUES == "cdna_int4"
+    DEPTH: tl.constexpr = 32 if CDNA else GROUP if BLOCK_K > GROUP else BLOCK_K
     tile_m, tile_n = tile_of_program(tl.program_id(0), tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     places = columns  # of y and of the bias
@@ -103,9 +118,14 @@ def int4_gemm_kernel(
     w_rows = w + row_offsets(columns.to(tl.int64), w_cols, VALUES)[:, None]
     s_rows = w_scales + row_offsets(columns.to(tl.int64), s_cols, SCALES)
     w_k = tl.arange(0, DEPTH // 8)[None, :]
+    lane = tl.arange(0, 16)[None, :]
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, STEP):
+        if CDNA:
+            tl.static_assert(BLOCK_K == 128, "tiles of cdna_int4 are 128 of K")
+            w_tiles = tl.load(w_rows + (k * 2 + lane // 4 * 64 + lane % 4), mask=column_mask[:, None], other=0)
+            blocks = cdna_blocks(w_tiles, BLOCK_N)
         for g in tl.static_range(STEP // GROUP):
             x_mask, w_mask = row_mask, column_mask
             if not EVEN_K:
@@ -116,7 +136,11 @@ def int4_gemm_kernel(
             for d in tl.static_range(GROUP // DEPTH):
                 at = g * GROUP + d * DEPTH
                 x_tile = tl.load(x_rows + k + at, mask=x_mask, other=0.0)
-                w_tile = tl.load(w_rows + column_offsets((k + at) // 8 + w_k, VALUES), mask=w_mask[:, None], other=0)
+                if CDNA:
+                    w_tile = blocks[(g * GROUP + d * DEPTH) // 32]
+                else:
+                    w_at = column_offsets((k + at) // 8 + w_k, VALUES)
+                    w_tile = tl.load(w_rows + w_at, mask=w_mask[:, None], other=0)
                 values = dequantize_codes(w_tile, words & 15, PAIRED, HALF, BLOCK_N, DEPTH)
                 products = tl.dot(x_tile, values.T, products)
             total += products * (words & -16).to(tl.float32, bitcast=True)[None, :]
