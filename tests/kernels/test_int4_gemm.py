@@ -123,7 +123,7 @@ def assert_close(y: torch.Tensor, p: Problem) -> None:
 
 def whole(block_k: int, layout: str) -> int:
     """BLOCK_K, or the least with which a layout's tiles can be read."""
-    return max(block_k, 128) if layout.startswith("cdna") else block_k
+    return max(block_k, 128 if layout.startswith("cdna") else 64)
 
 
 def executed(
