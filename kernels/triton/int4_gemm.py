@@ -32,6 +32,27 @@ def codes_of(words, PAIRED: tl.constexpr):
 
 
 @triton.jit
+def blocks_of(words, VALUES: tl.constexpr, ROWS: tl.constexpr):
+    """Words as tiles keep them -> [ROWS, 4] in order of K, of each 32-block: four of `cdna_int4`, two of `mma_int4`.
+
+    So Triton loads 16 bytes a lane, and keeps elements along K together on their way to the matrix unit.
+
+    Args:
+        words: int32 [ROWS, 16], of which 4 q ... 4 q + 3 are word q of each block. `mma_int4`: [ROWS / 2, 16], of
+            which these are word q of either block, for rows n and n + 8.
+    """
+    if VALUES == "cdna_int4":
+        even, odd = tl.split(words.reshape(ROWS, 4, 2, 2))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        blocks = (first, second, third, fourth)
+    else:
+        first, second = tl.split(words.reshape(ROWS // 16, 8, 4, 2, 2).permute(0, 4, 1, 2, 3))
+        blocks = (first.reshape(ROWS, 4), second.reshape(ROWS, 4))
+    return blocks
+
+
+@triton.jit
 def shifted(codes, HALF: tl.constexpr):
     """Codes 0 to 15, as the last bits of a mantissa -> 1024 + code in fp16 if HALF, else 128 + code in fp32."""
     bits = (codes | 0x6400).to(tl.int16) if HALF else codes << 16 | 0x43000000
@@ -64,15 +85,17 @@ def int4_gemm_kernel(
     """One BLOCK_M x BLOCK_N tile of y; see `int4_gemm` for the arguments.
 
     M: rows of y (routed rows when grouped). tiles_m: blocks along M. GROUP: elements that share a scale. TOP_K: rows of
-        y that share a row of x. BLOCK_K: of one step, whole groups; or of one product, several of which make a group.
-        EVEN_K: steps end where K does. VALUES, SCALES: the weights' layouts, whose rows are padded to PAD words and
-        SCALE_PAD scales. PAIRS: `halves` or `interleaved`, where 8 gates and 8 ups alternate in the weights, for how
-        they do in y; N is then whole 16s. `bias`, `row_ids` with `block_experts`, and `row_weights` may be None.
+        y that share a row of x. BLOCK_K: of one step, whole groups; or of one product, several of which make a group;
+        whole tiles of `cdna_int4` and `mma_int4`. EVEN_K: steps end where K does. VALUES, SCALES: the weights' layouts,
+        whose rows are padded to PAD words and SCALE_PAD scales. PAIRS: `halves` or `interleaved`, where 8 gates and 8
+        ups alternate in the weights, for how they do in y; N is then whole 16s. `bias`, `row_ids` with
+        `block_experts`, and `row_weights` may be None.
     """
     HALF: tl.constexpr = x.dtype.element_ty == tl.float16
     PAIRED: tl.constexpr = VALUES != "strided"
     STEP: tl.constexpr = BLOCK_K if BLOCK_K > GROUP else GROUP
-    DEPTH: tl.constexpr = GROUP if BLOCK_K > GROUP else BLOCK_K
+    TILE_K: tl.constexpr = 128 if VALUES == "cdna_int4" else 64 if VALUES == "mma_int4" else 0  # 256 or 128 words
+    DEPTH: tl.constexpr = 32 if TILE_K else GROUP if BLOCK_K > GROUP else BLOCK_K
     tile_m, tile_n = tile_of_program(tl.program_id(0), tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     places = columns  # of y and of the bias
@@ -92,31 +115,45 @@ def int4_gemm_kernel(
             inside = (rows < M)[:, None] & (columns < N)[None, :]
             tl.store(y + rows.to(tl.int64)[:, None] * N + places[None, :], nothing, mask=inside)
             return
-        stored = expert * (tl.cdiv(N, 16) * 16 if PAIRED else N)  # rows before the expert's
-        w += stored * w_cols
-        w_scales += stored * s_cols
+        before = expert * (tl.cdiv(N, 16) * 16 if PAIRED else N)  # rows
+        w += before * w_cols
+        w_scales += before * s_cols
         if bias is not None:
             bias += expert * N
     row_mask = (rows < M)[:, None]
     column_mask = columns < N
     x_rows = x + (rows // TOP_K).to(tl.int64)[:, None] * (K // 32 * 32) + tl.arange(0, DEPTH)[None, :]
-    w_rows = w + row_offsets(columns.to(tl.int64), w_cols, VALUES)[:, None]
+    stored = columns
+    if VALUES == "mma_int4":
+        stored = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2) // 8 * 16 + tl.arange(0, BLOCK_N // 2) % 8
+    w_rows = w + row_offsets(stored.to(tl.int64), w_cols, VALUES)[:, None]
     s_rows = w_scales + row_offsets(columns.to(tl.int64), s_cols, SCALES)
     w_k = tl.arange(0, DEPTH // 8)[None, :]
+    if TILE_K:
+        tl.static_assert(BLOCK_K % TILE_K == 0, "a step is whole tiles of the layout")
+        w_k = tl.arange(0, 16)[None, :]
+        w_k = w_k // 4 * 64 + w_k % 4 if VALUES == "cdna_int4" else w_k
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, STEP):
         for g in tl.static_range(STEP // GROUP):
-            x_mask, w_mask = row_mask, column_mask
+            x_mask, s_mask = row_mask, column_mask
             if not EVEN_K:
                 x_mask = row_mask & (k + g * GROUP < K)
-                w_mask = column_mask & (k + g * GROUP < K)
-            words = tl.load(s_rows + column_offsets(k // GROUP + g, SCALES), mask=w_mask, other=0)
+                s_mask = column_mask & (k + g * GROUP < K)
+            words = tl.load(s_rows + column_offsets(k // GROUP + g, SCALES), mask=s_mask, other=0)
             products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for d in tl.static_range(GROUP // DEPTH):
                 at = g * GROUP + d * DEPTH
                 x_tile = tl.load(x_rows + k + at, mask=x_mask, other=0.0)
-                w_tile = tl.load(w_rows + column_offsets((k + at) // 8 + w_k, VALUES), mask=w_mask[:, None], other=0)
+                if TILE_K:
+                    if (g * GROUP + d * DEPTH) % TILE_K == 0:
+                        w_mask = (stored < N)[:, None] if EVEN_K else (stored < N)[:, None] & (k + at < K)
+                        blocks = blocks_of(tl.load(w_rows + (k + at) * 2 + w_k, mask=w_mask, other=0), VALUES, BLOCK_N)
+                    w_tile = blocks[(g * GROUP + d * DEPTH) % TILE_K // 32]
+                else:
+                    w_at = column_offsets((k + at) // 8 + w_k, VALUES)
+                    w_tile = tl.load(w_rows + w_at, mask=s_mask[:, None], other=0)
                 values = dequantize_codes(w_tile, words & 15, PAIRED, HALF, BLOCK_N, DEPTH)
                 products = tl.dot(x_tile, values.T, products)
             total += products * (words & -16).to(tl.float32, bitcast=True)[None, :]

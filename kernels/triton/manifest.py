@@ -160,8 +160,8 @@ def mx_variants() -> Iterator[Variant]:
 
 
 _INT4_TILES = {
-    "gfx950": (Int4GemmConfig(16, 64, 128, nonkdim=16), Int4GemmConfig(128, 128, 64, num_warps=8)),
-    "gfx942": (Int4GemmConfig(16, 64, 128, nonkdim=16), Int4GemmConfig(128, 128, 64, num_warps=8)),
+    "gfx950": (Int4GemmConfig(16, 64, 128, nonkdim=16), Int4GemmConfig(128, 128, 128, num_warps=8, nonkdim=16)),
+    "gfx942": (Int4GemmConfig(16, 64, 128, nonkdim=16), Int4GemmConfig(128, 128, 128, num_warps=8, nonkdim=16)),
     "gfx1100": (Int4GemmConfig(16, 64, 64, num_stages=1), Int4GemmConfig(64, 64, 64, num_stages=1)),
     "sm_90": (Int4GemmConfig(16, 64, 128, num_stages=3), Int4GemmConfig(128, 64, 64, num_warps=8, num_stages=3)),
 }

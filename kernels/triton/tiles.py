@@ -73,12 +73,8 @@ def column_offsets(c, LAYOUT: tl.constexpr):
         at = c // 4 * 64 + c % 4
     elif LAYOUT == "mma_scale":
         at = c // 2 * 32 + c % 2
-    elif LAYOUT == "cdna_int4":
-        at = c // 16 * 256 + c % 4 * 64 + c // 4 % 4
     elif LAYOUT == "rdna_int4":
         at = c // 4 * 64 + c % 4
-    elif LAYOUT == "mma_int4":
-        at = c // 8 * 128 + c % 4 * 16 + c // 4 % 2 * 2
     elif LAYOUT == "tile_group":
         at = c * 16
     else:

@@ -39,7 +39,6 @@ _INT4_LAYOUTS = (
     ("gfx950", "cdna_int4+tile_group"),
     ("gfx942", "cdna_int4+tile_group"),
     ("gfx11", "rdna_int4+tile_group"),
-    ("sm_90", "mma_int4+tile_group"),
 )
 _MOE_BOUNDS = "aiter #3783: bounds on M_routed of its own kernel; not measured with this one"
 
@@ -191,7 +190,12 @@ def _int4(
     )  # fmt: skip
 
 
-_CDNA_INT4 = ((16, 16, 64, 128, 4), (32, 32, 64, 64, 4), (1023, 64, 128, 64, 8), (None, 128, 128, 64, 8))
+_CDNA_INT4 = (
+    (16, 16, 64, 128, 4), (32, 32, 64, 64, 4), (32, 32, 64, 128, 4), (1023, 64, 128, 64, 8), (1023, 64, 128, 128, 8),
+    (None, 128, 128, 64, 8), (None, 128, 128, 128, 8),
+)  # fmt: skip
+"""Strided weights take the first of two, `cdna_int4`, whose tiles are 128 of K, the second."""
+
 _MOE = "kernels/triton/moe.py: compiles without spills, untuned"
 
 # fmt: off
@@ -222,7 +226,7 @@ TILE_RULES: tuple[TileRule, ...] = (
     *_int4("gfx950", *_CDNA_INT4),
     *_int4("gfx942", *_CDNA_INT4),
     *_int4("gfx11", (16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (None, 64, 64, 64, 4), num_stages=1),
-    *_int4("sm_90", (16, 16, 64, 128, 4), (32, 32, 64, 64, 8), (1023, 64, 128, 64, 8), (None, 128, 64, 64, 8),
+    *_int4("sm_90", (16, 16, 64, 128, 4), (32, 32, 128, 64, 8), (1023, 64, 128, 64, 8), (None, 128, 64, 64, 8),
            num_stages=3),
     *_few("gfx950", 64, 256),
     TileRule("triton_mx_moe", "gfx950", _AOT, 32, routed=True),

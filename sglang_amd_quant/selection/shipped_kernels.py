@@ -39,7 +39,7 @@ INT4_LAYOUTS = {
     "gfx11": "rdna_int4+tile_group",
     "sm_90": "mma_int4+tile_group",
 }
-"""What the decode kernels of an arch read of int4."""
+"""What decode kernels of an arch read of int4. sm_90 has none yet."""
 
 _TILE = {
     "block_m": (16, 32, 64, 128),
@@ -104,11 +104,11 @@ def _mx_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ("strid
 
 
 def _int4_tile(problem: GemmProblem) -> Config:
-    """On CDNA 16 x 16 matrix instructions for 32 rows too: two of them need half the registers of one of 32 x 32."""
+    """On CDNA with 16 x 16 matrix instructions at every height: those of 32 x 32 want more registers here (static)."""
     dense = next((rows for rows in (16, 32) if problem.m <= rows), 64)
     block_m = routed_block_m(problem) if problem.moe else dense
-    nonkdim = 16 if problem.arch.startswith("gfx9") and block_m <= 32 else None
-    return Config(block_m, 64, 64, num_warps=4, num_stages=2, nonkdim=nonkdim)
+    cdna = problem.arch.startswith("gfx9")
+    return Config(block_m, 64, 128 if cdna else 64, num_warps=4, num_stages=2, nonkdim=16 if cdna else None)
 
 
 def _int4_lds(problem: GemmProblem, config: Config) -> int:
@@ -133,7 +133,6 @@ def _int4_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
         space=_TILE | {"block_k": (32, 64, 128)},
         configure=_int4_tile,
         triton=True,
-        gathers=True,
         acts=("bf16",),
         groups=(32, 64, 128),
         out_dtypes=("bf16", "fp16", "fp32"),

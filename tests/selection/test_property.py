@@ -114,7 +114,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             bool(p.epilogue.activation) != ("activation" in choice.unfused)
             or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
         )
-        out += ["products within a group, or of whole ones"] * bool(max(c.block_k, p.group) % min(c.block_k, p.group))
+        out += ["tiles of the layout"] * (c.block_k < {"cdna": 128, "mma_": 64}.get(choice.layout[:4], 32))
     if choice.kernel.startswith("hip_decode_"):
         out += ["op"] * (p.op != "linear" or p.scheme == "int4_w4a16" or not 1 <= p.m <= 64)
         out += ["layout"] * (choice.layout != DECODE_LAYOUT[choice.kernel])

@@ -90,7 +90,7 @@ def int4_tiles():
             experts = {"e_local": 64, "e_total": 64, "top_k": 8, "layout": "strided"}
             problems = [GemmProblem("moe_gate_up", m=64, block_m=b, **shared, **experts) for b in (16, 32, 64, 128)]
             dense = {"layout": INT4_LAYOUTS[arch], "out_dtype": "fp16"}
-            problems += [GemmProblem("linear", m=m, **shared, **dense) for m in (64, 4096)]
+            problems += [GemmProblem("linear", m=m, **shared, **dense) for m in (32, 64, 4096)]
             for problem in problems:
                 name = "triton_int4_moe" if problem.moe else "triton_int4_gemm"
                 choice = Selector(available={name}).decide(problem)
