@@ -112,13 +112,14 @@ def _int4_tile(problem: GemmProblem) -> Config:
 
 
 def _int4_lds(problem: GemmProblem, config: Config) -> int:
-    """x of a whole step in every stage (on AMD all but one, which is in registers), on NVIDIA with the words of the
-    weights; besides, the weights of one product, dequantized, and with a single stage x of it."""
+    """On AMD x of a whole step in every stage but one, which is in registers, or of one product in a single stage; and
+    the weights of one product, dequantized. On NVIDIA x and words of a whole step in every stage, and its weights."""
     block_m, block_n, block_k = config.tile
     step, depth, stages = max(block_k, problem.group), min(block_k, problem.group), config.num_stages or 1
     x, w = block_m * step * 2, block_n * (step // 2 + 4 * step // problem.group)
-    held = (stages - 1) * x if problem.arch.startswith("gfx") else stages * (x + w)
-    return max(held, block_m * depth * 2) + block_n * depth * 2
+    if problem.arch == "sm_90":
+        return stages * (x + w) + block_n * step * 2
+    return max((stages - 1) * x, block_m * depth * 2) + block_n * depth * 2
 
 
 def _int4_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:

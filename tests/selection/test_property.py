@@ -73,13 +73,13 @@ def hopper_bytes(kernel, scheme, c):
 
 
 def int4_bytes(p, c):
-    """x of every stage, on AMD of all but one, with codes and words of weights on NVIDIA; and what is multiplied."""
+    """x of every stage, on AMD of all but one, with codes and words of weights on NVIDIA; and dequantized weights, on
+    AMD of one product."""
     step, depth = max(c.block_k, p.group), min(c.block_k, p.group)
     if p.arch == "sm_90":
-        x = c.num_stages * (2 * c.block_m * step + c.block_n * step // 2 + 4 * c.block_n * step // p.group)
-    else:
-        x = max((c.num_stages - 1) * 2 * c.block_m * step, 2 * c.block_m * depth)
-    return x + 2 * c.block_n * depth
+        x = 2 * c.block_m * step + c.block_n * step // 2 + 4 * c.block_n * step // p.group
+        return c.num_stages * x + 2 * c.block_n * step
+    return max((c.num_stages - 1) * 2 * c.block_m * step, 2 * c.block_m * depth) + 2 * c.block_n * depth
 
 
 def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
