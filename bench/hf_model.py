@@ -21,8 +21,6 @@ from sglang_amd_quant.integration.cpu_platform import declare_torchvision_ops
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import Scheme
 
-INT4_GROUP = 128
-
 EXPERT_PARTS = ("0.gate_proj", "0.up_proj", "0.down_proj")
 """What a recipe's patterns see of an experts module, below its own name."""
 
@@ -38,7 +36,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
 def round_trip(weight: Tensor, scheme: Scheme) -> Tensor:
     """weight[..., N, K] quantized along K and dequantized to fp32."""
     if scheme.weight == "int4":
-        return dequantize_int4(*quantize_int4(weight, INT4_GROUP))
+        return dequantize_int4(*quantize_int4(weight, scheme.block))
     return dequantize_mx(*quantize_mx(weight, scheme.weight), scheme.weight)
 
 

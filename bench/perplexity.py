@@ -22,11 +22,11 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from bench.hf_model import INT4_GROUP, fake_quantize, load_model
+from bench.hf_model import fake_quantize, load_model
 from examples.fetch_gemma import DEFAULT_OUT, fetch
 from sglang_amd_quant.errors import AmdMxError
 from sglang_amd_quant.recipe import Recipe
-from sglang_amd_quant.schemes import BF16, SCHEMES, Scheme
+from sglang_amd_quant.schemes import BF16, INT4_GROUP, SCHEMES, Scheme
 
 TEXT = Path(__file__).parent / "text" / "alice.txt"
 DOCUMENT = Path("docs/perplexity.md")
@@ -81,8 +81,8 @@ def window_nll(model: Any, ids: torch.Tensor) -> float:
 
 
 def stored_bits(scheme: Scheme) -> float:
-    """Bits per weight with scales: an e8m0 byte per 32 elements, or a bf16 per int4 group."""
-    return scheme.weight_bits + (16 / INT4_GROUP if scheme.weight == "int4" else 8 / scheme.block)
+    """Bits per weight with scales: an e8m0 byte per 32 elements, or a word per int4 group."""
+    return scheme.weight_bits + (32 / INT4_GROUP if scheme.weight == "int4" else 8 / scheme.block)
 
 
 def measure(model_dir: Path, names: list[str]) -> tuple[list[Result], dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Serve a model with `--quantization amd_mx` on this machine, and ask it something. `make serve` runs this.
 
-    python -m examples.serve [--model DIR|HUB_NAME] [--scheme mxfp4|mxfp8|w4a8|w4a16] [--port 30000]
+    python -m examples.serve [--model DIR|HUB_NAME] [--scheme mxfp4|mxfp8|w4a8|w4a16|int4_w4a16] [--port 30000]
     python -m examples.serve --stop
 
 Without `--model` it serves Gemma 3 270M, made from a PyPI package on first use. The server is left running.

@@ -3,9 +3,11 @@
 A recipe is JSON, in a file or as `quantization_config.recipe` of a config.json:
 
     {"default": "mxfp8", "rules": {"*.experts.*": "w4a8", "*.layers.0.*": "bf16", "re:.*[.]o_proj": "mxfp4"}}
+    {"default": "int4_w4a16", "group": 64}
 
 Patterns are shell globs over the checkpoint's module names (`model.layers.0.self_attn.q_proj`), or regular expressions
-that must match the whole name after `re:`. The first rule that matches wins; then `default`.
+that must match the whole name after `re:`. The first rule that matches wins; then `default`. `group` is how many
+elements share a scale in all int4 layers: 32, 64 or 128, which it is if not given.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ import fnmatch
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sglang_amd_quant.errors import RecipeError
-from sglang_amd_quant.schemes import BF16, SCHEMES, Scheme
+from sglang_amd_quant.schemes import BF16, INT4_GROUP, INT4_GROUPS, SCHEMES, Scheme
 
 ALWAYS_BF16 = (
     "lm_head", "*.lm_head", "embed_tokens", "*.embed_tokens", "*.embed_tokens_per_layer", "wte", "*.wte",
@@ -31,6 +33,12 @@ ALWAYS_BF16 = (
 )  # fmt: skip
 """Never quantized: what a router, an embedding, MLA's absorbed kv_b_proj or the per-head gates of linear attention lose
 costs more than it saves."""
+
+TOWERS = (
+    "*visual.*", "*vision_tower.*", "*vision_model.*", "*vision_encoder.*", "*image_encoder.*",
+    "*audio_tower.*", "*audio_encoder.*", "*speech_encoder.*", "*multi_modal_projector.*", "*embed_vision.*",
+)  # fmt: skip
+"""Encoders of other modalities: small, run once a request, and often of widths that no block of 32 divides."""
 
 _ALWAYS_BF16 = re.compile("|".join(map(fnmatch.translate, ALWAYS_BF16)))
 
@@ -64,13 +72,19 @@ class Recipe:
         rules: the first that matches a module's name decides.
         default: scheme name or `bf16` for modules that no rule names.
         source: where it was read, for messages.
+        group: elements of K that share a scale in int4 layers.
     """
 
     rules: tuple[Rule, ...] = ()
     default: str = BF16
     source: str = "recipe"
+    group: int = INT4_GROUP
 
     def __post_init__(self) -> None:
+        if self.group not in INT4_GROUPS:
+            raise RecipeError(
+                f"{self.source}: group {self.group}", "no int4 group", f"use one of {', '.join(map(str, INT4_GROUPS))}"
+            )
         for rule in (*self.rules, Rule("default", self.default)):
             if rule.scheme != BF16 and rule.scheme not in SCHEMES:
                 raise RecipeError(
@@ -86,9 +100,9 @@ class Recipe:
                 ) from None
 
     @classmethod
-    def uniform(cls, scheme: str) -> Recipe:
+    def uniform(cls, scheme: str, group: int = INT4_GROUP) -> Recipe:
         """Every quantizable layer gets the same scheme."""
-        return cls(default=scheme, source=f"scheme {scheme}")
+        return cls(default=scheme, source=f"scheme {scheme}", group=group)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -97,12 +111,12 @@ class Recipe:
         Raises:
             RecipeError: not of the documented form, or naming an unknown scheme.
         """
-        if not isinstance(data, Mapping) or set(data) - {"default", "rules"}:
+        if not isinstance(data, Mapping) or set(data) - {"default", "rules", "group"}:
             raise RecipeError(source, "not a recipe", 'write {"default": SCHEME, "rules": {PATTERN: SCHEME, ...}}')
-        rules, default = data.get("rules", {}), data.get("default", BF16)
+        rules, default, group = data.get("rules", {}), data.get("default", BF16), data.get("group", INT4_GROUP)
         if not isinstance(rules, Mapping) or not all(isinstance(s, str) for s in (*rules.values(), default)):
             raise RecipeError(f"{source}: rules", "not an object of strings", 'write {"PATTERN": "SCHEME", ...}')
-        return cls(tuple(Rule(p, s) for p, s in rules.items()), default, source)
+        return cls(tuple(Rule(p, s) for p, s in rules.items()), default, source, group)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -119,10 +133,17 @@ class Recipe:
             raise RecipeError(f"{path}:{error.lineno}", f"no JSON ({error.msg})", "mend the file") from None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"default": self.default, "rules": {r.pattern: r.scheme for r in self.rules}}
+        group = {"group": self.group} if "int4" in self.weights else {}
+        return {"default": self.default, "rules": {r.pattern: r.scheme for r in self.rules}} | group
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Element formats of all weights that it quantizes."""
+        names = (self.default, *(rule.scheme for rule in self.rules))
+        return frozenset(SCHEMES[name].weight for name in names if name in SCHEMES)
 
     def scheme_for(self, *names: str) -> Scheme | None:
-        """Scheme of a module, or None where it stays bf16.
+        """Scheme of a module, with this recipe's group as the block of int4, or None where it stays bf16.
 
         Args:
             names: the module's checkpoint name; for a fused module the names of all its parts, which must agree.
@@ -137,7 +158,8 @@ class Recipe:
                 f"run as one fused layer but get {', '.join(sorted(found))}",
                 "give them one scheme",
             )
-        return SCHEMES.get(found.pop())
+        scheme = SCHEMES.get(found.pop())
+        return scheme if scheme is None or scheme.weight != "int4" else replace(scheme, block=self.group)
 
     def _name_for(self, module: str) -> str:
         if always_bf16(module):

@@ -14,6 +14,12 @@ from sglang_amd_quant.errors import SchemeError
 MX_BLOCK = 32
 """Elements that share one e8m0 scale, along K (OCP MX v1.0, section 5.1)."""
 
+INT4_GROUPS = (32, 64, 128)
+"""Elements that may share one int4 scale, along K."""
+
+INT4_GROUP = 128
+"""The group that int4 weights get where nothing says otherwise."""
+
 
 class ScaleMode(StrEnum):
     """How a block's e8m0 exponent follows from its largest magnitude `amax`.
@@ -55,6 +61,11 @@ class Scheme:
     def pack(self) -> int:
         """Weight elements per stored byte along K (e4m3: 1, e2m1 and int4: 2)."""
         return 8 // self.weight_bits
+
+    @property
+    def block_name(self) -> str:
+        """What messages call the elements that share a scale."""
+        return "int4 group" if self.weight == "int4" else "MX block"
 
 
 SCHEMES: dict[str, Scheme] = {

@@ -8,11 +8,11 @@ import torch
 
 from sglang_amd_quant import formats
 from sglang_amd_quant.errors import SchemeError, ShapeError
-from sglang_amd_quant.formats import e8m0, int4
+from sglang_amd_quant.formats import e8m0
 from sglang_amd_quant.layouts.base import Layout, padded_matrix
 from sglang_amd_quant.layouts.names import SCALE_LAYOUTS, STRIDED, TensorLayout, round_up
 from sglang_amd_quant.layouts.registry import scale_layout, source_layout, value_layout
-from sglang_amd_quant.schemes import ScaleMode, Scheme
+from sglang_amd_quant.schemes import INT4_GROUPS, ScaleMode, Scheme
 
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "e2m1": (torch.uint8,),
@@ -250,8 +250,8 @@ class MxTensor:
             raise ShapeError(f"scales {list(scales.shape)}", "not [..., K/group, N]", "pass those of the checkpoint")
         groups, n = scales.shape[-2:]
         k = qweight.numel() * 8 * groups // scales.numel()
-        if k % groups or k // groups not in int4.GROUPS:
-            known = ", ".join(map(str, int4.GROUPS))
+        if k % groups or k // groups not in INT4_GROUPS:
+            known = ", ".join(map(str, INT4_GROUPS))
             raise ShapeError(f"qweight {list(qweight.shape)}", f"{groups} groups in K={k}", f"use groups of {known}")
         zeros = layout.unpack_zeros(qzeros)
         tensor = cls(
@@ -359,3 +359,17 @@ class MxTensor:
         """The weights of one leading index (an expert), without a copy."""
         zeros = None if self.zeros is None else self.zeros[index]
         return replace(self, data=self.data[index], scales=self.scales[index], zeros=zeros, shape=self.shape[1:])
+
+
+def quantized(weights: torch.Tensor, scheme: Scheme, mode: ScaleMode | None = None) -> list[torch.Tensor]:
+    """Float weights [..., N, K] as our checkpoints store them and loaders take them: data and scales, int4's as words.
+
+    Args:
+        weights: any float dtype; K in whole blocks of `scheme.block`.
+        scheme, mode: as `MxTensor.quantize` takes them.
+
+    Raises:
+        ShapeError: as there.
+    """
+    made = MxTensor.quantize(weights, scheme, mode=mode)
+    return (made.with_words() if scheme.weight == "int4" else made).tensors

@@ -34,10 +34,15 @@ def fitting_layouts(sch):
     return [layout for layout in layouts if not layout.reasons(32, 256, sch)]
 
 
+def octets(tensor):
+    """Bytes; a copy, since a single element may have any stride."""
+    return tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
 def same_bits(one, other):
     return (
-        torch.equal(one.data.view(torch.uint8), other.data.view(torch.uint8))
-        and torch.equal(one.scales.view(torch.uint8), other.scales.view(torch.uint8))
+        torch.equal(octets(one.data), octets(other.data))
+        and torch.equal(octets(one.scales), octets(other.scales))
         and (one.zeros is None) == (other.zeros is None)
         and (one.zeros is None or torch.equal(one.zeros, other.zeros))
     )

@@ -9,15 +9,43 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .mx_gemm import STRIDED, MxGemmConfig, layout_constants, mx_gemm_kernel
+from .int4_gemm import Int4GemmConfig, int4_gemm_kernel
+from .mx_gemm import MxGemmConfig, mx_gemm_kernel
+from .tiles import STRIDED, TileConfig, layout_constants
 
 TRITON_ARCHS = ("gfx950", "gfx942", "gfx1100", "sm_90")
 
-_ELEMENT = {"e2m1": "*u8", "e4m3": "*fp8e4nv", "bf16": "*bf16"}
+_ELEMENT = {"e2m1": "*u8", "e4m3": "*fp8e4nv", "bf16": "*bf16", "fp16": "*fp16"}
+_ROUTING = {"row_ids": "*i32", "block_experts": "*i32", "row_weights": "*fp32"}
+_SIZES = {"M": "i32", "N": "i32", "K": "i32", "tiles_m": "i32"}
+
+
+class Promises:
+    """What is promised of the arguments of every variant."""
+
+    arch: str
+    config: TileConfig
+    signature: dict[str, str]
+
+    @property
+    def divisible(self) -> tuple[str, ...]:
+        """Arguments promised to be multiples of 16. N and K are in every model; M is not, and promising it would let
+        masked rows be read out of bounds."""
+        return tuple(n for n, t in self.signature.items() if t.startswith("*") or n in ("N", "K"))
+
+    @property
+    def short(self) -> tuple[str, ...]:
+        """Pointers promised to be to less than 2 GiB."""
+        return tuple(n for n, t in self.signature.items() if t.startswith("*"))
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Compile options."""
+        return self.config.options(self.arch)
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Promises):
     """One specialization of `mx_gemm_kernel`.
 
     Attributes:
@@ -50,34 +78,59 @@ class Variant:
     def signature(self) -> dict[str, str]:
         """Triton type of each argument that is no constexpr; pointers that are None are left out."""
         scales = {} if self.x_format == "bf16" else {"x_scales": "*u8"}
-        routing = {"row_ids": "*i32", "block_experts": "*i32", "row_weights": "*fp32"} if self.grouped else {}
         pointers = {"x": _ELEMENT[self.x_format], **scales, "w": _ELEMENT[self.w_format], "w_scales": "*u8"}
         pointers |= {"bias": "*bf16"} if self.grouped else {}
-        return pointers | {"y": "*bf16"} | routing | {"M": "i32", "N": "i32", "K": "i32", "tiles_m": "i32"}
+        return pointers | {"y": "*bf16"} | (_ROUTING if self.grouped else {}) | _SIZES
 
     @property
     def constants(self) -> dict[str, object]:
         """The constexpr arguments, among them the pointers that are None."""
         k = self.config.block_k * (1 if self.even_k else 2) - (0 if self.even_k else 32)
         given = self.config.constants(self.x_format, self.w_format, 2 if self.grouped else 1, k, self.arch)
-        optional = ("x_scales", "bias", "row_ids", "block_experts", "row_weights")
+        optional = ("x_scales", "bias", *_ROUTING)
         return {name: None for name in optional if name not in self.signature} | given | layout_constants(self.layout)
 
-    @property
-    def divisible(self) -> tuple[str, ...]:
-        """Arguments promised to be multiples of 16. N and K are in every model; M is not, and promising it would let
-        masked rows be read out of bounds."""
-        return tuple(n for n, t in self.signature.items() if t.startswith("*") or n in ("N", "K"))
+
+@dataclass(frozen=True)
+class Int4Variant(Promises):
+    """One specialization of `int4_gemm_kernel`.
+
+    Attributes:
+        name, arch, config, grouped, claims, layout: as of a `Variant`.
+        x_format: `bf16` or `fp16`, the output's too.
+        group: elements that share a scale.
+        even_k: steps end where K does.
+    """
+
+    name: str
+    arch: str
+    x_format: str
+    group: int
+    config: Int4GemmConfig
+    grouped: bool
+    even_k: bool
+    claims: tuple[str, ...]
+    layout: tuple[str, str] = STRIDED
 
     @property
-    def short(self) -> tuple[str, ...]:
-        """Pointers promised to be to less than 2 GiB."""
-        return tuple(n for n, t in self.signature.items() if t.startswith("*"))
+    def kernel(self) -> Any:
+        """The `triton.jit` function."""
+        return int4_gemm_kernel
 
     @property
-    def options(self) -> dict[str, int]:
-        """Compile options."""
-        return self.config.options(self.arch)
+    def signature(self) -> dict[str, str]:
+        """Triton type of each argument that is no constexpr; pointers that are None are left out."""
+        element = _ELEMENT[self.x_format]
+        pointers = {"x": element, "w": "*i32", "w_scales": "*i32"} | ({"bias": "*bf16"} if self.grouped else {})
+        return pointers | {"y": element} | (_ROUTING if self.grouped else {}) | _SIZES
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """The constexpr arguments, among them the pointers that are None."""
+        k = self.config.block_k * (1 if self.even_k else 2) - (0 if self.even_k else self.group)
+        given = self.config.constants(self.group, 2 if self.grouped else 1, k, self.arch)
+        optional = ("bias", *_ROUTING)
+        return {name: None for name in optional if name not in self.signature} | given | layout_constants(self.layout)
 
 
 _TILES = {
@@ -92,7 +145,7 @@ SCHEMES = {"mxfp8": ("e4m3", "e4m3"), "w4a8": ("e4m3", "e2m1"), "mxfp4": ("e2m1"
 _GROUPED = {"mxfp8": False, "w4a8": True, "mxfp4": False, "w4a16": True}
 
 
-def variants() -> Iterator[Variant]:
+def mx_variants() -> Iterator[Variant]:
     """What is compiled: on gfx950 every scheme grouped, with small tiles and a tail of K, and dense, with large ones;
     on the other archs, where all schemes share the dequantizing path, every scheme in one of the two ways."""
     for arch in TRITON_ARCHS:
@@ -104,3 +157,30 @@ def variants() -> Iterator[Variant]:
                 name = f"mx_gemm_{scheme}_{'grouped' if grouped else 'dense'}_{tile}"
                 claims = ("matrix",) if x_format == "bf16" else ("matrix", "scaled_mfma")
                 yield Variant(name, arch, x_format, w_format, config, grouped, not grouped, claims)
+
+
+_INT4_TILES = {
+    "gfx950": (Int4GemmConfig(16, 64, 128, nonkdim=16), Int4GemmConfig(128, 128, 128, num_warps=8, nonkdim=16)),
+    "gfx942": (Int4GemmConfig(16, 64, 128, nonkdim=16), Int4GemmConfig(128, 128, 128, num_warps=8, nonkdim=16)),
+    "gfx1100": (Int4GemmConfig(16, 64, 64, num_stages=1), Int4GemmConfig(64, 64, 64, num_stages=1)),
+    "sm_90": (Int4GemmConfig(16, 64, 128, num_stages=3), Int4GemmConfig(128, 64, 64, num_warps=8, num_stages=3)),
+}
+
+INT4_VALUES = {"gfx950": "cdna_int4", "gfx942": "cdna_int4", "gfx1100": "rdna_int4", "sm_90": "mma_int4"}
+"""Arch -> layout of values that its decode kernels read."""
+
+
+def int4_variants() -> Iterator[Int4Variant]:
+    """What is compiled: with small tiles, grouped, strided weights in groups of 32, and a tail of K; with large ones,
+    dense, what decode kernels read, in groups of 128 and a model in fp16."""
+    for arch in TRITON_ARCHS:
+        few, many = _INT4_TILES[arch]
+        decode = INT4_VALUES[arch], "tile_group"
+        yield Int4Variant("int4_gemm_grouped", arch, "bf16", 32, few, True, False, ("matrix",))
+        yield Int4Variant("int4_gemm_dense", arch, "fp16", 128, many, False, True, ("matrix",), decode)
+
+
+def variants() -> Iterator[Variant | Int4Variant]:
+    """All that is compiled ahead of time."""
+    yield from mx_variants()
+    yield from int4_variants()

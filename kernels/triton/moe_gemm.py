@@ -15,17 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .mx_gemm import (
-    STRIDED,
-    MxGemmConfig,
-    column_offsets,
-    dequantize,
-    element_of,
-    layout_constants,
-    mx_gemm_torch,
-    row_offsets,
-    tile_of_program,
-)
+from .mx_gemm import MxGemmConfig, dequantize, element_of, mx_gemm_torch
 from .quant_mx import (
     CARRY,
     DEFAULT_MODE,
@@ -39,6 +29,7 @@ from .quant_mx import (
     scale_byte,
 )
 from .routing import Routing
+from .tiles import STRIDED, column_offsets, layout_constants, row_offsets, tile_of_program
 
 
 @triton.jit

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .tiles import STRIDED, TileConfig, column_offsets, gemm_torch, layout_constants, row_offsets, tile_of_program
+
 
 @triton.jit
 def e2m1_to_fp32(packed):
@@ -56,68 +58,6 @@ def dequantize(data, scales, FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: 
     blocks = values.reshape(ROWS, BLOCK_K // 32, 32) * e8m0_to_fp32(scales)[:, :, None]
     bits = blocks.reshape(ROWS, BLOCK_K).to(tl.uint32, bitcast=True) >> 16
     return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def tile_of_program(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr, XCDS: tl.constexpr):
-    """(tile along M, tile along N): neighbours on a die share weights, GROUP_M tiles along M at a time.
-
-    Programs are dealt to the XCDs (dies, each with an L2 of its own) round robin; undo that, so that each XCD gets a
-    run of consecutive tiles.
-    """
-    if XCDS > 1:
-        tiles = tiles_m * tiles_n
-        xcd = pid % XCDS
-        pid = xcd * (tiles // XCDS) + tl.minimum(xcd, tiles % XCDS) + pid // XCDS
-    group = GROUP_M * tiles_n
-    first = pid // group * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
-    return first + pid % group % height, pid % group // height
-
-
-@triton.jit
-def row_offsets(n, COLS, LAYOUT: tl.constexpr):
-    """What row n adds to the place in storage of each of its bytes, or scales; rows are padded to COLS of them.
-
-    The closed forms of docs/layouts.md, which are sums of a part of the row's and a part of the column's. n is int64.
-    """
-    tile = n // 16 * 16 * COLS
-    row = n.to(tl.int32)
-    if LAYOUT == "strided":
-        at = n * COLS
-    elif LAYOUT == "mxfp8_lane":
-        at = tile + row % 16 * 32
-    elif LAYOUT == "mma_tile":
-        at = tile + row % 16 // 8 * 512 + row % 8 * 64
-    elif LAYOUT == "tile_scale":
-        at = tile + row % 16 * 4
-    elif LAYOUT == "mma_scale":
-        at = tile + row % 8 * 4 + row % 16 // 8 * 2
-    else:
-        tl.static_assert(LAYOUT == "preshuffle" or LAYOUT == "cdna3_e2m1", "no such layout")
-        at = tile + row % 16 * 16
-    return at
-
-
-@triton.jit
-def column_offsets(c, LAYOUT: tl.constexpr):
-    """What byte, or scale, c of a row adds. Divided first, then the remainder taken: so Triton sees which bytes lie
-    together, and loads them so."""
-    if LAYOUT == "preshuffle":
-        at = c // 32 * 512 + c // 16 % 2 * 256 + c % 16
-    elif LAYOUT == "mxfp8_lane":
-        at = c // 128 * 2048 + c // 32 % 2 * 1024 + c // 16 % 2 * 512 + c // 64 % 2 * 16 + c % 16
-    elif LAYOUT == "cdna3_e2m1":
-        at = c // 64 * 1024 + c // 4 % 4 * 256 + c // 16 % 4 * 4 + c % 4
-    elif LAYOUT == "mma_tile":
-        at = c // 64 * 1024 + c // 8 % 4 * 16 + c // 32 % 2 * 8 + c % 8
-    elif LAYOUT == "tile_scale":
-        at = c // 4 * 64 + c % 4
-    elif LAYOUT == "mma_scale":
-        at = c // 2 * 32 + c % 2
-    else:
-        at = c
-    return at
 
 
 @triton.jit
@@ -197,58 +137,19 @@ def mx_gemm_kernel(
     tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
-STRIDED = ("strided", "strided")
-PADS = {
-    "strided": 1, "preshuffle": 32, "mxfp8_lane": 128, "cdna3_e2m1": 64, "mma_tile": 64, "tile_scale": 4, "mma_scale": 2
-}  # fmt: skip
-"""What layouts pad rows to: bytes of values, or scales."""
-
-
-def layout_constants(layout: tuple[str, str] = STRIDED) -> dict[str, object]:
-    """The kernel's constexpr arguments for the names of the weights' layouts, of values and of scales."""
-    values, scales = layout
-    return {"VALUES": values, "SCALES": scales, "PAD": PADS[values], "SCALE_PAD": PADS[scales]}
-
-
 @dataclass(frozen=True)
-class MxGemmConfig:
-    """Tile and launch options; what is legal is `selection`'s to say.
-
-    Attributes:
-        block_m, block_n, block_k: the tile. Scaled MFMA needs num_warps >= 2, and block_k >= 128 (nonkdim 16) or 64
-        (32).
-        num_warps, num_stages: of the launch.
-        nonkdim: side of the matrix instruction on AMD, 16 or 32, or 0 for Triton's choice.
-        group_m: tiles along M that are taken together, for the sake of L2.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int = 4
-    num_stages: int = 2
-    nonkdim: int = 0
-    group_m: int = 4
+class MxGemmConfig(TileConfig):
+    """Scaled MFMA needs num_warps >= 2, and block_k >= 128 (nonkdim 16) or 64 (32)."""
 
     def constants(self, x_format: str, w_format: str, top_k: int, k: int, arch: str) -> dict[str, object]:
         """The kernel's constexpr arguments on an arch."""
-        return {
+        return self.tile_constants(arch) | {
             "X_FORMAT": x_format,
             "W_FORMAT": w_format,
             "TOP_K": top_k,
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "GROUP_M": self.group_m,
-            "XCDS": 8 if arch in ("gfx942", "gfx950") else 1,
             "SCALED": arch == "gfx950",
             "EVEN_K": k % self.block_k == 0,
         }
-
-    def options(self, arch: str) -> dict[str, int]:
-        """Triton's compile options on an arch."""
-        amd = {"matrix_instr_nonkdim": self.nonkdim} if self.nonkdim and arch.startswith("gfx9") else {}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **amd}
 
 
 def mx_gemm(
@@ -317,20 +218,8 @@ def mx_gemm_torch(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The twin of `mx_gemm` in plain torch: the same arguments, the result [M, N] in `dtype` (fp64 as an oracle)."""
-    left = _values(x, x_scales, dtype).repeat_interleave(top_k, 0)
-    right = _values(w, w_scales, dtype)
-    offset = torch.zeros(right.shape[:-1], dtype=dtype, device=x.device) if bias is None else bias.to(dtype)
-    if row_ids is None or block_experts is None:
-        y = left @ right.T + offset
-    else:
-        y = torch.zeros(left.shape[0], right.shape[-2], dtype=dtype, device=x.device)
-        block = row_ids.numel() // block_experts.numel()
-        for b, expert in enumerate(block_experts.tolist()):
-            rows = row_ids[b * block : (b + 1) * block].long()
-            rows = rows[rows < left.shape[0]]
-            if expert >= 0:
-                y[rows] = left[rows] @ right[expert].T + offset[expert]
-    return y if row_weights is None else y * row_weights.to(dtype)[:, None]
+    left, right = _values(x, x_scales, dtype).repeat_interleave(top_k, 0), _values(w, w_scales, dtype)
+    return gemm_torch(left, right, bias, row_ids, block_experts, row_weights)
 
 
 def _values(data: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

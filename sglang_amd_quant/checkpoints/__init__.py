@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from sglang_amd_quant.checkpoints.awq import AwqReader
 from sglang_amd_quant.checkpoints.compressed_tensors import CompressedTensorsReader
 from sglang_amd_quant.checkpoints.gpt_oss import GptOssReader
+from sglang_amd_quant.checkpoints.gptq import GptqReader
 from sglang_amd_quant.checkpoints.modelopt import ModelOptReader
 from sglang_amd_quant.checkpoints.mxfp8 import Mxfp8Reader
 from sglang_amd_quant.checkpoints.native import NativeReader
@@ -26,6 +28,8 @@ READERS: dict[str, type[Reader]] = {
     "compressed-tensors": CompressedTensorsReader,
     "modelopt": ModelOptReader,
     "mxfp8": Mxfp8Reader,
+    "gptq": GptqReader,
+    "awq": AwqReader,
 }
 """`quant_method` of a quantization_config -> its reader."""
 

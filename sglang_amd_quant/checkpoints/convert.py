@@ -1,4 +1,4 @@
-"""Converting a checkpoint's tensors, chunk by chunk: bf16 to MX, or a foreign MX format to ours bit for bit."""
+"""Converting a checkpoint's tensors, chunk by chunk: bf16 to MX or int4, or a foreign format to ours bit for bit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from sglang_amd_quant.checkpoints.native import quantization_config
 from sglang_amd_quant.checkpoints.plan import Output, Piece, plan_conversion
 from sglang_amd_quant.checkpoints.shards import ShardWriter, plan_shards
 from sglang_amd_quant.errors import CheckpointError
-from sglang_amd_quant.formats import quantize_mx
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, ScaleMode
+from sglang_amd_quant.tensor import quantized
 
 CHUNK_BYTES = 16 << 20
 """Source bytes that one thread handles at a time; it needs about twice as much."""
@@ -156,8 +156,8 @@ def _make(chunk: Chunk, writer: ShardWriter, scale_mode: Mapping[str, ScaleMode]
             "holds NaN or Inf",
             f'mend the source, or keep the layer in bf16 with a recipe rule "{piece.source.name}": "bf16"',
         )
-    element = piece.scheme.weight
-    for output, part in zip(piece.outputs, quantize_mx(tensor, element, scale_mode[element]), strict=True):
+    made = quantized(tensor, piece.scheme, scale_mode.get(piece.scheme.weight))
+    for output, part in zip(piece.outputs, made, strict=True):
         writer.write(output.name, part, chunk.first * output.shape[-1] * output.dtype.itemsize)
     return tensor.nbytes
 

@@ -45,9 +45,9 @@ class GptOssReader(Reader):
         match = FUSED_EXPERTS.fullmatch(name)
         return Part(match["module"], _ROLES[match["suffix"]]) if match and match["suffix"] in _ROLES else None
 
-    def data(self, tensor: torch.Tensor) -> torch.Tensor:
+    def data(self, name: str, tensor: torch.Tensor, element: str) -> torch.Tensor:
         if tensor.dim() != 4 or tensor.shape[-1] != _BLOCK_BYTES:
             raise CheckpointError(
-                f"*_blocks {list(tensor.shape)}", "gpt-oss blocks are [E, N, K/32, 16]", "fetch the checkpoint again"
+                f"{name} {list(tensor.shape)}", "gpt-oss blocks are [E, N, K/32, 16]", "fetch the checkpoint again"
             )
         return tensor.flatten(-2)

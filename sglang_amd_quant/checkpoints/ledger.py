@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_amd_quant.checkpoints.naming import Part, Role, is_fused, some
+from sglang_amd_quant.checkpoints import checks
+from sglang_amd_quant.checkpoints.naming import INT4_ROLES, Part, Role, is_fused, some
 from sglang_amd_quant.errors import CheckpointError
-from sglang_amd_quant.formats.mx import ELEMENTS, dequantize_mx
+from sglang_amd_quant.formats import dequantize_int4, dequantize_mx, group_words, split_words
+from sglang_amd_quant.formats.mx import ELEMENTS
 from sglang_amd_quant.recipe import always_bf16
 from sglang_amd_quant.schemes import MX_BLOCK, Scheme
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 
 Named = tuple[str, torch.Tensor]
 
-E8M0_NAN = 255
 _ELEMENT_OF = {element.dtype: element.name for element in ELEMENTS.values()}
+INT4 = "int4"
 _RAW_DTYPES = frozenset({torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu})
 _KV_CACHE = re.compile(r".*\.(k_scale|v_scale|[kv]_proj\.output_scale)")
 _QUANTIZERS_OWN = re.compile(
@@ -32,11 +34,24 @@ _LINEARS_OWN = frozenset({"weight", "bias"})
 
 @dataclass
 class _Module:
-    """What has been seen of one quantized module: source names, and the blocks [..., N, K/32] each implies."""
+    """What has been seen of one quantized module.
+
+    Attributes:
+        names: source names.
+        blocks: [..., N, K/block] that each implies.
+        unpaired: int4 scales or zero points that wait for one another.
+        dequantized: data or scales that wait for one another to be dequantized.
+        is_int4: whether a tensor said so.
+        dtype: what it is dequantized to, where that has to be.
+        broken: whether a problem has been told already.
+    """
 
     names: dict[Role, str] = field(default_factory=dict)
     blocks: dict[Role, tuple[int, ...]] = field(default_factory=dict)
     unpaired: dict[Role, torch.Tensor] = field(default_factory=dict)
+    dequantized: dict[Role, torch.Tensor] = field(default_factory=dict)
+    is_int4: bool = False
+    dtype: torch.dtype = torch.bfloat16
     broken: bool = False
 
 
@@ -45,6 +60,8 @@ class Ledger:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
+        words = {torch.int32} if INT4 in reader.recipe.weights else set()
+        self._stored = _RAW_DTYPES | words  # dtypes of weights that are quantized
         self._names: set[str] = set()
         self._modules: dict[str, _Module] = {}
         self._schemes: dict[str, Scheme | None] = {}
@@ -61,20 +78,27 @@ class Ledger:
             raise CheckpointError(name, "stored twice", "delete one of the two copies")
         self._names.add(name)
         part = self._reader.part(name)
-        if part is None or (part.role is Role.DATA and tensor.dtype not in _RAW_DTYPES):
+        if part is None or (part.role is Role.DATA and tensor.dtype not in self._stored):
             return self._passed(name, tensor)
+        scheme = self._scheme(part.module)
+        if part.role in INT4_ROLES and scheme is not None and scheme.weight != INT4:
+            self._left_over.add(name)
+            return None
         module = self._modules.setdefault(part.module, _Module())
         if part.role in module.names:
             raise CheckpointError(name, f"says what {module.names[part.role]} says already", "delete one of the two")
         module.names[part.role] = name
         try:
-            tensor = self._checked(name, part, tensor, module)
+            checked = self._checked(name, part, tensor, module)
         except CheckpointError:
             module.broken = True
             raise
-        if self._scheme(part.module) is None:
-            return self._dequantized(part, tensor, module)
-        return part.name, tensor
+        if checked is None:
+            return None
+        part = replace(part, role=Role.SCALE) if part.role is Role.ZEROS else part
+        if scheme is None:
+            return self._dequantized(part, checked, module)
+        return part.name, checked
 
     def _scheme(self, module: str) -> Scheme | None:
         if module not in self._schemes:
@@ -90,33 +114,77 @@ class Ledger:
             self._floats.add(name.removesuffix(".weight"))
         return name, tensor
 
-    def _checked(self, name: str, part: Part, tensor: torch.Tensor, module: _Module) -> torch.Tensor:
-        fused = is_fused(part.module)
-        if part.role is Role.INPUT_SCALE:
-            return _checked_input_scale(name, tensor, fused)
-        rank = 3 if fused else 2
-        if part.role is Role.DATA:
-            tensor = self._reader.data(tensor)
-            module.blocks[Role.DATA] = _checked_data(name, tensor, self._element(name, part.module, tensor), rank)
+    def _checked(self, name: str, part: Part, tensor: torch.Tensor, module: _Module) -> torch.Tensor | None:
+        """The tensor in canonical form, or None where it is dropped or waits; int4 scales as words."""
+        rank = 3 if is_fused(part.module) else 2
+        match part.role:
+            case Role.DATA:
+                element = self._element(name, part.module, tensor)
+                module.is_int4 = element == INT4
+                tensor = self._reader.data(name, tensor, element)
+                module.blocks[part.role] = checks.data(name, tensor, element, self._block(module), rank)
+            case Role.SCALE:
+                tensor, scheme = self._reader.scales(name, tensor), self._scheme(part.module)
+                module.is_int4 = tensor.dtype != torch.uint8 if scheme is None else scheme.weight == INT4
+                check = checks.groups if module.is_int4 else checks.scales
+                module.blocks[part.role] = check(name, tensor, rank)
+            case Role.SHAPE:
+                module.blocks |= checks.shape(name, tensor, self._reader.recipe.group)
+            case Role.ZEROS:
+                module.is_int4 = True
+                tensor = checks.zeros(name, self._reader.zeros(name, tensor), self._reader.symmetric)
+            case Role.ORDER:
+                checks.order(name, tensor, self._reader.recipe.group)
+            case Role.INPUT_SCALE:
+                return checks.input_scale(name, tensor, rank == 3)
+        self._check_blocks(module)
+        if part.role in (Role.SHAPE, Role.ORDER):
+            return None
+        waits = part.role is Role.ZEROS or (part.role is Role.SCALE and tensor.is_floating_point())
+        return self._words(part, tensor, module) if waits else tensor
+
+    def _block(self, module: _Module) -> int:
+        return self._reader.recipe.group if module.is_int4 else MX_BLOCK
+
+    def _check_blocks(self, module: _Module) -> None:
+        """All that has come must be of one weight."""
+        seen = sorted(module.blocks.items(), key=lambda item: item[0] is not Role.DATA)
+        for role, blocks in seen[1:]:
+            first, wanted = seen[0]
+            if blocks != wanted:
+                what = "weight" if first is Role.DATA else module.names[first]
+                raise CheckpointError(
+                    f"{module.names[role]} {list(blocks)}",
+                    f"the {what} has {list(wanted)} blocks of {self._block(module)}",
+                    "the file was cut or mixed up: fetch it again",
+                )
+
+    def _words(self, part: Part, tensor: torch.Tensor, module: _Module) -> torch.Tensor | None:
+        """int4 scales and zero points as words (`formats.group_words`), as soon as both are here; where the config
+        says symmetric, scales wait for nothing and zero points, which are 8, are dropped."""
+        if self._reader.symmetric:
+            scales, zeros = tensor, None
+            if part.role is Role.ZEROS:
+                return None
         else:
-            tensor = self._reader.scales(tensor)
-            module.blocks[Role.SCALE] = _checked_scales(name, tensor, rank)
-        if len(set(module.blocks.values())) > 1:
-            weight, scale = module.blocks[Role.DATA], module.blocks[Role.SCALE]
-            raise CheckpointError(
-                f"{module.names[Role.SCALE]} {list(scale)}",
-                f"the weight has {list(weight)} blocks of {MX_BLOCK}",
-                "the file was cut or mixed up: fetch it again",
-            )
-        return tensor
+            module.unpaired[part.role] = tensor
+            if len(module.unpaired) < 2:
+                return None
+            scales, zeros = module.unpaired.pop(Role.SCALE), module.unpaired.pop(Role.ZEROS)
+            zeros = checks.paired_zeros(module.names[Role.ZEROS], zeros, scales)
+        module.dtype = scales.dtype
+        return group_words(scales, zeros)
 
     def _element(self, name: str, module: str, tensor: torch.Tensor) -> str:
         """What a weight's elements must be: as its scheme says; as stored, where it is only to be dequantized."""
         scheme = self._scheme(module)
         if scheme is not None:
             return scheme.weight
-        if tensor.dtype in _ELEMENT_OF and always_bf16(module):
-            return _ELEMENT_OF[tensor.dtype]
+        if always_bf16(module):
+            if tensor.dtype == torch.int32:  # eight to a word: only int4 is stored so
+                return INT4
+            if tensor.dtype in _ELEMENT_OF:
+                return _ELEMENT_OF[tensor.dtype]
         raise CheckpointError(
             f"{name} {list(tensor.shape)} {tensor.dtype}",
             "quantized, but the checkpoint's config says bf16",
@@ -124,17 +192,20 @@ class Ledger:
         )
 
     def _dequantized(self, part: Part, tensor: torch.Tensor, module: _Module) -> Named | None:
-        """A layer that must run in bf16 (MLA's kv_b_proj, lm_head) but is stored quantized: exact in bf16, since
-        an element has at most 4 significant bits and bf16 has fp32's exponents. Waits for its partner."""
-        module.unpaired[part.role] = tensor
-        if not {Role.DATA, Role.SCALE} <= set(module.unpaired):
+        """A layer that must run in bf16 (MLA's kv_b_proj, lm_head) but is stored quantized. MX is exact in bf16, since
+        an element has at most 4 significant bits and bf16 has fp32's exponents; int4 is rounded to the dtype of its
+        scales, as the tools that write it do. Waits for its partner."""
+        module.dequantized[part.role] = tensor
+        if not {Role.DATA, Role.SCALE} <= set(module.dequantized):
             return None
-        data, scales = module.unpaired.pop(Role.DATA), module.unpaired.pop(Role.SCALE)
+        data, scales = module.dequantized.pop(Role.DATA), module.dequantized.pop(Role.SCALE)
         name = Part(part.module, Role.DATA).name
         if data.is_meta or scales.is_meta:
-            shape = (*scales.shape[:-1], scales.shape[-1] * MX_BLOCK)
-            return name, torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        return name, dequantize_mx(data, scales, _ELEMENT_OF[data.dtype], torch.bfloat16)
+            shape = (*scales.shape[:-1], scales.shape[-1] * self._block(module))
+            return name, torch.empty(shape, dtype=module.dtype, device="meta")
+        if module.is_int4:
+            return name, dequantize_int4(data, *split_words(scales), dtype=module.dtype)
+        return name, dequantize_mx(data, scales, _ELEMENT_OF[data.dtype], module.dtype)
 
     def close(self) -> Iterator[CheckpointError]:
         """Problems that only the end of the stream can tell."""
@@ -146,11 +217,13 @@ class Ledger:
                 "the checkpoint is of another format or newer than this reader: check config.json's quant_method",
             )
         for name, module in self._modules.items():
-            wanted = {Role.DATA, Role.SCALE} | ({Role.INPUT_SCALE} if self._reader.static_input(name) else set())
+            wanted = {Role.DATA, Role.SCALE}
+            wanted |= {Role.INPUT_SCALE} if self._reader.static_input(name) else set()
+            wanted |= {Role.ZEROS} if module.is_int4 and not self._reader.symmetric else set()
             missing = wanted - set(module.names)
             if missing and not module.broken:
                 yield CheckpointError(
-                    f"{name}: {', '.join(sorted(missing))}",
+                    f"{name}: {', '.join(sorted(map(self._reader.called, missing)))}",
                     f"missing, though {some(module.names.values())} is there",
                     "fetch the shard that holds it again",
                 )
@@ -176,51 +249,3 @@ class Ledger:
                 "stored unquantized, but the checkpoint's config says quantized",
                 "add them to the exclude list in config.json",
             )
-
-
-def _checked_data(name: str, tensor: torch.Tensor, element: str, rank: int) -> tuple[int, ...]:
-    """Blocks [..., N, K/32] of a canonical weight."""
-    kind = ELEMENTS[element]
-    if tensor.dtype != kind.dtype:
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)} {tensor.dtype}",
-            f"the config says {element} weights, which are {kind.dtype}",
-            "mend the scheme in config.json's quantization_config",
-        )
-    stored = MX_BLOCK // kind.pack
-    if tensor.dim() != rank or tensor.numel() == 0 or tensor.shape[-1] % stored:
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)}",
-            f"a stored {element} weight is [{'E, ' * (rank - 2)}N, K/{kind.pack}] with K a multiple of {MX_BLOCK}",
-            "fetch the checkpoint again, or mend the scheme in config.json",
-        )
-    return (*tensor.shape[:-1], tensor.shape[-1] // stored)
-
-
-def _checked_scales(name: str, tensor: torch.Tensor, rank: int) -> tuple[int, ...]:
-    """Blocks [..., N, K/32] of canonical scales."""
-    if tensor.dtype != torch.uint8 or tensor.dim() != rank:
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)} {tensor.dtype}",
-            f"block scales are e8m0 bytes (uint8) [{'E, ' * (rank - 2)}N, K/{MX_BLOCK}]",
-            "the checkpoint is of another format: check config.json's quant_method",
-        )
-    if not tensor.is_meta and tensor.numel() and int(tensor.max()) == E8M0_NAN:
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)}",
-            f"{int((tensor == E8M0_NAN).sum())} scale bytes are 255, e8m0's NaN",
-            "quantize the source again: its weights held NaN or Inf, or padding was written",
-        )
-    return tuple(tensor.shape)
-
-
-def _checked_input_scale(name: str, tensor: torch.Tensor, fused: bool) -> torch.Tensor:
-    """Static activation scales as float32: a scalar, or [E] where experts are fused."""
-    if not tensor.is_floating_point() or (tensor.dim() != 1 if fused else tensor.numel() != 1):
-        raise CheckpointError(
-            f"{name} {list(tensor.shape)} {tensor.dtype}", "an input scale is one float", "calibrate the source again"
-        )
-    scale = tensor.to(torch.float32) if fused else tensor.reshape(()).to(torch.float32)
-    if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise CheckpointError(f"{name} = {scale.tolist()}", "no positive finite scale", "calibrate the source again")
-    return scale

@@ -1,7 +1,8 @@
-"""Canonical tensor names, which are also what our own format stores (N, K logical; E experts; e2m1 packs two a byte).
+"""Canonical tensor names, which are also what our own format stores (N, K logical; E experts; e2m1 and int4 pack two
+a byte, the even index in the low nibble).
 
-    <module>.weight        uint8 [N, K/2] (e2m1) or float8_e4m3fn [N, K] (e4m3)
-    <module>.weight_scale  uint8 [N, K/32], e8m0
+    <module>.weight        uint8 [N, K/2] (e2m1, int4) or float8_e4m3fn [N, K] (e4m3)
+    <module>.weight_scale  uint8 [N, K/32], e8m0; for int4 int32 [N, K/group], words of scale and zero point
     <module>.input_scale   float32 [], only where activations are static per-tensor fp8
     <module>.bias          as stored
 
@@ -18,18 +19,35 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
+
 FUSED_EXPERTS = re.compile(r"(?P<module>.*\.experts\.(?:gate_up_proj|down_proj))(?P<suffix>.*)")
 """Tensors that hold all experts of a layer: the module, and what the tensor is to it (`_scale`, `_blocks`, ...)."""
+
+STORED: dict[str, tuple[torch.dtype, torch.dtype]] = {
+    "e2m1": (torch.uint8, torch.uint8),
+    "e4m3": (torch.float8_e4m3fn, torch.uint8),
+    "int4": (torch.uint8, torch.int32),
+}
+"""Element format -> dtypes of canonical data and scales."""
 
 _MANY = 6
 
 
 class Role(StrEnum):
-    """What a tensor is to its module."""
+    """What a tensor is to its module: one of `CANONICAL_ROLES`; or of `INT4_ROLES`, which are checked and then become
+    part of the scales (zero points) or are dropped."""
 
     DATA = "weight"
     SCALE = "weight_scale"
     INPUT_SCALE = "input_scale"
+    ZEROS = "weight_zero_point"
+    ORDER = "g_idx"
+    SHAPE = "weight_shape"
+
+
+CANONICAL_ROLES = (Role.DATA, Role.SCALE, Role.INPUT_SCALE)
+INT4_ROLES = (Role.ZEROS, Role.ORDER, Role.SHAPE)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from sglang_amd_quant.checkpoints.naming import FUSED_EXPERTS, Part, Role
+from sglang_amd_quant.checkpoints.naming import CANONICAL_ROLES, FUSED_EXPERTS, Part, Role
 from sglang_amd_quant.checkpoints.reader import CONFIG, FP8_STATIC, Reader
 from sglang_amd_quant.errors import CheckpointError
 from sglang_amd_quant.recipe import Recipe, Rule
@@ -32,7 +32,7 @@ class NativeReader(Reader):
     """`quant_method: amd_mx`, as `amd-mx quantize` writes it."""
 
     name: ClassVar[str] = QUANT_METHOD
-    suffixes: ClassVar[Mapping[str, Role]] = {f".{role}": role for role in Role}
+    suffixes: ClassVar[Mapping[str, Role]] = {f".{role}": role for role in CANONICAL_ROLES}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], model: Mapping[str, Any]) -> Self:

@@ -11,17 +11,16 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
 
 from sglang_amd_quant.checkpoints.folder import Folder, TensorInfo
-from sglang_amd_quant.checkpoints.naming import Part, Role, is_fused
-from sglang_amd_quant.errors import CheckpointError, RecipeError, SchemeError, ShapeError
-from sglang_amd_quant.formats.mx import ELEMENTS
-from sglang_amd_quant.recipe import Recipe, Rule
-from sglang_amd_quant.schemes import BF16, MX_BLOCK, SCHEMES, Scheme
+from sglang_amd_quant.checkpoints.naming import STORED, Part, Role, is_fused
+from sglang_amd_quant.errors import CheckpointError, RecipeError, ShapeError
+from sglang_amd_quant.recipe import TOWERS, Recipe, Rule
+from sglang_amd_quant.schemes import BF16, Scheme
 
 LINEARS = frozenset({
     "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj",
@@ -31,12 +30,6 @@ LINEARS = frozenset({
     "fc1", "fc2", "dense", "query_key_value", "dense_h_to_4h", "dense_4h_to_h",
 })  # fmt: skip
 """Last parts of module names that SGLang loads as linear layers."""
-
-TOWERS = (
-    "*visual.*", "*vision_tower.*", "*vision_model.*", "*vision_encoder.*", "*image_encoder.*",
-    "*audio_tower.*", "*audio_encoder.*", "*speech_encoder.*", "*multi_modal_projector.*", "*embed_vision.*",
-)  # fmt: skip
-"""Encoders of other modalities: small, run once a request, and often of widths that no block of 32 divides."""
 
 FUSED_LINEARS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """What SGLang runs as one matmul must be of one scheme."""
@@ -127,9 +120,8 @@ def plan_conversion(folder: Folder, recipe: Recipe) -> Plan:
 
     Raises:
         CheckpointError: the checkpoint is quantized already.
-        SchemeError: a scheme whose weights are not MX.
         RecipeError: a pattern matches nothing, or parts of a fused layer get different schemes.
-        ShapeError: K is not a multiple of 32.
+        ShapeError: K is not whole blocks.
     """
     if folder.quantization_config is not None:
         method = folder.quantization_config.get("quant_method", "modelopt")
@@ -138,13 +130,11 @@ def plan_conversion(folder: Folder, recipe: Recipe) -> Plan:
             "quantized already",
             "give the bf16 original, or --scheme keep to rewrite it in our own format as it is",
         )
-    for name in {recipe.default, *(rule.scheme for rule in recipe.rules)} - {BF16, *_mx_schemes()}:
-        raise SchemeError(f"scheme {name!r}", "weights are not MX", f"use one of {', '.join(_mx_schemes())}")
     plan = Plan()
     model_type = str(folder.config.get("model_type"))
     layout = FUSED_EXPERTS.get(model_type)
     unserved = BF16_IN_SGLANG.get(model_type, ())
-    recipe = Recipe((*(Rule(p, BF16) for p in unserved), *recipe.rules), recipe.default, recipe.source)
+    recipe = replace(recipe, rules=(*(Rule(p, BF16) for p in unserved), *recipe.rules))
     modules: list[str] = []
     for info in folder.tensors.values():
         for module, piece in _pieces(info, recipe, layout, plan):
@@ -154,12 +144,8 @@ def plan_conversion(folder: Folder, recipe: Recipe) -> Plan:
                 plan.quantized[piece.scheme.name] += 1
     _check_recipe(recipe, modules)
     kept = dict.fromkeys(_generalized(module) for module in plan.in_doubt)
-    plan.recipe = Recipe((*(Rule(p, BF16) for p in kept), *recipe.rules), recipe.default, recipe.source)
+    plan.recipe = replace(recipe, rules=(*(Rule(p, BF16) for p in kept), *recipe.rules))
     return plan
-
-
-def _mx_schemes() -> list[str]:
-    return [name for name, scheme in SCHEMES.items() if scheme.weight in ELEMENTS]
 
 
 def _pieces(info: TensorInfo, recipe: Recipe, layout: FusedExperts | None, plan: Plan) -> Iterator[tuple[str, Piece]]:
@@ -231,14 +217,16 @@ def _quantized(
     rows: range = range(0),
 ) -> Piece:
     *lead, k = shape
-    if k % MX_BLOCK:
+    if k % scheme.block:
+        smaller = "take a smaller --group, or " if scheme.weight == "int4" else ""
         raise ShapeError(
             f"layer {module} {list(shape)}",
-            f"K={k} is not a multiple of {MX_BLOCK}, the MX block",
-            f'keep it in bf16 with a recipe rule "{module}": "bf16"',
+            f"K={k} is not a multiple of {scheme.block}, the {scheme.block_name}",
+            f'{smaller}keep it in bf16 with a recipe rule "{module}": "bf16"',
         )
-    data = Output(Part(module, Role.DATA).name, ELEMENTS[scheme.weight].dtype, (*lead, k // scheme.pack))
-    scales = Output(Part(module, Role.SCALE).name, torch.uint8, (*lead, k // MX_BLOCK))
+    data_dtype, scale_dtype = STORED[scheme.weight]
+    data = Output(Part(module, Role.DATA).name, data_dtype, (*lead, k // scheme.pack))
+    scales = Output(Part(module, Role.SCALE).name, scale_dtype, (*lead, k // scheme.block))
     return Piece(info, (data, scales), scheme, transposed, expert, rows)
 
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from sglang_amd_quant.checkpoints.ledger import Named
-from sglang_amd_quant.checkpoints.naming import Role, some
+from sglang_amd_quant.checkpoints.naming import CANONICAL_ROLES, Role, some
 from sglang_amd_quant.checkpoints.reader import (
     CONFIG,
     FP8_STATIC,
@@ -49,7 +49,7 @@ class QuarkReader(Reader):
     stacked_experts: int = 0
 
     name: ClassVar[str] = "quark"
-    suffixes: ClassVar[Mapping[str, Role]] = {f".{role}": role for role in Role}
+    suffixes: ClassVar[Mapping[str, Role]] = {f".{role}": role for role in CANONICAL_ROLES}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], model: Mapping[str, Any]) -> Self:

@@ -34,6 +34,7 @@ class Reader(ABC):
         scale_mode: how activations' scales are rounded, by element format.
         static: modules whose activations are quantized with one static fp8 scale that the checkpoint stores: the first
             rule that matches says `fp8_static` or not.
+        symmetric: whether int4 groups have no zero points of their own, or only 8.
         check_patterns: whether a pattern of the recipe that matches no layer of the model is a user's mistake (and not
             just one of the checkpoint's own excludes).
     """
@@ -41,6 +42,7 @@ class Reader(ABC):
     recipe: Recipe
     scale_mode: Mapping[str, ScaleMode] = field(default_factory=lambda: dict(DEFAULT_SCALE_MODE))
     static: tuple[Rule, ...] = ()
+    symmetric: bool = True
     check_patterns: bool = False
 
     name: ClassVar[str]
@@ -67,13 +69,21 @@ class Reader(ABC):
             (Part(name.removesuffix(end), role) for end, role in self.suffixes.items() if name.endswith(end)), None
         )
 
-    def data(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The format's weight bytes in canonical layout."""
+    def called(self, role: Role) -> str:
+        """What the format calls such tensors."""
+        return next((end.removeprefix(".") for end, known in self.suffixes.items() if known is role), str(role))
+
+    def data(self, name: str, tensor: torch.Tensor, element: str) -> torch.Tensor:
+        """The format's weight bytes, which are to be such elements, in canonical layout."""
         return tensor
 
-    def scales(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The format's scales as e8m0 bytes [..., N, K/32]."""
+    def scales(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The format's scales as e8m0 bytes [..., N, K/32]; for int4 floats [..., N, K/group], or words."""
         return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e8m0fnu else tensor
+
+    def zeros(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The format's int4 zero points as uint8 [N, K/group], for formats that store such."""
+        return tensor
 
     def canonical(self, stream: Iterable[Named]) -> Iterator[Named]:
         """Rename and re-lay a checkpoint's tensors to the form of `naming`, in the order they come, holding back as

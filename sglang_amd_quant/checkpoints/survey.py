@@ -35,7 +35,7 @@ class Group:
         scheme: of the weights and activations, or the dtype of unquantized weights.
         shape: logical [..., N, K] of each.
         count: how many modules.
-        nbytes: weights and scales of all of them.
+        nbytes: weights and scales of all of them, in canonical form: int4 with a word a group.
         quantized: whether the weights are.
     """
 
@@ -146,7 +146,8 @@ def _modules(folder: Folder, reader: Reader, problems: list[str], watch: Watch) 
             module.shape, module.scheme = tuple(tensor.shape), _dtype(tensor.dtype)
             continue
         module.shape = (*tensor.shape[:-1], tensor.shape[-1] * _PACK[tensor.dtype])
-        module.scheme = scheme.name + (", static input" if reader.static_input(part.module) else "")
+        module.scheme = scheme.name + (f", group {scheme.block}" if scheme.weight == "int4" else "")
+        module.scheme += ", static input" if reader.static_input(part.module) else ""
         module.quantized = True
     if not any(module.quantized for module in modules.values()):
         error = CheckpointError(str(folder.path), f"{reader.name}, but holds no quantized layer", "mend config.json")

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from sglang_amd_quant import shapes
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ep", type=int, default=1, help="SGLang's --ep (default 1)")
     parser.add_argument("--scheme", choices=[AMD_MX, *SCHEMES], default=AMD_MX, help=f"default {AMD_MX}")
     parser.add_argument("--recipe", metavar="FILE", help="recipe (JSON) that gives layers their schemes")
-    parser.add_argument("--group", type=int, default=0, help="elements per int4 scale: 32 (default), 64 or 128")
+    parser.add_argument("--group", type=int, default=0, help="elements per int4 scale (default: as served)")
     parser.add_argument("--m", type=_tokens, default=DEFAULT_MS, metavar="M,M,…", help="default 1,2,4,…,8192")
     parser.add_argument("--kernels", choices=("all", "shipped"), default="all", help="what to plan with (default all)")
     parser.add_argument(
@@ -102,8 +103,9 @@ def _report(args: argparse.Namespace) -> Report:
         raise ShapeError("MODEL", "not given", "name one (`amd-mx shapes --list` lists cards), or give --from-trace")
     facts = shapes.load(args.model)
     recipe = Recipe.load(args.recipe) if args.recipe else recipe_for(facts, args.scheme, args.arch)
+    recipe = replace(recipe, group=args.group or recipe.group)
     selector = Selector(available=shipped() if args.kernels == "shipped" else None)
-    return coverage(facts, args.arch, args.tp, args.ep, recipe, args.m, selector, args.cu_count, args.group)
+    return coverage(facts, args.arch, args.tp, args.ep, recipe, args.m, selector, args.cu_count, recipe.group)
 
 
 def _written(write, path: Path) -> int:  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""`amd-mx quantize`: a bf16 checkpoint folder in, an MX one out."""
+"""`amd-mx quantize`: a bf16 checkpoint folder in, an MX or int4 one out."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import argparse
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from sglang_amd_quant.errors import RecipeError
 from sglang_amd_quant.recipe import Recipe
-from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES, ScaleMode
+from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, INT4_GROUP, INT4_GROUPS, SCHEMES, ScaleMode
 
-DESCRIPTION = """Convert a Hugging Face checkpoint (bf16, fp16 or fp32 safetensors, dense or MoE) to MX formats, shard
-by shard: little memory is needed, and a killed run goes on where it stopped when the command is repeated. DST appears
-only when it is whole; SGLang with this package serves it without any flag. Router, embeddings, lm_head, norms and
-encoders of images and sound stay as they are."""
+DESCRIPTION = """Convert a Hugging Face checkpoint (bf16, fp16 or fp32 safetensors, dense or MoE) to MX formats or int4,
+shard by shard: little memory is needed, and a killed run goes on where it stopped when the command is repeated. DST
+appears only when it is whole; SGLang with this package serves it without any flag. Router, embeddings, lm_head, norms
+and encoders of images and sound stay as they are."""
 EXAMPLE = "amd-mx quantize Qwen3-30B-A3B Qwen3-30B-A3B-W4A8 --scheme w4a8"
 
 KEEP = "keep"
@@ -30,13 +31,12 @@ def _size(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    schemes = [name for name, scheme in SCHEMES.items() if scheme.weight in DEFAULT_SCALE_MODE]
     parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and *.safetensors")
     parser.add_argument("target", metavar="DST", type=Path, help="folder to make")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--scheme",
-        choices=[*schemes, KEEP],
+        choices=[*SCHEMES, KEEP],
         help=f"one scheme for all layers; {KEEP}: rewrite a quantized SRC of another format in ours, bit for bit",
     )
     what.add_argument(
@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = ", ".join(f"{mode} for {element}" for element, mode in DEFAULT_SCALE_MODE.items())
     parser.add_argument(
         "--scale-mode", choices=list(ScaleMode), help=f"how block scales are rounded (default: {defaults})"
+    )
+    parser.add_argument(
+        "--group",
+        type=int,
+        choices=INT4_GROUPS,
+        help=f"elements of K that share an int4 scale (default: the recipe's, else {INT4_GROUP})",
     )
     parser.add_argument("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="(default: 5GB)")
     parser.add_argument("--force", action="store_true", help="replace DST, or a partial one begun with other arguments")
@@ -59,11 +65,16 @@ def run(args: argparse.Namespace) -> int:
 
     source = Folder.open(args.source)
     if args.scheme == KEEP:
-        if args.scale_mode:
-            raise RecipeError("--scale-mode", f"--scheme {KEEP} quantizes nothing", "drop one of the two")
+        for option, given in (("--scale-mode", args.scale_mode), ("--group", args.group)):
+            if given:
+                raise RecipeError(option, f"--scheme {KEEP} quantizes nothing", "drop one of the two")
         job = keep_job(source, args.target, args.max_shard_size)
     else:
         recipe = Recipe.uniform(args.scheme) if args.scheme else Recipe.load(args.recipe)
+        if args.group:
+            if "int4" not in recipe.weights:
+                raise RecipeError(f"--group {args.group}", f"{recipe.source} makes no int4", "drop one of the two")
+            recipe = replace(recipe, group=args.group)
         modes = dict.fromkeys(DEFAULT_SCALE_MODE, ScaleMode(args.scale_mode)) if args.scale_mode else DEFAULT_SCALE_MODE
         job = quantize_job(source, args.target, recipe, modes, args.max_shard_size)
     with tqdm(total=job.source_bytes, unit="B", unit_scale=True, desc=args.target.name) as bar:

@@ -11,8 +11,8 @@ from torch import Tensor
 from sglang_amd_quant.errors import SchemeError, ShapeError
 from sglang_amd_quant.formats import nibbles
 from sglang_amd_quant.formats.pieces import pieces
+from sglang_amd_quant.schemes import INT4_GROUPS
 
-GROUPS = (32, 64, 128)
 ZERO = 8
 """The zero point of symmetric groups."""
 
@@ -38,8 +38,8 @@ def quantize_int4(x: Tensor, group: int, symmetric: bool = True) -> tuple[Tensor
         ShapeError: K is not a multiple of the group.
         SchemeError: another group, or x is no float tensor.
     """
-    if group not in GROUPS:
-        raise SchemeError(f"int4 group {group}", "not supported", f"use one of {', '.join(map(str, GROUPS))}")
+    if group not in INT4_GROUPS:
+        raise SchemeError(f"int4 group {group}", "not supported", f"use one of {', '.join(map(str, INT4_GROUPS))}")
     if not x.is_floating_point():
         raise SchemeError(f"tensor of {x.dtype}", "only floats can be quantized", "dequantize or cast it first")
     if x.dim() == 0 or x.shape[-1] % group:
@@ -84,11 +84,11 @@ def dequantize_int4(
         ShapeError: shapes that do not go together, or a group other than 32, 64, 128.
     """
     k, n = data.shape[-1] * 2, scales.shape[-1]
-    group = k // n if n else GROUPS[0]
-    if data.shape[:-1] != scales.shape[:-1] or group not in GROUPS or n * group != k:
+    group = k // n if n else INT4_GROUPS[0]
+    if data.shape[:-1] != scales.shape[:-1] or group not in INT4_GROUPS or n * group != k:
         raise ShapeError(
             f"int4 data {list(data.shape)} with scales {list(scales.shape)}",
-            f"no group of {', '.join(map(str, GROUPS))} fits",
+            f"no group of {', '.join(map(str, INT4_GROUPS))} fits",
             "take both from the same tensor",
         )
     if zeros is not None and zeros.shape != scales.shape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,10 +16,9 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 
 from sglang_amd_quant.checkpoints import READERS, Reader, reader_for
-from sglang_amd_quant.checkpoints.plan import TOWERS
 from sglang_amd_quant.errors import RecipeError, SchemeError, UnsupportedError
 from sglang_amd_quant.integration.plugin import METHODS, check_hooks
-from sglang_amd_quant.recipe import Recipe, Rule, default_recipe
+from sglang_amd_quant.recipe import TOWERS, Recipe, Rule, default_recipe
 from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES, ScaleMode, Scheme
 
@@ -150,7 +150,7 @@ class AmdMxConfig(QuantizationConfig):
         """Follow a model class that renames checkpoint modules: patterns then match either name."""
         mapped = (Rule(mapper.apply_list([r.pattern])[0], r.scheme) for r in self.recipe.rules)
         extra = tuple(rule for rule in mapped if rule not in self.recipe.rules)
-        self.recipe = Recipe((*self.recipe.rules, *extra), self.recipe.default, self.recipe.source)
+        self.recipe = replace(self.recipe, rules=(*self.recipe.rules, *extra))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of one layer: ours, SGLang's unquantized one where the recipe says bf16, None for other layers."""
@@ -165,11 +165,11 @@ class AmdMxConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             if scheme is None:
                 return UnquantizedLinearMethod()
-            self._quantized[prefix] = _served(scheme, prefix)
+            self._quantized[prefix] = scheme
             return AmdMxLinearMethod(self, scheme, prefix)
         if scheme is None:
             return UnquantizedFusedMoEMethod(layer.use_triton_kernels)
-        self._quantized[prefix] = _served(scheme, prefix)
+        self._quantized[prefix] = scheme
         return AmdMxMoEMethod(self, scheme, prefix)
 
     def _in_tower(self, names: list[str]) -> bool:
@@ -242,7 +242,8 @@ class AmdMxConfig(QuantizationConfig):
 
 def _transposed_experts(stream: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in stream:
-        fused = ".experts." in name and tensor.dim() == 3 and tensor.element_size() == 1
+        quantized = tensor.element_size() == 1 or tensor.dtype == torch.int32
+        fused = ".experts." in name and tensor.dim() == 3 and quantized
         yield name, tensor.transpose(-2, -1) if fused else tensor
 
 
@@ -253,34 +254,21 @@ def _forced(name: str, reader: Reader | None) -> Recipe:
     own = reader.recipe
     swap = {s: name if s in SCHEMES else s for s in (own.default, *(r.scheme for r in own.rules))}
     rules = tuple(Rule(r.pattern, swap[r.scheme]) for r in own.rules)
-    return Recipe(rules, swap[own.default], f"scheme {name}")
+    return Recipe(rules, swap[own.default], f"scheme {name}", own.group)
 
 
 def _fitting(recipe: Recipe, reader: Reader | None) -> Recipe:
-    """A quantized checkpoint can be served with other activations, never with another weight format."""
+    """A quantized checkpoint can be served with other activations, never with another weight format or int4 group."""
     if reader is None:
         return recipe
-    held = {
-        SCHEMES[s].weight for s in (reader.recipe.default, *(r.scheme for r in reader.recipe.rules)) if s in SCHEMES
-    }
-    wanted = {SCHEMES[s].weight for s in (recipe.default, *(r.scheme for r in recipe.rules)) if s in SCHEMES}
+    held, wanted = reader.recipe.weights, recipe.weights
     if held and wanted - held:
         raise SchemeError(
             f"{recipe.source} on a {reader.name} checkpoint",
             f"wants {', '.join(sorted(wanted - held))} weights where it holds {', '.join(sorted(held))}",
             "choose a scheme with these weights, or quantize the bf16 original",
         )
-    return recipe
-
-
-def _served(scheme: Scheme, layer: str) -> Scheme:
-    if scheme.weight == "int4":
-        raise SchemeError(
-            f"layer {layer}, scheme {scheme.name}",
-            "int4 weights are not served by SGLang's plugin yet",
-            "use w4a16 (MXFP4 weights)",
-        )
-    return scheme
+    return replace(recipe, group=reader.recipe.group) if "int4" in held else recipe
 
 
 def _check_server_args() -> None:

@@ -1,4 +1,4 @@
-"""SGLang's linear layers in an MX scheme."""
+"""SGLang's linear layers in a quantized scheme."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sglang_amd_quant.ops.linear import QuantizedLinear
 from sglang_amd_quant.ops.operand import DTYPES
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.runtime.detect import CPU, cu_count, current_arch
-from sglang_amd_quant.schemes import MX_BLOCK, Scheme
+from sglang_amd_quant.schemes import Scheme
 from sglang_amd_quant.selection import Epilogue, GemmProblem
 from sglang_amd_quant.tensor import MxTensor
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 class AmdMxLinearMethod(LinearMethodBase):
     """One linear layer.
 
-    It holds `weight` (uint8 [N, K/2] or e4m3 [N, K]) and `weight_scale` (e8m0 [N, K/32]). A bf16 tensor is quantized
-    when it arrives, so the layer never exists in bf16; blocks lie along K, so quantizing before sharding gives the
-    bits of sharding before quantizing.
+    It holds `weight` (uint8 [N, K/2] or e4m3 [N, K]) and `weight_scale` (e8m0 [N, K/32], or for int4 a word of scale
+    and zero point a group, int32 [N, K/group]). A bf16 tensor is quantized when it arrives, so the layer never exists
+    in bf16; blocks lie along K, so quantizing before sharding gives the bits of sharding before quantizing.
     """
 
     def __init__(self, config: AmdMxConfig, scheme: Scheme, prefix: str) -> None:
@@ -53,9 +53,9 @@ class AmdMxLinearMethod(LinearMethodBase):
         weight_loader: Callable[..., None],
         **extra: Any,
     ) -> None:
-        """Register empty storage. Raises ShapeError where K is not whole 32-blocks on this rank."""
+        """Register empty storage. Raises ShapeError where K is not whole blocks on this rank."""
         n, k = sum(output_partition_sizes), input_size_per_partition
-        loading.check_blocks(self.prefix, f"N={n},", k, input_size // k)
+        loading.check_blocks(self.prefix, self.scheme, f"N={n},", k, input_size // k)
         data, scales = loading.new_storage(self.scheme, n, k)
         load = partial(self._load, layer, weight_loader)
         layer.register_parameter(
@@ -82,7 +82,7 @@ class AmdMxLinearMethod(LinearMethodBase):
         **named: Any,
     ) -> None:
         is_scale = param is layer.weight_scale
-        per_byte = MX_BLOCK if is_scale else self.scheme.pack if tensor.element_size() == 1 else 1
+        per_byte = self.scheme.block if is_scale else self.scheme.pack if tensor.element_size() == 1 else 1
         if tensor.dim() != 2 or tensor.shape[1] * per_byte != self._input_size:
             raise ShapeError(
                 f"layer {self.prefix}: {'scales' if is_scale else 'weight'} {tuple(tensor.shape)}",
@@ -92,7 +92,7 @@ class AmdMxLinearMethod(LinearMethodBase):
         if is_scale:
             loading.loading(self.prefix, tensor, load, param, tensor, *shard, **named)
             return
-        mode = self.config.scale_mode[self.scheme.weight]
+        mode = self.config.scale_mode.get(self.scheme.weight)
         parts = loading.quantized(tensor, self.scheme, mode, param.device)
         for target, part in zip((layer.weight, layer.weight_scale), parts, strict=False):
             loading.loading(self.prefix, tensor, load, target, part, *shard, **named)
@@ -120,9 +120,11 @@ class AmdMxLinearMethod(LinearMethodBase):
             act="" if static is None else "fp8_static",
             epilogue=Epilogue(bias=layer.bias is not None),
             out_dtype=self._dtype,
+            group=self.scheme.block,
         )
-        weight = lay_out(MxTensor.canonical(data, scales, self.scheme), problem)
-        values = loading.Dequantized(data, scales, self.scheme.weight) if current_arch() == CPU else None
+        stored = MxTensor.canonical(data, scales, self.scheme)
+        weight = lay_out(stored, problem)
+        values = loading.Dequantized(stored) if current_arch() == CPU else None
         layer.weight.data, layer.weight_scale.data = weight.tensors[:2]
         act = ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static)
         layer.amd_mx = QuantizedLinear(problem, weight, act, values)

@@ -11,50 +11,55 @@ from typing import Any
 import psutil
 import torch
 
+from sglang_amd_quant.checkpoints.naming import STORED
 from sglang_amd_quant.errors import CheckpointError, ShapeError
-from sglang_amd_quant.formats import dequantize_mx, quantize_mx
+from sglang_amd_quant.formats import group_words, split_words
 from sglang_amd_quant.layouts.names import STRIDED
 from sglang_amd_quant.ops.packed import Weight
-from sglang_amd_quant.schemes import MX_BLOCK, ScaleMode, Scheme
+from sglang_amd_quant.schemes import ScaleMode, Scheme
 from sglang_amd_quant.tensor import MxTensor
+from sglang_amd_quant.tensor import quantized as quantized_tensors
 
 logger = logging.getLogger(__name__)
 
-UNLOADED_SCALE = 255
-"""e8m0 NaN: what scales hold until the checkpoint fills them, so that a hole can never pass for a weight."""
+UNLOADED_SCALE: dict[torch.dtype, int] = {torch.uint8: 255, torch.int32: 0x7FC00000}
+"""NaN as e8m0 and as a word of int4: what scales hold until the checkpoint fills them, so that a hole can never pass
+for a weight."""
 
-STORAGE: dict[str, torch.dtype] = {"e2m1": torch.uint8, "e4m3": torch.float8_e4m3fn}
+DUMMY_SCALE = 2.0**-8
 
 COPIES_ENV = "SGLANG_AMD_MX_CPU_COPIES_GB"
 
 
-def check_blocks(layer: str, what: str, k: int, parts: int = 1) -> None:
-    """MX scales cover 32 elements along K, so every rank needs whole blocks.
+def check_blocks(layer: str, scheme: Scheme, what: str, k: int, parts: int = 1) -> None:
+    """Scales cover blocks along K, so every rank needs whole blocks.
 
     Raises:
         ShapeError: K does not divide.
     """
-    if k % MX_BLOCK:
+    if k % scheme.block:
+        smaller = "quantize with a smaller group, " if scheme.weight == "int4" else ""
         raise ShapeError(
             f"layer {layer}: {what} K={k * parts}" + (f" over {parts} ranks = {k}" if parts > 1 else ""),
-            f"not a multiple of {MX_BLOCK} elements a rank, the MX block",
-            f'lower --tp, or keep the layer bf16 with the recipe rule "{layer}": "bf16"',
+            f"not a multiple of {scheme.block} elements a rank, the {scheme.block_name}",
+            f'lower --tp, {smaller}or keep the layer bf16 with the recipe rule "{layer}": "bf16"',
         )
 
 
 def new_storage(scheme: Scheme, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Empty weight and unloaded scales for logical [..., N, K], on torch's current device."""
     *lead, k = shape
-    data = torch.zeros(*lead, k // scheme.pack, dtype=torch.uint8).view(STORAGE[scheme.weight])
-    return data, torch.full((*lead, k // MX_BLOCK), UNLOADED_SCALE, dtype=torch.uint8)
+    data_dtype, scale_dtype = STORED[scheme.weight]
+    data = torch.zeros(*lead, k // scheme.pack, dtype=torch.uint8).view(data_dtype)
+    return data, torch.full((*lead, k // scheme.block), UNLOADED_SCALE[scale_dtype], dtype=scale_dtype)
 
 
-def quantized(tensor: torch.Tensor, scheme: Scheme, mode: ScaleMode, device: torch.device) -> list[torch.Tensor]:
+def quantized(tensor: torch.Tensor, scheme: Scheme, mode: ScaleMode | None, device: torch.device) -> list[torch.Tensor]:
     """A checkpoint tensor as [data] if it is quantized already, else quantized on `device` to [data, scales]."""
     if tensor.element_size() == 1:
         return [tensor]
     with one_thread(device):
-        return list(quantize_mx(tensor.to(device), scheme.weight, mode))
+        return quantized_tensors(tensor.to(device), scheme, mode)
 
 
 @contextmanager
@@ -104,9 +109,10 @@ def check_loaded(layer: str, scales: torch.Tensor) -> None:
     """Every scale must have come, and none may be NaN.
 
     Raises:
-        CheckpointError: there are NaN scale bytes: in the checkpoint, or because a tensor never came.
+        CheckpointError: there are NaN scales: in the checkpoint, or because a tensor never came.
     """
-    missing = int(torch.count_nonzero(scales == UNLOADED_SCALE))  # sum() would widen all of them to int64
+    nan = split_words(scales)[0].isnan() if scales.dtype == torch.int32 else scales == UNLOADED_SCALE[scales.dtype]
+    missing = int(torch.count_nonzero(nan))  # sum() would widen all of them to int64
     if missing:
         raise CheckpointError(
             f"layer {layer}: {missing} of {scales.numel()} weight scales",
@@ -134,8 +140,9 @@ def static_scale(layer: str, scales: torch.Tensor | None) -> torch.Tensor | None
 
 def fill_dummy(data: torch.Tensor, scales: torch.Tensor) -> None:
     """`--load-format dummy`: random codes at scales that keep activations small."""
-    data.view(torch.uint8).random_(0, 0x70).bitwise_and_(0x77)  # no e4m3 NaN (0x7f); e2m1 codes 0..7
-    scales.fill_(127 - 8)
+    data.view(torch.uint8).random_(0, 0x70).bitwise_and_(0x77)  # no e4m3 NaN (0x7f); e2m1 and int4 codes 0..7
+    scale = torch.tensor(DUMMY_SCALE)
+    scales.fill_(int(group_words(scale) if scales.dtype == torch.int32 else 127 + scale.log2()))
 
 
 def is_dummy_load() -> bool:
@@ -171,17 +178,17 @@ BUDGET = CopyBudget()
 class Dequantized:
     """fp32 values of a quantized weight; on a CPU they are kept while the budget lasts, for speed."""
 
-    def __init__(self, data: torch.Tensor, scales: torch.Tensor, element: str) -> None:
-        self._data, self._scales, self._element = data, scales, element
+    def __init__(self, weight: MxTensor) -> None:
+        self._weight = weight
         self._kept: dict[int | None, torch.Tensor] = {}
 
     def __call__(self, expert: int | None = None) -> torch.Tensor:
         """[N, K] in fp32, of one expert where the weight is [E, N, K]."""
         if expert in self._kept:
             return self._kept[expert]
-        data, scales = (t if expert is None else t[expert] for t in (self._data, self._scales))
-        with one_thread(data.device):
-            values = dequantize_mx(data, scales, self._element, torch.float32)
+        weight = self._weight if expert is None else self._weight.expert(expert)
+        with one_thread(weight.device):
+            values = weight.dequantize()
         if values.device.type == "cpu" and BUDGET.take(values.numel() * 4):
             self._kept[expert] = values
         return values

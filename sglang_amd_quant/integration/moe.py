@@ -1,4 +1,4 @@
-"""SGLang's fused-MoE layers in an MX scheme."""
+"""SGLang's fused-MoE layers in a quantized scheme."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sglang_amd_quant.ops.moe import QuantizedMoe
 from sglang_amd_quant.ops.operand import DTYPES
 from sglang_amd_quant.ops.reference import ActQuant, MoeProblem
 from sglang_amd_quant.runtime.detect import CPU, cu_count, current_arch
-from sglang_amd_quant.schemes import MX_BLOCK, Scheme
+from sglang_amd_quant.schemes import Scheme
 from sglang_amd_quant.selection import Epilogue, GemmProblem
 from sglang_amd_quant.tensor import MxTensor
 
@@ -36,9 +36,9 @@ SHARDED_DIM = {"w1": -2, "w3": -2, "w13": -2, "w2": -1}
 class AmdMxMoEMethod(FusedMoEMethodBase):
     """One fused-MoE layer: `w13` is gate_up [E, 2I, H], `w2` is down [E, H, I]; each with `_scale`, and biases.
 
-    The intermediate size is split over ranks in whole 32-blocks: a rank holds ceil(I/32/tp) blocks and the last ranks
-    less, padded with zeros (gpt-oss at TP8: 384 columns, 192 on the last). Tensors are padded before SGLang's loaders
-    shard them, so EP, replicated experts and fused shared experts stay SGLang's own business.
+    The intermediate size is split over ranks in whole blocks of b = 32, or of int4's group: a rank holds ceil(I/b/tp)
+    blocks and the last ranks less, padded with zeros (gpt-oss at TP8: 384 columns, 192 on the last). Tensors are padded
+    before SGLang's loaders shard them, so EP, replicated experts and fused shared experts stay SGLang's own business.
     """
 
     def __init__(self, config: AmdMxConfig, scheme: Scheme, prefix: str) -> None:
@@ -61,11 +61,12 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
         with_bias: bool = False,
         **extra: Any,
     ) -> None:
-        """Register empty storage. Raises ShapeError where hidden or intermediate size is not whole 32-blocks."""
+        """Register empty storage. Raises ShapeError where hidden or intermediate size is not whole blocks."""
         ranks, full = layer.moe_tp_size, intermediate_size_per_partition * layer.moe_tp_size
-        loading.check_blocks(self.prefix, "hidden size", hidden_size)
-        loading.check_blocks(self.prefix, "intermediate size", full)
-        per_rank = -(-full // MX_BLOCK // ranks) * MX_BLOCK
+        block = self.scheme.block
+        loading.check_blocks(self.prefix, self.scheme, "hidden size", hidden_size)
+        loading.check_blocks(self.prefix, self.scheme, "intermediate size", full)
+        per_rank = -(-full // block // ranks) * block
         self._intermediate, self._padded = full, per_rank * ranks
         self._dtype = DTYPES.get(params_dtype, "bf16")
         rows = (2 if layer.moe_runner_config.is_gated else 1) * per_rank
@@ -107,12 +108,14 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
         which = "w2" if shard_id == "w2" else "w13"
         weight, scales = getattr(layer, f"{which}_weight"), getattr(layer, f"{which}_weight_scale")
         is_scale = param is scales
-        self._check(layer, tensor, shard_id, MX_BLOCK if is_scale else self._per_byte(tensor))
+        block = self.scheme.block
+        self._check(layer, tensor, shard_id, block if is_scale else self._per_byte(tensor))
         if is_scale:
-            parts = [(scales, tensor, MX_BLOCK)]
+            parts = [(scales, tensor, block)]
         else:
-            made = loading.quantized(tensor, self.scheme, self.config.scale_mode[self.scheme.weight], param.device)
-            parts = list(zip((weight, scales), made, (self.scheme.pack, MX_BLOCK), strict=False))
+            mode = self.config.scale_mode.get(self.scheme.weight)
+            made = loading.quantized(tensor, self.scheme, mode, param.device)
+            parts = list(zip((weight, scales), made, (self.scheme.pack, block), strict=False))
         for target, part, per_byte in parts:
             part_name = name if target is param else f"{name}_scale"
             padded = self._pad(layer, part, shard_id, per_byte)
@@ -134,7 +137,8 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             )
 
     def _pad(self, layer: torch.nn.Module, part: torch.Tensor, shard_id: str, per_byte: int) -> torch.Tensor:
-        """Widen the intermediate dimension of [.., N, K] to whole blocks on every rank: zero data, scale 1.
+        """Widen the intermediate dimension of [.., N, K] to whole blocks on every rank: zero data, e8m0 scale 1; int4
+        words of scale 0.
 
         A fused gate_up whose halves are not interleaved is also regrouped rank by rank, because SGLang's fused loader
         takes one contiguous piece of N for each rank.
@@ -144,7 +148,7 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
         fused = shard_id == "w13" and layer.moe_runner_config.is_gated
         halved = fused and not activation_of(layer.moe_runner_config).interleaved
         extra = (self._padded - self._intermediate) // unit * (2 if fused and not halved else 1)
-        fill = 127 if per_byte == MX_BLOCK else 0
+        fill = 127 if per_byte == self.scheme.block and part.dtype == torch.uint8 else 0
 
         def widened(piece: torch.Tensor) -> torch.Tensor:
             shape = list(piece.shape)
@@ -162,14 +166,13 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
         """Check that all of it came, lay it out as its kernels read it; forget copies of earlier weights."""
         run = layer.moe_runner_config
         activation = activation_of(run)
-        weights, kept, acts, gemms = [], [], [], []
+        weights, acts, gemms = [], [], []
         for name, op in (("w13", "moe_gate_up"), ("w2", "moe_down")):
             data, scales = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale").data
             if loading.is_dummy_load():
                 loading.fill_dummy(data, scales)
             loading.check_loaded(f"{self.prefix}.{name}", scales)
             static = loading.static_scale(f"{self.prefix}.{name}", getattr(layer, f"{name}_input_scale", None))
-            kept.append(loading.Dequantized(data, scales, self.scheme.weight))
             acts.append(ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static))
             gemms.append(self._gemm(layer, op, data, activation, static is not None))
             weights.append(MxTensor.canonical(data, scales, self.scheme))
@@ -193,7 +196,9 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             w2=w2,
             b13=_narrowed(getattr(layer, "w13_weight_bias", None)),
             b2=_narrowed(getattr(layer, "w2_weight_bias", None)),
-            values=(kept[0], kept[1]) if current_arch() == CPU else None,
+            values=(loading.Dequantized(weights[0]), loading.Dequantized(weights[1]))
+            if current_arch() == CPU
+            else None,
         )
         layer.amd_mx.prepare()
 
@@ -238,6 +243,7 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
                 beta=activation.beta if gate_up and activation.kind == "swigluoai" else None,
             ),
             out_dtype=self._dtype,
+            group=self.scheme.block,
         )
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: MoeRunnerConfig) -> None:

@@ -14,7 +14,7 @@ from sglang_amd_quant.errors import AmdMxError, UnsupportedError
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("amd_mx", "amd_mxfp4", "amd_mxfp8", "amd_w4a8", "amd_w4a16")
+METHODS = ("amd_mx", "amd_mxfp4", "amd_mxfp8", "amd_w4a8", "amd_w4a16", "amd_int4_w4a16")
 """Values of `--quantization`: `amd_mx` chooses by checkpoint, recipe or arch; the others force one scheme."""
 
 

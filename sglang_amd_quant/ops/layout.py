@@ -19,7 +19,8 @@ from sglang_amd_quant.tensor import MxTensor
 def lay_out(weight: MxTensor, problem: GemmProblem) -> Weight:
     """A linear layer's weight in the layout that selection picks for all M, among what this device can launch.
 
-    On a CPU, and wherever no kernel is for a problem, that is the order of a checkpoint: the tensor itself.
+    On a CPU, and wherever no kernel is for a problem, that is the order of a checkpoint: the tensor itself. int4 gets
+    words of scale and zero point in any case (`MxTensor.with_words`).
     """
     mine = launchable(current_arch()).intersection(linear.KERNELS) | {REFERENCE}
     return _laid_out(weight, TensorLayout.parse(choose_layout(problem, process_selector(mine)).layout), problem)
@@ -50,6 +51,8 @@ def _paired(gate_up: GemmProblem, down: GemmProblem, layouts: list[TensorLayout]
 
 
 def _laid_out(weight: MxTensor, layout: TensorLayout, problem: GemmProblem) -> Weight:
+    if weight.scheme.weight == "int4":
+        weight = weight.with_words()
     if layout.name == AMD_DECODE_LAYOUTS.get((problem.arch, weight.scheme.weight)):
         from sglang_amd_quant.ops.decode_weights import decode_weights
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sglang_amd_quant.errors import SchemeError, ShapeError, UnsupportedError
+from sglang_amd_quant.errors import SchemeError, ShapeError
 from sglang_amd_quant.layouts.names import TensorLayout
 from sglang_amd_quant.ops.packed import PackedForm, Weight
 from sglang_amd_quant.ops.reference import ActQuant
@@ -46,8 +46,7 @@ class Operand:
 
         Raises:
             ShapeError: the weights have not the problem's sizes.
-            SchemeError: nor its scheme or activation format.
-            UnsupportedError: int4 zero points, which no op takes.
+            SchemeError: nor its scheme, group or activation format; or int4 without words (`MxTensor.with_words`).
         """
         lead = (problem.e_local,) if problem.moe else ()
         if weight.shape != (*lead, problem.n, problem.k):
@@ -58,8 +57,12 @@ class Operand:
             raise SchemeError(
                 what, f"the layer is {problem.scheme} with {problem.act}", "build the layer from its scheme"
             )
-        if weight.zeros is not None:
-            raise UnsupportedError(f"weights {list(weight.shape)}", "have zero points", "use symmetric int4")
+        if weight.scheme.block != problem.group:
+            what = f"{weight.scheme.name} weights {list(weight.shape)} in groups of {weight.scheme.block}"
+            raise SchemeError(what, f"the layer's are of {problem.group}", "build the problem with the weights' group")
+        if weight.scheme.weight == "int4" and weight.tensors[1].dtype != torch.int32:
+            what = f"int4 weights {list(weight.shape)} with scales of {weight.tensors[1].dtype}"
+            raise SchemeError(what, "ops take words of scale and zero point", "lay them out, or pass `with_words()`")
         here = current_arch()
         arch = here if canonical(here) == problem.arch else problem.arch
         return cls(replace(problem, m=0, layout=weight.layout.name), arch, weight.pad, act.mode)
@@ -69,7 +72,8 @@ class Operand:
         """What the op binds the weight's tensors to."""
         p = self.problem
         shape = (p.e_local, p.n, p.k) if p.moe else (p.n, p.k)
-        scheme, layout = scheme_named(p.scheme), TensorLayout.parse(p.layout or "strided")
+        scheme = replace(scheme_named(p.scheme), block=p.group)
+        layout = TensorLayout.parse(p.layout or "strided")
         return PackedForm(scheme, shape, layout) if layout.packed else MxForm(scheme, shape, layout, self.pad)
 
     def act(self, scale: torch.Tensor | None) -> ActQuant:

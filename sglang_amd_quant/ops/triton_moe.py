@@ -47,7 +47,7 @@ def run_mx_then_moe(call: MoeCall) -> torch.Tensor:
     x = weighted_input(call)
     routing = route(call.topk_ids, p.num_experts, tile_of(call.config13).block_m)
     first = grouped(
-        quantize_activation(x, p.act13), call.w13, call.b13, call.config13, call.gate_up.arch, routing, top_k
+        quantize_activation(x, p.act13), call.w13, call.b13, call.config13, call.gate_up, routing, top_k
     )  # fmt: skip
     return down(call, routing, quantize_activation(p.activation(first).to(x.dtype), p.act2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from sglang_amd_quant.ops.packed import Weight, as_mx
 from sglang_amd_quant.ops.quantize import Quantized, quantize_activation
 from sglang_amd_quant.ops.routing import Routing, combined, route, row_weights, weighted_input
-from sglang_amd_quant.selection import Config
+from sglang_amd_quant.selection import Config, GemmProblem
 
 if TYPE_CHECKING:
     from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig
@@ -21,9 +22,14 @@ def tile_of(config: Config) -> MxGemmConfig:
     """A choice's parameters as the kernel takes them."""
     from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig
 
+    return MxGemmConfig(*config.tile, **launch_options(config))
+
+
+def launch_options(config: Config) -> dict[str, int]:
+    """What a choice says besides its tile, by the names of `TileConfig`."""
     optional = {"nonkdim": config.nonkdim, "group_m": dict(config.params).get("group_m")}
     given = {name: value for name, value in optional.items() if value is not None}
-    return MxGemmConfig(*config.tile, num_warps=config.num_warps or 4, num_stages=config.num_stages or 2, **given)
+    return {"num_warps": config.num_warps or 4, "num_stages": config.num_stages or 2, **given}
 
 
 def run_mx_gemm(call: LinearCall) -> None:
@@ -42,7 +48,12 @@ def run_mx_gemm(call: LinearCall) -> None:
 
 
 def run_mx_moe(call: MoeCall) -> torch.Tensor:
-    """`kernels/triton/mx_gemm.py`, grouped, twice; activation, quantization and sum over top_k in torch between.
+    """`kernels/triton/mx_gemm.py`, grouped, twice."""
+    return two_gemms(call, grouped)
+
+
+def two_gemms(call: MoeCall, grouped: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """An MoE by a grouped GEMM, called as the one below; activation, quantization and sum over top_k in torch between.
 
     The first product stays fp32 until its activation, as in the reference.
     """
@@ -50,12 +61,10 @@ def run_mx_moe(call: MoeCall) -> torch.Tensor:
     x = weighted_input(call)
     routing = route(call.topk_ids, problem.num_experts, tile_of(call.config13).block_m)
     first = grouped(
-        quantize_activation(x, problem.act13), call.w13, call.b13, call.config13, call.gate_up.arch, routing, top_k
+        quantize_activation(x, problem.act13), call.w13, call.b13, call.config13, call.gate_up, routing, top_k
     )  # fmt: skip
     hidden = quantize_activation(problem.activation(first).to(x.dtype), problem.act2)
-    return combined(
-        call, grouped(hidden, call.w2, call.b2, call.config2, call.down.arch, routing, 1, row_weights(call))
-    )
+    return combined(call, grouped(hidden, call.w2, call.b2, call.config2, call.down, routing, 1, row_weights(call)))
 
 
 def grouped(
@@ -63,7 +72,7 @@ def grouped(
     w: Weight,
     bias: torch.Tensor | None,
     config: Config,
-    arch: str,
+    problem: GemmProblem,
     routing: Routing,
     top_k: int,
     row_weights: torch.Tensor | None = None,
@@ -76,7 +85,7 @@ def grouped(
     # The kernel adds the bias and weights rows after the product, so a factor of the product goes before both.
     fused = x.factor is None
     mx_gemm(
-        x.data, x.scales, w.data, w.scales, y, tile_of(config), arch, bias=bias if fused else None,
+        x.data, x.scales, w.data, w.scales, y, tile_of(config), problem.arch, bias=bias if fused else None,
         row_ids=routing.row_ids, block_experts=routing.block_experts, row_weights=row_weights if fused else None,
         top_k=top_k,
     )  # fmt: skip

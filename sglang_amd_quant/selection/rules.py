@@ -34,6 +34,12 @@ _AMD_DECODE = (
     ("gfx11", "e2m1", _MXFP4_WEIGHTS, "preshuffle+tile_scale"),
     ("gfx11", "e4m3", ("mxfp8",), "preshuffle+tile_scale"),
 )
+_INT4_LAYOUTS = (
+    # arch, layout: of the decode kernels, which the prefill kernel reads too
+    ("gfx950", "cdna_int4+tile_group"),
+    ("gfx942", "cdna_int4+tile_group"),
+    ("gfx11", "rdna_int4+tile_group"),
+)
 _MOE_BOUNDS = "aiter #3783: bounds on M_routed of its own kernel; not measured with this one"
 
 
@@ -116,6 +122,7 @@ LAYOUT_RULES: tuple[LayoutRule, ...] = (
         for arch, weight, schemes, layout in _AMD_DECODE
         for s in schemes
     ),
+    *(LayoutRule(arch, "int4_w4a16", ("linear",), layout, _DECODING) for arch, layout in _INT4_LAYOUTS),
     LayoutRule("sm_90", "w4a16", _GROUPED, "hopper_bf16", _FRAGMENTS),
     *(LayoutRule("sm_90", s, _GROUPED, "hopper_e4m3", _FRAGMENTS) for s in ("mxfp8", "w4a8", "mxfp4")),
     LayoutRule("gfx11", "int4_w4a16", _GROUPED, "exllama", "ROCm/vllm #1015 reads ExLlama order"),
@@ -168,6 +175,27 @@ def _moe(
     )  # fmt: skip
 
 
+def _int4(
+    arch: str, *tiles: tuple[int | None, int, int, int, int], num_stages: int | None = None
+) -> tuple[TileRule, ...]:
+    """Tiles of the int4 GEMM: most rows where it is dense, BLOCK_M (what routing gives where it is grouped), BLOCK_N,
+    BLOCK_K, warps; the last takes all more rows."""
+    return tuple(
+        TileRule(
+            kernel, arch, _AOT, block_m, ((None, block_n),), block_k, num_warps, num_stages,
+            rows=None if grouped else (0, most), routed=grouped and most is not None,
+        )
+        for most, block_m, block_n, block_k, num_warps in tiles
+        for kernel, grouped in (("triton_int4_gemm", False), ("triton_int4_moe", True))
+    )  # fmt: skip
+
+
+_CDNA_INT4 = (
+    (16, 16, 64, 128, 4), (32, 32, 64, 64, 4), (32, 32, 64, 128, 4), (1023, 64, 128, 64, 8), (1023, 64, 128, 128, 8),
+    (None, 128, 128, 64, 8), (None, 128, 128, 128, 8),
+)  # fmt: skip
+"""Strided weights take the first of two, `cdna_int4`, whose tiles are 128 of K, the second."""
+
 _MOE = "kernels/triton/moe.py: compiles without spills, untuned"
 
 # fmt: off
@@ -195,6 +223,11 @@ TILE_RULES: tuple[TileRule, ...] = (
     *_moe("gfx942", (32, 64), (64, 64), (16, 32, 64), stages=1),
     *_moe("gfx11", (32, 64), (32, 64), (16, 32), stages=1),
     *_moe("sm_90", (64, 64), (64, 64), (16, 32, 64), stages=3),
+    *_int4("gfx950", *_CDNA_INT4),
+    *_int4("gfx942", *_CDNA_INT4),
+    *_int4("gfx11", (16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (None, 64, 64, 64, 4), num_stages=1),
+    *_int4("sm_90", (16, 16, 64, 128, 4), (32, 32, 128, 64, 8), (1023, 64, 64, 64, 8), (None, 128, 64, 64, 8),
+           num_stages=3),
     *_few("gfx950", 64, 256),
     TileRule("triton_mx_moe", "gfx950", _AOT, 32, routed=True),
     TileRule("triton_mx_moe", "gfx950", _AOT, 128, block_k=128, routed=True),

@@ -33,6 +33,14 @@ FNUZ, which no prefill kernel reads: none here."""
 AMD_MOE_DECODE_LAYOUTS = {key: f"decode_{name.partition('+')[0]}" for key, name in AMD_DECODE_LAYOUTS.items()}
 """Likewise the grouped ones; the rows of a gated gate_up have an order of their own (`ops/packed.py`)."""
 
+INT4_LAYOUTS = {
+    "gfx950": "cdna_int4+tile_group",
+    "gfx942": "cdna_int4+tile_group",
+    "gfx11": "rdna_int4+tile_group",
+    "sm_90": "mma_int4+tile_group",
+}
+"""What decode kernels of an arch read of int4. sm_90 has none yet."""
+
 _TILE = {
     "block_m": (16, 32, 64, 128),
     "block_n": (16, 32, 64, 128, 256),
@@ -90,6 +98,47 @@ def _mx_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ("strid
         fuses=("bias",),
         x_dtypes=("bf16",),
         dequantizes=True,
+        k_multiple=32,
+    )
+
+
+def _int4_tile(problem: GemmProblem) -> Config:
+    """On CDNA with 16 x 16 matrix instructions at every height: those of 32 x 32 want more registers here (static)."""
+    dense = next((rows for rows in (16, 32) if problem.m <= rows), 64)
+    block_m = routed_block_m(problem) if problem.moe else dense
+    cdna = problem.arch.startswith("gfx9")
+    return Config(block_m, 64, 128 if cdna else 64, num_warps=4, num_stages=2, nonkdim=16 if cdna else None)
+
+
+def _int4_lds(problem: GemmProblem, config: Config) -> int:
+    """On AMD x of a whole step in every stage but one, which is in registers, or of one product in a single stage; and
+    the weights of one product, dequantized. On NVIDIA x and words of a whole step in every stage, and its weights."""
+    block_m, block_n, block_k = config.tile
+    step, depth, stages = max(block_k, problem.group), min(block_k, problem.group), config.num_stages or 1
+    x, w = block_m * step * 2, block_n * (step // 2 + 4 * step // problem.group)
+    if problem.arch == "sm_90":
+        return stages * (x + w) + block_n * step * 2
+    return max((stages - 1) * x, block_m * depth * 2) + block_n * depth * 2
+
+
+def _int4_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
+    return KernelSpec(
+        name,
+        SHIPPED,
+        "kernels/triton/int4_gemm.py",
+        archs=GPUS,
+        schemes=("int4_w4a16",),
+        ops=ops,
+        layouts=("strided", *dict.fromkeys(INT4_LAYOUTS.values())),
+        space=_TILE | {"block_k": (32, 64, 128)},
+        configure=_int4_tile,
+        triton=True,
+        acts=("bf16",),
+        groups=(32, 64, 128),
+        out_dtypes=("bf16", "fp16", "fp32"),
+        fuses=("bias",),
+        x_dtypes=("bf16", "fp16"),
+        lds=_int4_lds,
         k_multiple=32,
     )
 
@@ -278,6 +327,8 @@ SHIPPED_KERNELS = (
     ),
     _MOE,
     _mx_gemm("triton_mx_moe", ("moe_gate_up", "moe_down")),
+    _int4_gemm("triton_int4_gemm", ("linear",)),
+    _int4_gemm("triton_int4_moe", ("moe_gate_up", "moe_down")),
     _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1"), ("linear",)),
     _hopper("e4m3", ("mxfp8", "w4a8", "mxfp4"), ("e4m3", "e2m1", "fp8_static")),
 )

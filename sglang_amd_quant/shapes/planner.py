@@ -13,7 +13,7 @@ from math import prod
 
 from sglang_amd_quant.errors import RecipeError, ShapeError
 from sglang_amd_quant.recipe import Recipe
-from sglang_amd_quant.schemes import BF16, SCHEMES, Scheme
+from sglang_amd_quant.schemes import BF16, MX_BLOCK, SCHEMES, Scheme
 from sglang_amd_quant.schemes import scheme as scheme_named
 from sglang_amd_quant.shapes.facts import ModelFacts
 from sglang_amd_quant.shapes.layers import Experts, Fuse, Linear, round_up
@@ -76,13 +76,12 @@ def data_bytes(scheme: str, elements: int) -> int:
     return elements * (SCHEMES[scheme].weight_bits if scheme in SCHEMES else 16) // 8
 
 
-def weight_bytes(scheme: str, *shape: int) -> int:
-    """Bytes of a weight [..., N, K] and its scales: e8m0, one byte a block, for MX; bf16 for int4."""
+def weight_bytes(scheme: str, *shape: int, block: int = MX_BLOCK) -> int:
+    """Bytes of a weight [..., N, K] and its scales: e8m0, one byte a block, for MX; a word a group for int4."""
     data = data_bytes(scheme, prod(shape))
     if scheme not in SCHEMES:
         return data
-    s = SCHEMES[scheme]
-    return data + prod(shape[:-1]) * -(-shape[-1] // s.block) * (2 if s.weight == "int4" else 1)
+    return data + prod(shape[:-1]) * -(-shape[-1] // block) * (4 if SCHEMES[scheme].weight == "int4" else 1)
 
 
 def share(size: int, ranks: int, rank: int, block: int) -> tuple[int, int]:
@@ -115,7 +114,8 @@ def plan(
         facts: the model.
         tp: SGLang's `--tp`: all ranks of the model.
         ep: SGLang's `--ep`: groups that the experts are dealt to; within a group their TP is tp/ep.
-        scheme: a scheme's name for every layer that can be quantized, `bf16`, or a recipe.
+        scheme: a scheme's name for every layer that can be quantized (int4 in groups of 32, which divide all that MX
+            blocks divide), `bf16`, or a recipe.
         fuse_shared: run shared experts inside the grouped GEMM (E+1, top_k+1). None: as SGLang does for the
             architecture on gfx950, provided that the recipe gives both the same scheme.
         rank: which rank; ranks differ only where the blocks leave a remainder.
@@ -127,7 +127,7 @@ def plan(
         RecipeError: parts of a fused layer are given different schemes.
     """
     if isinstance(scheme, str):
-        scheme = Recipe(source=BF16) if scheme == BF16 else Recipe.uniform(scheme_named(scheme).name)
+        scheme = Recipe(source=BF16) if scheme == BF16 else Recipe.uniform(scheme_named(scheme).name, MX_BLOCK)
     return list(_plan(facts, tp, ep, scheme, fuse_shared, rank, mtp))
 
 
@@ -229,7 +229,7 @@ def _linear(facts: ModelFacts, layer: Linear, tp: int, recipe: Recipe) -> Iterat
             top_k=1,
             count=max(1, len(blocks)),
             scheme=name,
-            bytes=weight_bytes(name, n, k),
+            bytes=weight_bytes(name, n, k, block=scheme.block if scheme else MX_BLOCK),
             N_used=n,
             K_used=k,
             blocks=blocks,
@@ -245,8 +245,7 @@ def _experts(
     for scheme, blocks in _by_scheme(facts, layer.blocks, modules, recipe).items():
         for n, k in ((2 * layer.intermediate, layer.hidden), (layer.hidden, layer.intermediate)):
             _check_k(f"{facts.name}: {layer.name}", n, k, scheme, 1)
-        block = scheme.block if scheme else 1
-        stored, used = share(layer.intermediate, moe_tp, moe_rank, block)
+        stored, used = share(layer.intermediate, moe_tp, moe_rank, scheme.block if scheme else 1)
         name = scheme.name if scheme else BF16
         half = 2 * stored // len(layer.gate_up)
         for op, n, k, n_used, k_used, parts in (
@@ -263,7 +262,7 @@ def _experts(
                 top_k=layer.top_k + shared,
                 count=len(blocks),
                 scheme=name,
-                bytes=weight_bytes(name, e_local, n, k),
+                bytes=weight_bytes(name, e_local, n, k, block=scheme.block if scheme else MX_BLOCK),
                 N_used=n_used,
                 K_used=k_used,
                 shared=shared,
@@ -277,5 +276,5 @@ def _check_k(name: str, n: int, k: int, scheme: Scheme | None, tp: int) -> None:
         raise ShapeError(
             f"{name} [{n}, {k}] at TP {tp}",
             f"K is not whole {scheme.block}-blocks, as {scheme.name} needs",
-            "keep it bf16 in a recipe, or use a smaller --tp",
+            "keep it bf16 in a recipe, or use a smaller --tp" + (" or group" if scheme.weight == "int4" else ""),
         )

@@ -17,7 +17,7 @@ from sglang_amd_quant.checkpoints import reader_for
 from sglang_amd_quant.checkpoints.folder import Folder
 from sglang_amd_quant.checkpoints.naming import Part, Role
 from sglang_amd_quant.checkpoints.native import NativeReader
-from sglang_amd_quant.formats import dequantize_mx
+from sglang_amd_quant.formats import dequantize_int4, dequantize_mx, split_words
 from sglang_amd_quant.recipe import Recipe
 
 if not hasattr(torch.ops.torchvision, "nms"):  # transformers imports torchvision, which declares fakes for these
@@ -84,8 +84,12 @@ def dequantized(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             part = native.part(name)
             if part is None or part.role is not Role.DATA or tensor.element_size() != 1:
                 continue
+            scales = tensors[Part(part.module, Role.SCALE).name]
+            if scales.dtype == torch.int32:
+                yield part.module, dequantize_int4(tensor, *split_words(scales))
+                continue
             element = "e2m1" if tensor.dtype == torch.uint8 else "e4m3"
-            yield part.module, dequantize_mx(tensor, tensors[Part(part.module, Role.SCALE).name], element)
+            yield part.module, dequantize_mx(tensor, scales, element)
 
     return dict(modules())
 

@@ -203,7 +203,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: change(f, 0, "model.layers.1.self_attn.q_proj.weight", torch.ones(32, 64).bfloat16()),
         "model.layers.1.self_attn.q_proj: stored unquantized, but the checkpoint's config says quantized",
     ),
-    "unknown format": (lambda f: write_config(f, {"quant_method": "awq"}), "quant_method 'awq': no reader"),
+    "unknown format": (lambda f: write_config(f, {"quant_method": "hqq"}), "quant_method 'hqq': no reader"),
     "unknown version": (lambda f: write_config(f, {"quant_method": "amd_mx", "version": 9}), "version 9: this release"),
     "unknown scheme": (
         lambda f: write_config(f, {"quant_method": "amd_mx", "version": 1, "recipe": {"default": "mxfp5"}}),

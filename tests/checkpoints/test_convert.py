@@ -15,7 +15,7 @@ from sglang_amd_quant.checkpoints import convert, job
 from sglang_amd_quant.checkpoints.convert import keep_job, quantize_job
 from sglang_amd_quant.checkpoints.folder import Folder
 from sglang_amd_quant.checkpoints.job import Job
-from sglang_amd_quant.errors import CheckpointError, RecipeError, SchemeError, ShapeError
+from sglang_amd_quant.errors import CheckpointError, RecipeError, ShapeError
 from sglang_amd_quant.formats import fake_quantize_mx
 from sglang_amd_quant.recipe import Recipe, Rule
 from sglang_amd_quant.schemes import ScaleMode
@@ -186,7 +186,11 @@ class TestWhatIsQuantized:
                 RecipeError,
                 r"'\*\.qq_proj': matches no module of the checkpoint; modules are named like model\.layers\.0",
             ),
-            (Recipe.uniform("int4_w4a16"), SchemeError, "weights are not MX; use one of mxfp4"),
+            (
+                Recipe.uniform("int4_w4a16"),
+                ShapeError,
+                r"K=64 is not a multiple of 128, the int4 group; take a smaller",
+            ),
         ],
     )
     def test_bad_recipes(self, source: Path, recipe: Recipe, error: type[Exception], message: str) -> None:

@@ -148,7 +148,7 @@ class TestCompressedTensors:
         names = ("a.mlp.down_proj", "a.mlp.up_proj", "a.self_attn.q_proj")
         assert [recipe.scheme_for(name).name for name in names] == ["w4a16", "mxfp8", "mxfp4"]
 
-    @pytest.mark.parametrize("preset", ["MXFP8A16", "NVFP4", "FP8", "W4A16"])
+    @pytest.mark.parametrize("preset", ["MXFP8A16", "NVFP4", "FP8", "W8A16", "W4A8"])
     def test_other_presets_are_refused(self, tools: Any, preset: str) -> None:
         from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 
@@ -262,7 +262,7 @@ class TestMxfp8:
             tools.reader_for({"quant_method": "mxfp8", "weight_block_size": [128, 128]})
 
 
-@pytest.mark.parametrize("method", ["fp8", "awq", None])
+@pytest.mark.parametrize("method", ["fp8", "hqq", None])
 def test_unknown_formats_name_the_known_ones(tools: Any, method: str | None) -> None:
     with pytest.raises(
         CheckpointError, match="no reader for this format; give a bf16 checkpoint or one of amd_mx, quark"

@@ -18,7 +18,7 @@ def test_this_environment_can_serve(capsys):
     assert "serves on cpu" in text
     assert "no problems found" in text
     assert "--attention-backend torch_native" in text
-    assert "linear: reference (reference): mxfp4, mxfp8, w4a8, w4a16 at M 1, 64, 2048" in text
+    assert "linear: reference (reference): mxfp4, mxfp8, w4a8, w4a16, int4_w4a16 at M 1, 64, 2048" in text
     assert "experts down: reference" in text
 
 
@@ -26,7 +26,7 @@ def test_json(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["arch"] == "cpu"
-    assert {row["scheme"] for row in found["kernels"]} == {"mxfp4", "mxfp8", "w4a8", "w4a16"}
+    assert {row["scheme"] for row in found["kernels"]} == {"mxfp4", "mxfp8", "w4a8", "w4a16", "int4_w4a16"}
     assert found["problems"] == []
 
 
@@ -57,7 +57,8 @@ def test_kernels_that_were_not_built(without_code_objects, capsys):
     assert main(["doctor", "--arch", "gfx950", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert "amd-mx build --arch gfx950" in found["not_launched"]["gemv_mxfp4"]
-    assert {row["kernel"] for row in found["kernels"]} == {"triton_mx_gemm", "triton_moe"}
+    triton = {"triton_mx_gemm", "triton_moe", "triton_int4_gemm", "triton_int4_moe"}
+    assert {row["kernel"] for row in found["kernels"]} == triton
     assert main(["doctor", "--arch", "gfx950"]) == 0
     assert "gemv_mxfp4: code object" in capsys.readouterr().out
 

@@ -127,15 +127,15 @@ def _seeded() -> None:
 
 @pytest.fixture
 def as_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Layers are built as for an MI355X; the Triton kernel runs as its torch twin, and HIP kernels are only loaded.
+    """Layers are built as for an MI355X; Triton kernels run as their torch twins, and HIP kernels are only loaded.
 
     Attributes:
-        calls: archs that the twin was called for.
+        calls: archs that a twin was called for.
         loaded: entry points that were asked for ahead.
     """
     pytest.importorskip("triton")
-    from sglang_amd_quant.kernels.triton import mx_gemm
-    from triton_twin import mx_gemm_twin
+    from sglang_amd_quant.kernels.triton import int4_gemm, mx_gemm
+    from triton_twin import int4_gemm_twin, mx_gemm_twin
 
     from sglang_amd_quant.integration import linear as linear_method
     from sglang_amd_quant.integration import moe as moe_method
@@ -157,14 +157,19 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         gpu.calls.append(arch)
         return y.copy_(mx_gemm_twin(x, x_scales, w, w_scales, y.shape[1], **options))
 
+    def int4_twin(x, w, words, y, config, arch, **options):  # type: ignore[no-untyped-def]
+        gpu.calls.append(arch)
+        return y.copy_(int4_gemm_twin(x, w, words, y.shape[1], **options))
+
     for module in (linear_method, moe_method, layout, operand):
         monkeypatch.setattr(module, "current_arch", lambda: "gfx950")
     for module in (layout, linear, moe):
-        kernels = frozenset({"gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe"})
+        kernels = frozenset({"gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe", "triton_int4_gemm", "triton_int4_moe"})
         monkeypatch.setattr(module, "launchable", lambda arch, kernels=kernels: kernels)
     for module in (linear_method, moe_method):
         monkeypatch.setattr(module, "cu_count", lambda: 256)
     monkeypatch.setattr(mx_gemm, "mx_gemm", twin)
+    monkeypatch.setattr(int4_gemm, "int4_gemm", int4_twin)
     monkeypatch.setattr(hip, "device_of", lambda x: gpu)
     linear.bound.cache_clear()
     moe.bound.cache_clear()

@@ -27,7 +27,7 @@ def scheme_of(config, layer, prefix):
     return getattr(getattr(method, "scheme", None), "name", "bf16" if method is not None else None)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "w4a8", "w4a16"])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "w4a8", "w4a16", "int4_w4a16"])
 def test_forced_schemes(sglang_context, linear, name):
     from sglang_amd_quant.integration.config import CONFIGS
 
@@ -169,11 +169,6 @@ class TestForeignCheckpoints:
         assert scheme_of(config, linear, "m.o_proj") == "bf16"
         with pytest.raises(SchemeError, match="wants e4m3 weights where it holds e2m1"):
             CONFIGS["amd_mxfp8"].from_config(dict(NATIVE))
-
-
-def test_int4_is_not_served(make_config, linear):
-    with pytest.raises(SchemeError, match=r"layer m\.down_proj, scheme int4_w4a16.*use w4a16"):
-        scheme_of(make_config("int4_w4a16"), linear, "m.down_proj")
 
 
 def test_tokenizer_workers_are_refused(sglang_context, monkeypatch):

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sglang_amd_quant.errors import CheckpointError, ShapeError
-from sglang_amd_quant.formats import dequantize_mx, fake_quantize_mx, quantize_mx
+from sglang_amd_quant.formats import dequantize_int4, dequantize_mx, fake_quantize_mx, quantize_int4, quantize_mx
+from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES
+from sglang_amd_quant.tensor import quantized
 
-SERVED = [s for s in SCHEMES.values() if s.weight != "int4"]
+GROUP = 32
+
+
+def recipe(scheme):
+    """All layers in a scheme, int4 in the smallest group."""
+    return Recipe(default=scheme.name, group=GROUP)
+
+
+def stored(weight, scheme):
+    """Data and scales as a checkpoint hands them over."""
+    return quantized(weight, replace(scheme, block=GROUP), DEFAULT_SCALE_MODE.get(scheme.weight))
 
 
 def expected(x: torch.Tensor, weight: torch.Tensor, scheme, bias=None) -> torch.Tensor:
     """fp64 product of the quantized operands."""
-    mode = DEFAULT_SCALE_MODE[scheme.weight]
-    w = dequantize_mx(*quantize_mx(weight, scheme.weight, mode), scheme.weight).double()
+    if scheme.weight == "int4":
+        w = dequantize_int4(*quantize_int4(weight, GROUP)).double()
+    else:
+        mode = DEFAULT_SCALE_MODE[scheme.weight]
+        w = dequantize_mx(*quantize_mx(weight, scheme.weight, mode), scheme.weight).double()
     xq = x if scheme.act == "bf16" else fake_quantize_mx(x, scheme.act, DEFAULT_SCALE_MODE[scheme.act])
     out = xq.double() @ w.T
     return out if bias is None else out + bias.double()
@@ -28,7 +45,7 @@ def close(got: torch.Tensor, want: torch.Tensor, k: int) -> None:
     assert (got.double() - want).abs().max() <= want.abs().max() * 2**-8
 
 
-@pytest.mark.parametrize("scheme", SERVED, ids=lambda s: s.name)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
 @pytest.mark.parametrize("bias", [False, True])
 def test_column_linear_from_bf16(make_config, rank, scheme, bias):
     from sglang.srt.layers.linear import ColumnParallelLinear
@@ -36,7 +53,7 @@ def test_column_linear_from_bf16(make_config, rank, scheme, bias):
     weight, b = torch.randn(48, 128).bfloat16(), torch.randn(48).bfloat16()
     with rank():
         layer = ColumnParallelLinear(
-            128, 48, bias=bias, params_dtype=torch.bfloat16, quant_config=make_config(scheme.name), prefix="a.q_proj"
+            128, 48, bias=bias, params_dtype=torch.bfloat16, quant_config=make_config(recipe(scheme)), prefix="a.q_proj"
         )
     layer.weight.weight_loader(layer.weight, weight)
     if bias:
@@ -49,7 +66,7 @@ def test_column_linear_from_bf16(make_config, rank, scheme, bias):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("scheme", SERVED, ids=lambda s: s.name)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
 def test_row_parallel_ranks_sum_to_the_whole(make_config, rank, scheme, ranks):
     from sglang.srt.layers.linear import RowParallelLinear
 
@@ -60,7 +77,7 @@ def test_row_parallel_ranks_sum_to_the_whole(make_config, rank, scheme, ranks):
         with rank(tp=(index, ranks)):
             layer = RowParallelLinear(
                 128, 64, bias=False, params_dtype=torch.bfloat16, reduce_results=False,
-                quant_config=make_config(scheme.name), prefix="a.o_proj",
+                quant_config=make_config(recipe(scheme)), prefix="a.o_proj",
             )  # fmt: skip
             layer.weight.weight_loader(layer.weight, weight)
             layer.quant_method.process_weights_after_loading(layer)
@@ -68,19 +85,17 @@ def test_row_parallel_ranks_sum_to_the_whole(make_config, rank, scheme, ranks):
             total += layer.quant_method.apply(layer, share.float()).double()
             scales.append(layer.weight_scale)
     want = expected(x.float(), weight, scheme)
-    assert torch.equal(
-        torch.cat(list(scales), 1), quantize_mx(weight, scheme.weight, DEFAULT_SCALE_MODE[scheme.weight])[1]
-    )
+    assert torch.equal(torch.cat(list(scales), 1), stored(weight, scheme)[1])
     close(total, want, 128)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("stored", [False, True], ids=["bf16", "quantized"])
-def test_qkv_with_replicated_kv_heads(make_config, rank, ranks, stored):
+@pytest.mark.parametrize("loads_stored", [False, True], ids=["bf16", "quantized"])
+@pytest.mark.parametrize("scheme", [SCHEMES["mxfp4"], SCHEMES["int4_w4a16"]], ids=lambda s: s.name)
+def test_qkv_with_replicated_kv_heads(make_config, rank, ranks, scheme, loads_stored):
     """4 query heads, 2 KV heads: at TP4 each KV head lies on two ranks."""
     from sglang.srt.layers.linear import QKVParallelLinear
 
-    scheme, mode = SCHEMES["mxfp4"], DEFAULT_SCALE_MODE["e2m1"]
     weights = {"q": torch.randn(128, 64), "k": torch.randn(64, 64), "v": torch.randn(64, 64)}
     for index in range(ranks):
         with rank(tp=(index, ranks)):
@@ -91,12 +106,12 @@ def test_qkv_with_replicated_kv_heads(make_config, rank, ranks, stored):
                 2,
                 bias=False,
                 params_dtype=torch.bfloat16,
-                quant_config=make_config("mxfp4"),
+                quant_config=make_config(recipe(scheme)),
                 prefix="a.qkv_proj",
             )
             for shard, weight in weights.items():
-                if stored:
-                    data, scale = quantize_mx(weight, "e2m1", mode)
+                if loads_stored:
+                    data, scale = stored(weight, scheme)
                     layer.weight.weight_loader(layer.weight, data, shard)
                     layer.weight_scale.weight_loader(layer.weight_scale, scale, shard)
                 else:
@@ -137,11 +152,24 @@ def test_merged_gate_up_loads_each_half(make_config, rank):
         close(layer.quant_method.apply(layer, x), expected(x, mine, SCHEMES["mxfp8"]), 64)
 
 
-def test_k_must_be_whole_blocks_on_every_rank(make_config, rank):
+@pytest.mark.parametrize(
+    ("scheme", "k", "ranks", "message"),
+    [
+        ("mxfp4", 96, 4, r"K=96 over 4 ranks = 24: not a multiple of 32 elements a rank, the MX block; lower --tp, or"),
+        (
+            "int4_w4a16",
+            128,
+            2,
+            r"K=128 over 2 ranks = 64: not a multiple of 128 .*, the int4 group; .* with a smaller group",
+        ),
+        ("int4_w4a16", 96, 1, r"N=64, K=96: not a multiple of 128"),
+    ],
+)
+def test_k_must_be_whole_blocks_on_every_rank(make_config, rank, scheme, k, ranks, message):
     from sglang.srt.layers.linear import RowParallelLinear
 
-    with rank(tp=(0, 4)), pytest.raises(ShapeError, match=r"layer model\.o_proj.*K=96 over 4 ranks = 24.*--tp"):
-        RowParallelLinear(96, 64, bias=False, quant_config=make_config("mxfp4"), prefix="model.o_proj")
+    with rank(tp=(0, ranks)), pytest.raises(ShapeError, match=rf"layer model\.o_proj: .*{message}"):
+        RowParallelLinear(k, 64, bias=False, quant_config=make_config(scheme), prefix="model.o_proj")
 
 
 class TestBadTensors:
@@ -170,6 +198,18 @@ class TestBadTensors:
         with pytest.raises(CheckpointError, match=r"m\.up_proj: tensor \(16, 64\).*amd-mx inspect"):
             layer.weight.weight_loader(layer.weight, torch.zeros(16, 64))
 
+    def test_never_loaded_int4(self, make_config, rank):
+        from sglang.srt.layers.linear import MergedColumnParallelLinear
+
+        config = make_config(recipe(SCHEMES["int4_w4a16"]))
+        with rank():
+            layer = MergedColumnParallelLinear(
+                64, [32, 32], bias=False, params_dtype=torch.float16, quant_config=config, prefix="m.gate_up_proj"
+            )
+        layer.weight.weight_loader(layer.weight, torch.randn(32, 64), 1)
+        with pytest.raises(CheckpointError, match=r"m\.gate_up_proj: 64 of 128 weight scales"):
+            layer.quant_method.process_weights_after_loading(layer)
+
     def test_never_loaded(self, layer):
         with pytest.raises(CheckpointError, match=r"m\.up_proj: 64 of 64 weight scales"):
             layer.quant_method.process_weights_after_loading(layer)
@@ -183,32 +223,33 @@ class TestBadTensors:
             layer.quant_method.process_weights_after_loading(layer)
 
 
-def test_reload_replaces_kept_copies(make_config, rank):
+@pytest.mark.parametrize("scheme", [SCHEMES["w4a16"], SCHEMES["int4_w4a16"]], ids=lambda s: s.name)
+def test_reload_replaces_kept_copies(make_config, rank, scheme):
     from sglang.srt.layers.linear import ReplicatedLinear
 
     with rank():
         layer = ReplicatedLinear(
-            64, 32, bias=False, params_dtype=torch.bfloat16, quant_config=make_config("w4a16"), prefix="m.q_proj"
+            64, 32, bias=False, params_dtype=torch.bfloat16, quant_config=make_config(recipe(scheme)), prefix="m.q_proj"
         )
     x = torch.randn(1, 64)
     for weight in (torch.randn(32, 64), torch.randn(32, 64)):
         layer.weight.weight_loader(layer.weight, weight)
         layer.quant_method.process_weights_after_loading(layer)
-        close(layer.quant_method.apply(layer, x), expected(x, weight, SCHEMES["w4a16"]), 64)
+        close(layer.quant_method.apply(layer, x), expected(x, weight, scheme), 64)
 
 
 def test_on_a_gpu_the_layer_calls_its_kernel_on_packed_weights(make_config, rank, as_gpu):
-    """No kept copies, weights in the layout that selection picked, kernels loaded; Triton's runs as its twin."""
+    """No kept copies, weights in the layout that selection picked, kernels loaded; Triton's run as their twins."""
     from sglang.srt.layers.linear import ColumnParallelLinear
 
-    for scheme in SERVED:
+    for scheme in SCHEMES.values():
         with rank():
             layer = ColumnParallelLinear(
                 128,
                 48,
                 bias=True,
                 params_dtype=torch.bfloat16,
-                quant_config=make_config(scheme.name),
+                quant_config=make_config(recipe(scheme)),
                 prefix="a.q_proj",
             )
         weight, bias, x = torch.randn(48, 128).bfloat16(), torch.randn(48).bfloat16(), torch.randn(5, 128).bfloat16()
@@ -221,29 +262,33 @@ def test_on_a_gpu_the_layer_calls_its_kernel_on_packed_weights(make_config, rank
         as_gpu.calls.clear()
         close(layer(x)[0], expected(x, weight, scheme, bias), 128)
         assert as_gpu.calls == ["gfx950"]
+        assert scheme.weight != "int4" or layer.amd_mx.weight.layout.name == "cdna_int4+tile_group"
     assert as_gpu.loaded >= {"gemv_mxfp4_bf16_m1", "gemv_mxfp4_f32_m4"}
 
 
-def test_packed_weights_are_restored_for_new_ones(make_config, rank, as_gpu, monkeypatch):
+@pytest.mark.parametrize(("scheme", "name"), [("w4a8", "cdna4_scale"), ("int4_w4a16", "cdna_int4+tile_group")])
+def test_packed_weights_are_restored_for_new_ones(make_config, rank, as_gpu, monkeypatch, scheme, name):
     from sglang.srt.layers.linear import ReplicatedLinear
 
     from sglang_amd_quant.ops import layout
     from sglang_amd_quant.selection import LayoutChoice
 
-    monkeypatch.setattr(layout, "choose_layout", lambda *_: LayoutChoice("cdna4_scale", "rule", ("test",)))
+    monkeypatch.setattr(layout, "choose_layout", lambda *_: LayoutChoice(name, "rule", ("test",)))
+    config = make_config(recipe(SCHEMES[scheme]))
     with rank():
         layer = ReplicatedLinear(
-            64, 48, bias=False, params_dtype=torch.bfloat16, quant_config=make_config("w4a8"), prefix="m.q_proj"
+            64, 48, bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix="m.q_proj"
         )
     x = torch.randn(3, 64).bfloat16()
     for weight in (torch.randn(48, 64), torch.randn(48, 64)):
         layer.weight.weight_loader(layer.weight, weight)
         strided = layer.weight_scale.data.clone()
         layer.quant_method.process_weights_after_loading(layer)
-        assert layer.amd_mx.weight.layout.name == "cdna4_scale"
+        assert layer.amd_mx.weight.layout.name == name
         assert layer.weight_scale.data.shape == layer.amd_mx.weight.scales.shape != strided.shape
-        close(layer(x)[0], expected(x, weight, SCHEMES["w4a8"]), 64)  # no kernel here reads it: the reference does
-        assert as_gpu.calls == []
+        as_gpu.calls.clear()
+        close(layer(x)[0], expected(x, weight, SCHEMES[scheme]), 64)
+        assert as_gpu.calls == ([] if scheme == "w4a8" else ["gfx950"])  # what no kernel here reads the reference does
         layer.quant_method.restore_weights_before_loading(layer)
         assert torch.equal(layer.weight_scale.data, strided)
 
@@ -276,3 +321,21 @@ def test_weights_that_a_kernel_packs(make_config, rank, as_gpu, monkeypatch):
         assert (layer.weight_scale == 255).all()
     with pytest.raises(CheckpointError, match="256 of 256 weight scales"):
         layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
+def test_dummy_weights_are_finite_and_small(make_config, rank, monkeypatch, scheme):
+    """`--load-format dummy`: no tensor comes, and the layer computes."""
+    from sglang.srt.layers.linear import ReplicatedLinear
+
+    from sglang_amd_quant.integration import loading
+
+    monkeypatch.setattr(loading, "is_dummy_load", lambda: True)
+    with rank():
+        layer = ReplicatedLinear(
+            64, 32, bias=False, params_dtype=torch.bfloat16, quant_config=make_config(recipe(scheme)), prefix="m.q_proj"
+        )
+    layer.quant_method.process_weights_after_loading(layer)
+    values = layer.amd_mx.values()
+    assert torch.isfinite(values).all()
+    assert 0 < values.abs().max() <= 2**-8 * (240 if scheme.weight == "e4m3" else 8)  # e4m3 0x77 is 240

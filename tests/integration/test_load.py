@@ -12,6 +12,7 @@ from sglang_amd_quant.cli.main import main
 from sglang_amd_quant.errors import AmdMxError, RecipeError
 from sglang_amd_quant.formats import quantize_mx
 from sglang_amd_quant.schemes import ScaleMode
+from tests.int4_files import rewrite as rewrite_int4
 
 SIZES = {
     "hidden_size": 64,
@@ -136,6 +137,83 @@ def test_written_by_amd_mx_quantize(originals, load_model, tmp_path, name, schem
     same(got, want)
     assert schemes(got) == schemes(want)
     assert set(schemes(want).values()) == {scheme}
+
+
+@pytest.fixture
+def int4_recipe(tmp_path):
+    """A file that asks for int4 in the largest group that 64 and 96 columns allow."""
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"default": "int4_w4a16", "group": 32}))
+    return path
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_int4_written_and_online(originals, load_model, tmp_path, int4_recipe, monkeypatch, name):
+    written = tmp_path / "written"
+    assert main(["quantize", str(originals[name]), str(written), "--recipe", str(int4_recipe)]) == 0
+    got = load_model(written)
+    monkeypatch.setenv("SGLANG_AMD_MX_RECIPE", str(int4_recipe))
+    want = load_model(originals[name], "amd_mx")
+    same(got, want)
+    assert schemes(got) == schemes(want)
+    assert set(schemes(want).values()) == {"int4_w4a16"}
+
+
+def test_int4_by_name_takes_groups_of_128(originals, load_model):
+    with pytest.raises(AmdMxError, match=r"K=64: not a multiple of 128 elements a rank, the int4 group.*smaller group"):
+        load_model(originals["qwen3"], "amd_int4_w4a16")
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize("method", ["gptq", "gptq_v2", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "mixtral"])
+def test_int4_checkpoints(originals, load_model, tmp_path, name, method, symmetric):
+    """A model in fp16, as these formats have them: every layer computes with the numbers that were packed."""
+    layers = rewrite_int4(originals[name], tmp_path / "m", method, 32, symmetric)
+    model = load_model(tmp_path / "m", "amd_mx")
+    assert set(schemes(model).values()) == {"int4_w4a16"}
+    assert model.lm_head.weight.dtype == torch.float16
+    layer = model.model.layers[0]
+    stem = "model.layers.0"
+    attention = torch.cat([layers[f"{stem}.self_attn.{part}_proj"].values for part in "qkv"])
+    assert torch.equal(layer.self_attn.qkv_proj.amd_mx.values(), attention)
+    x = torch.randn(3, 64).half()
+    out = layer.self_attn.qkv_proj.quant_method.apply(layer.self_attn.qkv_proj, x)
+    # fp32 sums of 64 products, rounded once: at most one step of fp16 beside the exact sum, rounded
+    torch.testing.assert_close(out, (x.double() @ attention.double().T).half(), rtol=2**-10, atol=2**-16)
+    if name == "qwen3":
+        mlp = torch.cat([layers[f"{stem}.mlp.{part}_proj"].values for part in ("gate", "up")])
+        assert torch.equal(layer.mlp.gate_up_proj.amd_mx.values(), mlp)
+        return
+    experts, parts = ("mlp", ("gate_proj", "up_proj", "down_proj")) if name == "qwen3_moe" else (
+        "block_sparse_moe", ("w1", "w3", "w2")
+    )  # fmt: skip
+    moe = getattr(layer, experts).experts.amd_mx
+    for expert in range(4):
+        gate, up, down = (layers[f"{stem}.{experts}.experts.{expert}.{part}"].values for part in parts)
+        assert torch.equal(moe.values[0](expert), torch.cat([gate, up]))
+        assert torch.equal(moe.values[1](expert), down)
+
+
+def test_int4_lm_head(originals, load_model, tmp_path):
+    """`lm_head: true`: SGLang runs it unquantized, with the numbers that were packed."""
+    from tests.int4_files import Int4, stored
+
+    rewrite_int4(originals["qwen3"], tmp_path, "gptq", 32, symmetric=False, lm_head=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = Int4.of(tensors.pop("lm_head.weight"), 32, symmetric=False)
+    tensors |= {f"lm_head.{end}": t for end, t in stored("gptq", head, symmetric=False).items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load_model(tmp_path, "amd_mx").lm_head.weight, head.values.half())
+
+
+def test_a_checkpoints_group_is_the_one(originals, load_model, tmp_path, monkeypatch):
+    """A recipe of one's own may leave layers out, but says nothing of the group that is stored."""
+    rewrite_int4(originals["qwen3"], tmp_path / "m", "awq", 32, symmetric=False)
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"default": "int4_w4a16"}))
+    monkeypatch.setenv("SGLANG_AMD_MX_RECIPE", str(recipe))
+    assert load_model(tmp_path / "m", "amd_mx").model.layers[0].mlp.down_proj.weight_scale.shape == (64, 3)
 
 
 def schemes(model):

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sglang_amd_quant.errors import CheckpointError, ShapeError, UnsupportedError
-from sglang_amd_quant.formats import dequantize_mx, fake_quantize_mx, quantize_mx
+from sglang_amd_quant.formats import dequantize_int4, dequantize_mx, fake_quantize_mx, quantize_int4, quantize_mx
+from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES
+from sglang_amd_quant.tensor import quantized
 
 E, TOP_K, H, INTER, M = 8, 2, 64, 96, 7
-SERVED = [s for s in SCHEMES.values() if s.weight != "int4"]
+GROUP = 32
+
+
+def recipe(scheme):
+    """All layers in a scheme, int4 in the smallest group."""
+    return Recipe(default=scheme.name, group=GROUP)
 
 
 def build(config, **options):
@@ -71,9 +79,12 @@ def swigluoai(gate, up, alpha=1.702, limit=7.0):
 
 def oracle(x, ids, probs, experts, scheme, act=silu, biases=None, on_input=False, keep=None):
     """Token by token, expert by expert, in fp64 from the quantized operands. keep: the slots to compute."""
-    deq = lambda w: dequantize_mx(
-        *quantize_mx(w, scheme.weight, DEFAULT_SCALE_MODE[scheme.weight]), scheme.weight
-    ).double()
+    if scheme.weight == "int4":
+        deq = lambda w: dequantize_int4(*quantize_int4(w, GROUP)).double()
+    else:
+        deq = lambda w: dequantize_mx(
+            *quantize_mx(w, scheme.weight, DEFAULT_SCALE_MODE[scheme.weight]), scheme.weight
+        ).double()
     quant = lambda v: (
         v if scheme.act == "bf16" else fake_quantize_mx(v, scheme.act, DEFAULT_SCALE_MODE[scheme.act])
     ).double()
@@ -104,24 +115,24 @@ def close(got, want, scheme):
     assert (got.double() - want).abs().max() <= want.abs().max() * (2**-15 + step)
 
 
-@pytest.mark.parametrize("scheme", SERVED, ids=lambda s: s.name)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
 def test_every_scheme(make_config, rank, scheme):
     with rank():
-        layer = fill(build(make_config(scheme.name)), weights())
+        layer = fill(build(make_config(recipe(scheme))), weights())
     x, ids, probs = inputs()
     close(run(layer, x, ids, probs), oracle(x, ids, probs, weights(), scheme).sum(1), scheme)
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(1, 2), (1, 4), (3, 1), (2, 1), (4, 1), (2, 2)])
-def test_ranks_sum_to_the_whole(make_config, rank, tp, ep):
+@pytest.mark.parametrize("scheme", [SCHEMES["w4a16"], SCHEMES["int4_w4a16"]], ids=lambda s: s.name)
+def test_ranks_sum_to_the_whole(make_config, rank, scheme, tp, ep):
     """96 columns are 3 blocks: TP2 holds 64 + 32, TP4 holds 32 three times and one rank of padding only."""
-    scheme = SCHEMES["w4a16"]
     x, ids, probs = inputs()
     total = torch.zeros(M, H)
     for tp_rank in range(tp):
         for ep_rank in range(ep):
             with rank(tp=(tp_rank, tp), ep=(ep_rank, ep)):
-                layer = fill(build(make_config(scheme.name)), weights())
+                layer = fill(build(make_config(recipe(scheme))), weights())
             local = E // ep
             mine = torch.where(ids // local == ep_rank, ids % local, -1)
             assert layer.num_local_experts == local
@@ -131,9 +142,10 @@ def test_ranks_sum_to_the_whole(make_config, rank, tp, ep):
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_fused_checkpoint_with_biases_and_swigluoai(make_config, rank, tp, interleaved):
+@pytest.mark.parametrize("scheme", [SCHEMES["w4a16"], SCHEMES["int4_w4a16"]], ids=lambda s: s.name)
+def test_fused_checkpoint_with_biases_and_swigluoai(make_config, rank, scheme, tp, interleaved):
     """gpt-oss: experts in one tensor, gate and up interleaved or halved, biases, clamp."""
-    scheme, experts = SCHEMES["w4a16"], weights()
+    experts = weights()
     biases = [{"gate": torch.randn(INTER), "up": torch.randn(INTER), "w2": torch.randn(H)} for _ in range(E)]
     join = (lambda g, u: torch.stack([g, u], 1).flatten(0, 1)) if interleaved else (lambda g, u: torch.cat([g, u]))
     w13 = torch.stack([join(w["w1"], w["w3"]) for w in experts])
@@ -143,7 +155,7 @@ def test_fused_checkpoint_with_biases_and_swigluoai(make_config, rank, tp, inter
     for index in range(tp):
         with rank(tp=(index, tp)):
             layer = build(
-                make_config(scheme.name), with_bias=True, use_weight_loader_fused=True, gemm1_alpha=1.702,
+                make_config(recipe(scheme)), with_bias=True, use_weight_loader_fused=True, gemm1_alpha=1.702,
                 gemm1_clamp_limit=7.0, gate_up_interleaved=interleaved,
             )  # fmt: skip
         down_bias = torch.stack([b["w2"] for b in biases])
@@ -232,9 +244,13 @@ def test_unknown_activation(make_config, rank):
         build(make_config("w4a16"), activation="situ")
 
 
-def test_intermediate_size_must_be_whole_blocks(make_config, rank):
-    with rank(), pytest.raises(ShapeError, match=r"layers\.0\.mlp\.experts: intermediate size K=80"):
-        build(make_config("w4a16"), intermediate_size=80)
+@pytest.mark.parametrize(
+    ("scheme", "size", "message"),
+    [("w4a16", 80, "intermediate size K=80"), ("int4_w4a16", 128, "hidden size K=64: not a multiple of 128")],
+)
+def test_sizes_must_be_whole_blocks(make_config, rank, scheme, size, message):
+    with rank(), pytest.raises(ShapeError, match=rf"layers\.0\.mlp\.experts: {message}"):
+        build(make_config(scheme), intermediate_size=size)
 
 
 def test_wrong_shape_names_the_layer(make_config, rank):
@@ -251,17 +267,16 @@ def test_missing_expert(make_config, rank):
         fill(layer, weights()[:-1])
 
 
-@pytest.mark.parametrize("stored", [False, True])
-def test_stored_and_online_weights_are_the_same_bits(make_config, rank, stored):
+@pytest.mark.parametrize("scheme", [SCHEMES["mxfp8"], SCHEMES["int4_w4a16"]], ids=lambda s: s.name)
+def test_stored_and_online_weights_are_the_same_bits(make_config, rank, scheme):
     with rank(tp=(1, 2)):
-        layer = build(make_config("mxfp8"))
-        reference = fill(build(make_config("mxfp8")), weights())
+        layer = build(make_config(recipe(scheme)))
+        reference = fill(build(make_config(recipe(scheme))), weights())
     for expert, tensors in enumerate(weights()):
         for shard, tensor in tensors.items():
             which = "w2" if shard == "w2" else "w13"
-            parts = zip(
-                ("weight", "weight_scale"), quantize_mx(tensor, "e4m3", DEFAULT_SCALE_MODE["e4m3"]), strict=True
-            )
+            made = quantized(tensor, replace(scheme, block=GROUP), DEFAULT_SCALE_MODE.get(scheme.weight))
+            parts = zip(("weight", "weight_scale"), made, strict=True)
             for part, value in parts:
                 param = getattr(layer, f"{which}_{part}")
                 param.weight_loader(param, value, f"experts.{which}_{part}", shard, expert)
@@ -270,10 +285,10 @@ def test_stored_and_online_weights_are_the_same_bits(make_config, rank, stored):
         assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("scheme", SERVED, ids=lambda s: s.name)
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
 def test_on_a_gpu_the_layer_calls_its_kernels(make_config, rank, as_gpu, scheme):
     with rank():
-        layer = fill(build(make_config(scheme.name)), weights())
+        layer = fill(build(make_config(recipe(scheme))), weights())
     assert layer.amd_mx.values is None
     x, ids, probs = inputs(dtype=torch.bfloat16)
     ids[0] = -1
@@ -285,19 +300,21 @@ def test_on_a_gpu_the_layer_calls_its_kernels(make_config, rank, as_gpu, scheme)
     assert (got.double() - want).abs().max() <= want.abs().max() * (2**-8 + step)
 
 
-def test_packed_experts_are_restored_for_new_ones(make_config, rank, as_gpu, monkeypatch):
+@pytest.mark.parametrize(("scheme", "name"), [("w4a8", "cdna4_scale"), ("int4_w4a16", "cdna_int4+tile_group")])
+def test_packed_experts_are_restored_for_new_ones(make_config, rank, as_gpu, monkeypatch, scheme, name):
     from sglang_amd_quant.ops import layout
     from sglang_amd_quant.selection import LayoutChoice
 
-    monkeypatch.setattr(layout, "choose_layout", lambda *_: LayoutChoice("cdna4_scale", "rule", ("test",)))
+    monkeypatch.setattr(layout, "choose_layout", lambda *_: LayoutChoice(name, "rule", ("test",)))
     monkeypatch.setattr(layout, "_paired", lambda *_: True)
+    config = recipe(SCHEMES[scheme])
     with rank():
-        layer, plain = build(make_config("w4a8")), build(make_config("w4a8"))
+        layer, plain = build(make_config(config)), build(make_config(config))
     fill(layer, weights())
-    assert (layer.amd_mx.w13.layout.name, layer.amd_mx.w2.layout.name) == ("cdna4_scale", "cdna4_scale")
+    assert (layer.amd_mx.w13.layout.name, layer.amd_mx.w2.layout.name) == (name, name)
     assert layer.w13_weight_scale.shape != plain.w13_weight_scale.shape
     x, ids, probs = inputs(dtype=torch.bfloat16)
     first = run(layer, x, ids, probs)
-    assert as_gpu.calls == []
+    assert as_gpu.calls == ([] if scheme == "w4a8" else ["gfx950"] * 2)  # what no kernel here reads the reference does
     layer.quant_method.restore_weights_before_loading(layer)
     assert torch.equal(run(fill(layer, weights()), x, ids, probs), first)

@@ -15,9 +15,10 @@ from sglang_amd_quant.kernels.triton.hopper_pack import row_order
 from sglang_amd_quant.kernels.triton.manifest import SCHEMES, TRITON_ARCHS
 from sglang_amd_quant.kernels.triton.moe import default_configs, fused_moe_torch, fused_moe_triton
 from sglang_amd_quant.kernels.triton.moe_gemm import PLAIN, Epilogue, moe_gemm, moe_gemm_torch
-from sglang_amd_quant.kernels.triton.mx_gemm import STRIDED, MxGemmConfig
+from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig
 from sglang_amd_quant.kernels.triton.quant_mx import quant_mx_torch
 from sglang_amd_quant.kernels.triton.routing import route_torch
+from sglang_amd_quant.kernels.triton.tiles import STRIDED
 
 from sglang_amd_quant.layouts.registry import scale_layout, value_layout
 from sglang_amd_quant.toolchain.triton_aot import call, compile_variant

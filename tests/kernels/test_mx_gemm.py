@@ -16,13 +16,13 @@ pytest.importorskip("triton")
 pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it is not said
 
-from sglang_amd_quant.kernels.triton.manifest import SCHEMES, Variant, variants
+from sglang_amd_quant.kernels.triton.manifest import SCHEMES, Variant, mx_variants
 from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig, mx_gemm, mx_gemm_kernel, mx_gemm_torch
 
 from sglang_amd_quant.toolchain.compilers import BuildError
 from sglang_amd_quant.toolchain.triton_aot import Compiled, compile_variant
 
-ALL = list(variants())
+ALL = list(mx_variants())
 AMD = [v for v in ALL if v.arch != "sm_90"]
 EXPERTS, TOP_K = 3, 2
 

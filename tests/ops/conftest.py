@@ -139,16 +139,16 @@ def _seeded() -> Iterator[None]:
 @pytest.fixture
 def moe_twins(triton_twins: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """As `triton_twins`, with the MoE GEMM that has epilogues as well."""
-    from sglang_amd_quant.kernels.triton import moe_gemm, mx_gemm
+    from sglang_amd_quant.kernels.triton import moe_gemm, mx_gemm, tiles
     from triton_twin import strided
 
-    def twin(x, x_scales, w, w_scales, y, y_scales, routing, config, arch, layout=mx_gemm.STRIDED, **options):  # type: ignore[no-untyped-def]
+    def twin(x, x_scales, w, w_scales, y, y_scales, routing, config, arch, layout=tiles.STRIDED, **options):  # type: ignore[no-untyped-def]
         for tensor in (x, x_scales, w, w_scales, y, y_scales, *options.values()):
             assert not isinstance(tensor, torch.Tensor) or tensor.is_contiguous()
         assert config.block_m == routing.block_m
         triton_twins.append({"y": y, "config": config, "arch": arch, "layout": layout, **options})
         e = options["epilogue"]
-        if layout != mx_gemm.STRIDED:
+        if layout != tiles.STRIDED:
             paired = e.activation != "none"
             n = y.shape[1] * (2 if e.out == "e2m1" else 1) * (2 if paired else 1)
             k = x.shape[1] * (2 if mx_gemm.element_of(x) == "e2m1" else 1)

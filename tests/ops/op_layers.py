@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from sglang_amd_quant.formats import dequantize_mx
 from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.ops.linear import QuantizedLinear
 from sglang_amd_quant.ops.moe import QuantizedMoe
@@ -21,11 +20,18 @@ STATIC = 0.02
 SILU = Activation()
 
 
+def quantized(weights: torch.Tensor, scheme: str, group: int = 0, symmetric: bool = True) -> MxTensor:
+    """As ops take them: int4 with words of scale and zero point; `group` and `symmetric` are of int4."""
+    kind = SCHEMES[scheme]
+    tensor = MxTensor.quantize(weights, replace(kind, block=group or kind.block), symmetric=symmetric)
+    return tensor.with_words() if kind.weight == "int4" else tensor
+
+
 def make_linear(
-    scheme: str, n: int, k: int, arch: str = "cpu", static: bool = False, **problem: Any
+    scheme: str, n: int, k: int, arch: str = "cpu", static: bool = False, symmetric: bool = True, **problem: Any
 ) -> QuantizedLinear:
     """A layer with random weights, on the CPU."""
-    weight = MxTensor.quantize(torch.randn(n, k) / 4, SCHEMES[scheme])
+    weight = quantized(torch.randn(n, k) / 4, scheme, problem.get("group", 0), symmetric)
     act = ActQuant(SCHEMES[scheme], scale=torch.tensor(STATIC) if static else None)
     gemm = GemmProblem("linear", scheme, arch, 0, n, k, act="fp8_static" if static else "", **problem)
     return QuantizedLinear(gemm, weight, act)
@@ -35,8 +41,8 @@ def exact_linear(
     layer: QuantizedLinear, x: torch.Tensor, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(product, sum of magnitudes) of the same quantized operands, in fp64."""
-    w = layer.weight
-    values = dequantize_mx(w.data, w.scales, w.scheme.weight, torch.float64)
+    assert isinstance(layer.weight, MxTensor)
+    values = layer.weight.dequantize(torch.float64)
     xq = layer.act(x).double()
     added = torch.zeros((), dtype=torch.float64) if bias is None else bias.double()
     return xq @ values.T + added, xq.abs() @ values.abs().T + added.abs()
@@ -78,17 +84,19 @@ def make_moe(
     activation: Activation = SILU,
     static: bool = False,
     biases: bool = False,
+    group: int = 0,
+    symmetric: bool = True,
     **problem: Any,
 ) -> QuantizedMoe:
     """Experts with random weights, on the CPU; `problem` are fields of `MoeProblem`."""
     n = inter * (2 if activation.gated else 1)
     shapes = {"moe_gate_up": (n, hidden), "moe_down": (hidden, inter)}
-    weights = [MxTensor.quantize(torch.randn(experts, *s) / 8, SCHEMES[scheme]) for s in shapes.values()]
+    weights = [quantized(torch.randn(experts, *s) / 8, scheme, group, symmetric) for s in shapes.values()]
     acts = [ActQuant(SCHEMES[scheme], scale=torch.tensor(STATIC) if static else None) for _ in shapes]
     gemms = [
         GemmProblem(
             op, scheme, arch, 0, *shape, e_local=experts, e_total=experts, top_k=top_k,
-            act="fp8_static" if static else "", weighted=op == "moe_down",
+            act="fp8_static" if static else "", weighted=op == "moe_down", group=group,
             epilogue=epilogue_of(activation, biases) if op == "moe_gate_up" else Epilogue(biases),
         )
         for op, shape in shapes.items()

@@ -9,13 +9,14 @@ import torch
 from op_layers import MX, assert_close, exact_linear, make_linear, opchecks, with_values
 from sglang_amd_quant.kernels.hip.manifest import AMD_DECODE_M, AMD_MOE_DECODE_M, find
 
-from sglang_amd_quant.errors import SchemeError, ShapeError, UnsupportedError
+from sglang_amd_quant.errors import SchemeError, ShapeError
 from sglang_amd_quant.ops import hip, layout, linear, operand
 from sglang_amd_quant.ops.layout import lay_out
-from sglang_amd_quant.ops.linear import KERNELS, LinearCall, bound
+from sglang_amd_quant.ops.linear import KERNELS, LinearCall, QuantizedLinear, bound
 from sglang_amd_quant.ops.operand import Operand
+from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.schemes import SCHEMES
-from sglang_amd_quant.selection import Config, kernels, shipped
+from sglang_amd_quant.selection import Config, GemmProblem, kernels, shipped
 from sglang_amd_quant.tensor import MxTensor, PadPlan
 
 N, K = 48, 96
@@ -252,14 +253,14 @@ class TestMistakes:
         with pytest.raises(SchemeError, match="fp8_static activations"):
             replace(layer, act=replace(layer.act, scale=torch.tensor(1.0)))
 
-    def test_zero_points(self):
-        weight = MxTensor.quantize(torch.randn(N, 64), SCHEMES["int4_w4a16"], symmetric=False)
-        layer = make_linear("w4a16", N, 64)
-        with pytest.raises(UnsupportedError, match="zero points"):
-            replace(
-                layer, weight=weight, problem=replace(layer.problem, scheme="int4_w4a16"),
-                act=replace(layer.act, scheme=SCHEMES["int4_w4a16"]),
-            )  # fmt: skip
+    def test_int4_without_words_or_in_other_groups(self):
+        scheme = replace(SCHEMES["int4_w4a16"], block=64)
+        weight = MxTensor.quantize(torch.randn(N, 128), scheme, symmetric=False)
+        problem = GemmProblem("linear", "int4_w4a16", "cpu", 0, N, 128, group=64)
+        with pytest.raises(SchemeError, match="scales of torch.bfloat16: ops take words.*with_words"):
+            QuantizedLinear(problem, weight, ActQuant(scheme))
+        with pytest.raises(SchemeError, match="in groups of 64: the layer's are of 32"):
+            QuantizedLinear(replace(problem, group=32), weight.with_words(), ActQuant(scheme))
 
 
 def test_preload_asks_for_every_entry_point(monkeypatch):

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from sglang_amd_quant.kernels.triton.hopper_pack import row_order
-from sglang_amd_quant.kernels.triton.mx_gemm import STRIDED, element_of, mx_gemm_torch
+from sglang_amd_quant.kernels.triton.int4_gemm import int4_gemm_torch
+from sglang_amd_quant.kernels.triton.mx_gemm import element_of, mx_gemm_torch
+from sglang_amd_quant.kernels.triton.tiles import STRIDED
 
 from sglang_amd_quant.layouts.registry import scale_layout, value_layout
 
@@ -25,15 +27,36 @@ def mx_gemm_twin(
     return mx_gemm_torch(x, x_scales, *strided(w, w_scales, n, k, layout), **options)
 
 
+def int4_gemm_twin(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    words: torch.Tensor,
+    n: int,
+    group: int,
+    layout: tuple[str, str] = STRIDED,
+    pairs: str | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """`int4_gemm_torch` after `w` and `words` are brought back to [N, K] from `layout`."""
+    return int4_gemm_torch(x, *strided(w, words, n, x.shape[-1], layout, pairs, group), **options)
+
+
 def strided(
-    w: torch.Tensor, w_scales: torch.Tensor, n: int, k: int, layout: tuple[str, str], pairs: str | None = None
+    w: torch.Tensor,
+    w_scales: torch.Tensor,
+    n: int,
+    k: int,
+    layout: tuple[str, str],
+    pairs: str | None = None,
+    block: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Data and scales [..., N, K] from `layout`, whose rows alternate 8 gates and 8 ups if `pairs` says so."""
     values, scales = layout
     if values != "strided":
-        w = value_layout(values).unpack(w, n, k // 2 if element_of(w) == "e2m1" else k)
+        packed = w.dtype == torch.int32 or element_of(w) == "e2m1"
+        w = value_layout(values).unpack(w, n, k // 2 if packed else k)
     if scales != "strided":
-        w_scales = scale_layout(scales).unpack(w_scales, n, k // 32)
+        w_scales = scale_layout(scales).unpack(w_scales, n, k // block)
     if pairs is None:
         return w, w_scales
     back = row_order(n, pairs).argsort()

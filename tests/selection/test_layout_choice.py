@@ -51,13 +51,28 @@ def test_measurements_of_both_decide_before_the_rule(packs_of):
     assert choose_layout(GATE_UP, Selector(packs_of(*rows[::2]))).source == "rule"
 
 
+INT4 = GemmProblem("moe_gate_up", "int4_w4a16", "gfx11", 1, 1024, 2048, e_local=256, e_total=256, top_k=8, group=128)
+INT4_LINEAR = replace(INT4, op="linear", e_local=1, e_total=1, top_k=1)
+
+
 def test_a_layout_that_kernels_cannot_serve_everywhere_is_refused():
-    """exllama is the rule for gfx11 int4, and what its kernels read."""
-    int4 = GemmProblem(
-        "moe_gate_up", "int4_w4a16", "gfx11", 1, 1024, 2048, e_local=256, e_total=256, top_k=8, group=128
-    )
-    assert choose_layout(int4, EMPTY).layout == "exllama"
-    assert choose_layout(replace(int4, op="linear", e_local=1, e_total=1, top_k=1), EMPTY).layout == "strided"
+    """exllama is the rule for gfx11 int4, and what published kernels read; those of this package do not."""
+    assert choose_layout(INT4, EMPTY).layout == "exllama"
+    choice = choose_layout(INT4, Selector(Packs([]), available=shipped()))
+    assert (choice.layout, choice.source) == ("strided", "default")
+    assert any("exllama refused" in reason and "no available kernel" in reason for reason in choice.reasons)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("arch", "layout"),
+    [("gfx950", "cdna_int4+tile_group"), ("gfx942", "cdna_int4+tile_group"), ("gfx1151", "rdna_int4+tile_group"),
+     ("sm_90", "strided")],
+)  # fmt: skip
+def test_int4_linears_lie_as_decode_kernels_read_them(arch, layout, group):
+    """Where there are any."""
+    problem = replace(INT4_LINEAR, arch=arch, cu_count=0, group=group)
+    assert choose_layout(problem, EMPTY).layout == layout
 
 
 def test_linears_lie_as_the_decode_kernels_read_them():

@@ -45,6 +45,9 @@ ON |= {name: (name.split("_")[2],) for name in DECODE_LAYOUT}
 ON["triton_moe"] = ("gfx950", "gfx942", "gfx11", "sm_90")
 MOE_DECODE_LAYOUT = {f"hip_moe_{name[4:]}": f"decode_{layout.split('+')[0]}" for name, layout in DECODE_LAYOUT.items()}
 ON |= {name: (name.split("_")[3],) for name in MOE_DECODE_LAYOUT}
+INT4 = ("triton_int4_gemm", "triton_int4_moe")
+INT4_LAYOUTS = ("cdna_int4+tile_group", "rdna_int4+tile_group", "mma_int4+tile_group")
+ON |= dict.fromkeys(INT4, ("gfx950", "gfx942", "gfx11", "sm_90"))
 HOPPER = ("triton_hopper_bf16", "triton_hopper_e4m3")
 OWN = ("gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe")
 
@@ -67,6 +70,16 @@ def hopper_bytes(kernel, scheme, c):
     x = c.block_m * (2 if kernel.endswith("bf16") else 1)
     w = c.block_n if scheme == "mxfp8" else c.block_n * (1 / 2 + 1 / 32)
     return c.num_stages * c.block_k * (x + w)
+
+
+def int4_bytes(p, c):
+    """x of every stage, on AMD of all but one, with codes and words of weights on NVIDIA; and dequantized weights, on
+    AMD of one product."""
+    step, depth = max(c.block_k, p.group), min(c.block_k, p.group)
+    if p.arch == "sm_90":
+        x = 2 * c.block_m * step + c.block_n * step // 2 + 4 * c.block_n * step // p.group
+        return c.num_stages * x + 2 * c.block_n * step
+    return max((c.num_stages - 1) * 2 * c.block_m * step, 2 * c.block_m * depth) + 2 * c.block_n * depth
 
 
 def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
@@ -92,6 +105,16 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             bool(p.epilogue.activation) != ("activation" in choice.unfused)
             or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
         )
+    if choice.kernel in INT4:
+        out += ["scheme"] * (p.scheme != "int4_w4a16" or p.act != "bf16" or p.group not in (32, 64, 128))
+        out += ["op"] * ((p.op == "linear") != (choice.kernel == "triton_int4_gemm"))
+        out += ["layout read"] * (choice.layout not in ("strided", *INT4_LAYOUTS))
+        out += ["x is bf16 or fp16"] * (p.out_dtype == "fp32")
+        out += ["activation and quantization are the op's"] * (
+            bool(p.epilogue.activation) != ("activation" in choice.unfused)
+            or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
+        )
+        out += ["tiles of the layout"] * (c.block_k < {"cdna": 128, "mma_": 64}.get(choice.layout[:4], 32))
     if choice.kernel.startswith("hip_decode_"):
         out += ["op"] * (p.op != "linear" or p.scheme == "int4_w4a16" or not 1 <= p.m <= 64)
         out += ["layout"] * (choice.layout != DECODE_LAYOUT[choice.kernel])
@@ -177,6 +200,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             pairs = choice.kernel == "triton_moe" and p.op == "moe_gate_up" and p.epilogue.activation
             tile = c._replace(block_n=2 * c.block_n) if pairs else c  # gate and up of every column
             need = hopper_bytes(choice.kernel, p.scheme, c) if hopper else lds(p.arch, tile, *bits)
+            need = int4_bytes(p, c) if choice.kernel in INT4 else need
             out += ["LDS"] * (need > LDS[p.arch])
     return out
 
@@ -206,7 +230,7 @@ def random_problem(rng: random.Random, arch: str) -> GemmProblem:
     e_total = 1 if linear else rng.choice((8, 32, 64, 128, 129, 192, 256, 512))
     ep = 1 if linear else rng.choice((1, 1, 2, 4, 8))
     packed = ("hopper_bf16", "hopper_e4m3", "mma_tile+mma_scale", *DECODE_LAYOUT.values(), *MOE_DECODE_LAYOUT.values())
-    others = ("exllama",) if int4 else ("cdna4_scale", "cdna4_scale_256", "preshuffle")
+    others = ("exllama", *INT4_LAYOUTS) if int4 else ("cdna4_scale", "cdna4_scale_256", "preshuffle")
     return GemmProblem(
         op, scheme, arch, rng.choice(MS), n, max(group, k // group * group), rng.choice((0, 0, 128)),
         -(-e_total // ep), e_total, 1 if linear else rng.choice((1, 4, 5, 8)), ep, ep,

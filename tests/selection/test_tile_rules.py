@@ -10,12 +10,16 @@ pytest.importorskip("triton")
 pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it is not said
 
-from sglang_amd_quant.kernels.triton.manifest import SCHEMES, Variant
+from sglang_amd_quant.kernels.triton.int4_gemm import Int4GemmConfig
+from sglang_amd_quant.kernels.triton.manifest import SCHEMES, Int4Variant, Variant
 
 from sglang_amd_quant.layouts.names import TensorLayout
-from sglang_amd_quant.ops.triton_mx import tile_of
+from sglang_amd_quant.ops.triton_mx import launch_options, tile_of
 from sglang_amd_quant.selection import GemmProblem, Selector
+from sglang_amd_quant.selection.legality import lds_need
 from sglang_amd_quant.selection.rules import LAYOUT_RULES
+from sglang_amd_quant.selection.shipped_kernels import GPUS, INT4_LAYOUTS
+from sglang_amd_quant.selection.specs import kernel
 from sglang_amd_quant.toolchain.triton_aot import compile_variant
 
 MEMBER = {"gfx11": "gfx1100"}
@@ -56,7 +60,7 @@ def dense_tiles():
     """(arch, scheme, layout, tile): what linears get whose weights lie as the decode kernels of an arch read them."""
     here = Selector(available={"triton_mx_gemm"})
     for rule in LAYOUT_RULES:
-        if rule.ops != ("linear",) or rule.layout.startswith("hopper"):
+        if rule.ops != ("linear",) or rule.layout.startswith("hopper") or rule.scheme not in SCHEMES:
             continue
         for m in (48, 1024):
             problem = GemmProblem("linear", rule.scheme, rule.arch, m, 2304, 6144, layout=rule.layout)
@@ -75,3 +79,35 @@ def test_layouts_of_decode_kernels_compile_without_spills(arch, scheme, layout, 
         (lies.value, lies.scale),
     )  # fmt: skip
     assert compile_variant(variant).report.problems == []
+
+
+def int4_tiles():
+    """(problem, tile): what int4 experts get, by the height that routing gives, on strided weights; dense tiles are
+    among them. And what linears get, on weights that lie as decode kernels read them, in models of fp16."""
+    for arch in GPUS:
+        for group in (32, 128):  # 64 is between
+            shared = {"scheme": "int4_w4a16", "arch": arch, "n": 1536, "k": 2048, "group": group}
+            experts = {"e_local": 64, "e_total": 64, "top_k": 8, "layout": "strided"}
+            problems = [GemmProblem("moe_gate_up", m=64, block_m=b, **shared, **experts) for b in (16, 32, 64, 128)]
+            dense = {"layout": INT4_LAYOUTS[arch], "out_dtype": "fp16"}
+            problems += [GemmProblem("linear", m=m, **shared, **dense) for m in (32, 64, 4096)]
+            for problem in problems:
+                name = "triton_int4_moe" if problem.moe else "triton_int4_gemm"
+                choice = Selector(available={name}).decide(problem)
+                if choice.source == "heuristic":  # no rule of gfx11's is as high as 128
+                    tile = "x".join(map(str, choice.config.tile))
+                    yield pytest.param(problem, choice, id=f"{arch}-{problem.op}-{group}-{tile}")
+
+
+@pytest.mark.parametrize(("problem", "choice"), int4_tiles())
+def test_int4_tiles_compile_without_spills_in_the_lds_that_is_estimated(problem, choice):
+    config, lies = choice.config, TensorLayout.parse(problem.layout)
+    made = compile_variant(
+        Int4Variant(
+            f"{config}", MEMBER.get(problem.arch, problem.arch), "bf16" if problem.moe else "fp16", problem.group,
+            Int4GemmConfig(*config.tile, **launch_options(config)), problem.moe, problem.group >= (config.block_k or 0),
+            claimed(problem.arch, "bf16"), (lies.value, lies.scale),
+        )
+    )  # fmt: skip
+    assert made.report.problems == []
+    assert made.lds <= lds_need(problem, kernel(choice.kernel), config)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 
 import pytest
+import torch
 
 from bench.agreement import compare
-from bench.hf_model import fake_quantize, load_model
+from bench.hf_model import QuantLinear, fake_quantize, load_model
 from sglang_amd_quant.recipe import Recipe
+from tests.int4_files import rewrite
 
 MIXED = {"default": "mxfp8", "rules": {"*.o_proj": "bf16", "*.mlp.*": "w4a8"}}
 
@@ -21,9 +24,14 @@ WITHOUT_TOKENIZER = ["--skip-tokenizer-init"]
 
 
 def judge(model, recipe, prompts, outputs, label):
-    """Every token is the reference's own, or lies within the bound that rounding explains (bench/agreement.py)."""
+    """Judge ids of a model that is quantized as it loads."""
     reference = load_model(model)
     fake_quantize(reference, recipe)
+    judge_by(reference, recipe, prompts, outputs, label)
+
+
+def judge_by(reference, recipe, prompts, outputs, label):
+    """Every token is the reference's own, or lies within the bound that rounding explains (bench/agreement.py)."""
     agreement = compare(reference, prompts, outputs)
     print(f"{label}: {agreement}")
     assert agreement.positions == len(prompts) * 32
@@ -65,6 +73,24 @@ def test_tiny(serve, tiny, prompts, generate, clients, tmp_path, name, scheme, r
         if name == "llama":
             clients.bench_serving(server, model, tmp_path)
     judge(model, recipe, ids, outputs, f"{name} {scheme}")
+
+
+def test_int4_checkpoint(serve, tiny, prompts, generate, tmp_path):
+    """GPTQ's format in fp16, with zero points, against transformers on the numbers that were packed."""
+    model, written, recipe = tiny("llama"), tmp_path / "gptq", Recipe.uniform("int4_w4a16")
+    ids = prompts(model)
+    layers = rewrite(model, written, "gptq", recipe.group, symmetric=False)
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, written)
+    with serve(written, "--quantization", "amd_mx") as server:
+        outputs = generate(server, ids)
+    reference = load_model(model, torch.float16)
+    fake_quantize(reference, recipe)
+    replaced = {name: module for name, module in reference.named_modules() if isinstance(module, QuantLinear)}
+    assert replaced.keys() == layers.keys()
+    for name, module in replaced.items():
+        module.weight.data.copy_(layers[name].values)
+    judge_by(reference, recipe, ids, outputs, "llama gptq")
 
 
 def test_recipe(serve, tiny, prompts, generate, tmp_path):

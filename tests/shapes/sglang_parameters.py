@@ -84,6 +84,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 VARIANTS = {
     "w4a8": ("GptOssForCausalLM", "Qwen3MoeForCausalLM", "LlamaForCausalLM"),
+    "int4_w4a16": ("GptOssForCausalLM", "Qwen3MoeForCausalLM"),
     "fused": ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM", "MiniMaxM3SparseForCausalLM"),
 }
 """Built besides bf16: with `--quantization amd_mx` (packed, whole blocks a rank), and with shared experts fused."""
@@ -165,6 +166,7 @@ def main() -> None:
 
     from sglang_amd_quant.integration.config import AmdMxConfig
     from sglang_amd_quant.recipe import Recipe
+    from sglang_amd_quant.schemes import SCHEMES
 
     built: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -181,7 +183,8 @@ def main() -> None:
                 torch.device("meta"),
                 set_default_torch_dtype(torch.bfloat16),
             ):
-                quant = AmdMxConfig(Recipe.uniform(variant), None, hf_config) if variant == "w4a8" else None
+                recipe = Recipe.uniform(variant, group=32) if variant in SCHEMES else None
+                quant = AmdMxConfig(recipe, None, hf_config) if recipe else None
                 model = model_class(hf_config, quant)
             built[f"{architecture} {variant} {tp} {ep}"] = {n: list(p.shape) for n, p in model.named_parameters()}
     Path(sys.argv[1]).write_text(json.dumps(built))

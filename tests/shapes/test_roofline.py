@@ -26,7 +26,7 @@ def test_floor_of_the_qkv_that_aiter_3783_measures() -> None:
 @pytest.mark.parametrize(
     ("scheme", "bytes_"),
     [("bf16", 2 * 64 * 256), ("mxfp8", 64 * 256 + 64 * 8), ("w4a8", 64 * 128 + 64 * 8), ("mxfp4", 64 * 128 + 64 * 8),
-     ("int4_w4a16", 64 * 128 + 64 * 8 * 2)],
+     ("int4_w4a16", 64 * 128 + 64 * 8 * 4)],
 )  # fmt: skip
 def test_weight_bytes_count_scales(scheme: str, bytes_: int) -> None:
     assert weight_bytes(scheme, 64, 256) == bytes_

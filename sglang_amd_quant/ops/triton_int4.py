@@ -1,0 +1,56 @@
+"""Launchers of the Triton GEMM of int4 groups (`kernels/triton/int4_gemm.py`); activations are not quantized."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_amd_quant.ops.packed import Weight, pairs_of
+from sglang_amd_quant.ops.quantize import Quantized
+from sglang_amd_quant.ops.routing import Routing
+from sglang_amd_quant.ops.triton_mx import launch_options, two_gemms
+from sglang_amd_quant.selection import Config, GemmProblem
+
+if TYPE_CHECKING:
+    from sglang_amd_quant.ops.linear import LinearCall
+    from sglang_amd_quant.ops.moe import MoeCall
+
+
+def run_int4_gemm(call: LinearCall) -> None:
+    """Dense."""
+    _gemm(call.x.contiguous(), call.weight, call.y, call.config, call.problem, bias=call.bias)
+
+
+def run_int4_moe(call: MoeCall) -> torch.Tensor:
+    """Grouped, twice."""
+    return two_gemms(call, _grouped)
+
+
+def _grouped(
+    x: Quantized,
+    w: Weight,
+    bias: torch.Tensor | None,
+    config: Config,
+    problem: GemmProblem,
+    routing: Routing,
+    top_k: int,
+    row_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x times the weights of each row's expert: fp32 [rows, N]; undefined in rows that no expert here takes."""
+    y = torch.empty(routing.rows, w.n, dtype=torch.float32, device=x.data.device)
+    _gemm(x.data, w, y, config, problem, bias=bias, row_ids=routing.row_ids, block_experts=routing.block_experts,
+          row_weights=row_weights, top_k=top_k)  # fmt: skip
+    return y
+
+
+def _gemm(x: torch.Tensor, w: Weight, y: torch.Tensor, config: Config, problem: GemmProblem, **options: object) -> None:
+    from sglang_amd_quant.kernels.triton.int4_gemm import Int4GemmConfig, int4_gemm
+
+    data, words = w.tensors
+    values, packed = w.layout.value.removeprefix("decode_"), w.layout.packed
+    int4_gemm(
+        x, data, words, y, Int4GemmConfig(*config.tile, **launch_options(config)), problem.arch, group=w.scheme.block,
+        layout=(values, "tile_group" if packed else w.layout.scale), pairs=pairs_of(problem) if packed else None,
+        **options,  # type: ignore[arg-type]
+    )  # fmt: skip
