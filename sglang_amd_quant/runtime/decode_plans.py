@@ -147,8 +147,9 @@ _WANTED: dict[tuple[bool, int], tuple[Shape, Shape, Shape, Shape]] = {
 (`python -m bench.decode --schemes w4a8,mxfp8 --explore 100`).
 
 K is shared by more blocks the longer it is and the more activations each would have to quantize, and few enough tiles
-remain to a wave that its ring holds all of them, or half; where every block has many row groups to take, K is shared by fewer.
-A launch in front costs a few microseconds, so x is prepared only where it is large, or blocks have little else to do.
+remain to a wave that its ring holds all of them, or half; where every block has many row groups to take, K is shared by
+fewer. A launch in front costs a few microseconds, so x is prepared only where it is large, or blocks have little else
+to do.
 """
 
 
