@@ -11,8 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from sglang_amd_quant.runtime.decode_gemm_amd import FORMATS, bytes_in_flight, modelled_us, plans
-from sglang_amd_quant.schemes import MX_BLOCK
+from sglang_amd_quant.runtime.decode_gemm_amd import FORMATS, bytes_in_flight, modelled_us, plans, scale_bytes
 
 SHAPES = ((2304, 6144), (6144, 2048), (1536, 6144), (6144, 1536))
 """N, K of the layers of MiniMax-M3 that aiter #3783 measures."""
@@ -21,13 +20,13 @@ DEVICES = {"gfx950": ("MI355X", 256, 8.0e6), "gfx942": ("MI300X", 304, 5.3e6), "
 """Name, compute units, bytes a microsecond: data sheets."""
 
 
-def rows(arch: str, schemes: tuple[str, ...] = ("mxfp8", "mxfp4")) -> Iterator[dict[str, Any]]:
+def rows(arch: str, schemes: tuple[str, ...] = ("mxfp8", "mxfp4", "int4_w4a16_g128")) -> Iterator[dict[str, Any]]:
     """One row for each scheme, shape and M."""
     _, cus, bandwidth = DEVICES[arch]
     for scheme in schemes:
         bits = 8 if FORMATS[scheme][0] == "e4m3" else 4
         for n, k in SHAPES:
-            moved = n * k * bits / 8 + n * k / MX_BLOCK
+            moved = n * k * bits / 8 + n * scale_bytes(scheme, k)
             for m in SIZES:
                 p = plans(arch, scheme, m, n, k, cus)[0]
                 yield {

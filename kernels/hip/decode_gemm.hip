@@ -1,5 +1,5 @@
 // y = x w^T for few rows of x, where time is what reading the weights takes: MXFP8 and MXFP4 weights times bf16, MXFP8, MXFP4
-// or static fp8 activations, dense or grouped by expert.
+// or static fp8 activations, int4 weights times bf16 or fp16, dense or grouped by expert.
 //
 // A block of threads is waves_k x waves_n waves. It quantizes its part of x into LDS once; then each wave takes a row tile
 // (16 rows of w), adds up its part of K, and the block sums over its waves_k, over the `split` blocks that share K, applies
@@ -14,6 +14,9 @@
 #include "decode_gfx942.h"
 #else
 #include "decode_gfx11.h"
+#endif
+#if TARGET_AMD
+#include "decode_int4.h"
 #endif
 
 /// What this block finishes of a row group: rows from `first` on. With an activation behind them, row tiles alternate 8 gates and
@@ -136,9 +139,9 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
 // Threads of a block, by the registers that they leave a thread.
 constexpr int MANY = 512;
 template <Weight W>
-constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 384;
+constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e2m1 ? 384 : 320;
 template <Weight W>
-constexpr int FEW_GROUPED = TARGET_SM90 && W == Weight::e4m3 ? 256 : FEW<W>;
+constexpr int FEW_GROUPED = TARGET_SM90 && W != Weight::e2m1 ? 256 : FEW<W>;
 
 #define DECODE(NAME, W, A, M, THREADS, BLOCKS, GROUPED) ENTRY(NAME, THREADS, BLOCKS, (decode_gemm<W, A, M, GROUPED>))
 #define ENTRY(NAME, THREADS, BLOCKS, FUNCTION)                                                                                 \
@@ -174,6 +177,12 @@ constexpr int FEW_GROUPED = TARGET_SM90 && W == Weight::e4m3 ? 256 : FEW<W>;
     DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)  \
     DECODE(moe_decode_##NAME##_m32, W, A, 32, MANY, 1, true)  \
     DECODE(moe_decode_##NAME##_m64, W, A, 64, MANY, 1, true)
+#define INT4(NAME, W, A)                              \
+    DECODE(decode_##NAME##_m2, W, A, 2, FEW<W>, 2, false)     \
+    DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)     \
+    DECODE(decode_##NAME##_m8, W, A, 8, FEW<W>, 2, false)     \
+    DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW_GROUPED<W>, 2, true)  \
+    DECODE(moe_decode_##NAME##_m8, W, A, 8, FEW_GROUPED<W>, 2, true)
 #else  // a matrix unit takes sixteen rows whatever M is: fewer sizes will do
 #define SCHEME(NAME, W, A)                                  \
     DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)   \
@@ -181,6 +190,10 @@ constexpr int FEW_GROUPED = TARGET_SM90 && W == Weight::e4m3 ? 256 : FEW<W>;
     DECODE(decode_##NAME##_m32, W, A, 32, FEW<W>, 1, false) \
     DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW_GROUPED<W>, 2, true) \
     DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)
+#endif
+
+#ifndef INT4
+#define INT4 SCHEME
 #endif
 
 // One code object a scheme: they compile in parallel, and a server loads the one that it uses.
@@ -198,6 +211,14 @@ SCHEME(w4a8_static, Weight::e2m1, Act::fp8_static)
 SCHEME(mxfp8_static, Weight::e4m3, Act::fp8_static)
 #elif defined(DECODE_W8A16)
 SCHEME(w8a16, Weight::e4m3, Act::bf16)
+#elif defined(DECODE_INT4_W4A16)
+INT4(int4_w4a16_g32, Weight::int4_g32, Act::bf16)
+INT4(int4_w4a16_g64, Weight::int4_g64, Act::bf16)
+INT4(int4_w4a16_g128, Weight::int4_g128, Act::bf16)
+#elif defined(DECODE_INT4_W4A16_FP16)
+INT4(int4_w4a16_fp16_g32, Weight::int4_g32, Act::fp16)
+INT4(int4_w4a16_fp16_g64, Weight::int4_g64, Act::fp16)
+INT4(int4_w4a16_fp16_g128, Weight::int4_g128, Act::fp16)
 #else
 #error "define which scheme to compile, see kernels/hip/manifest.py"
 #endif

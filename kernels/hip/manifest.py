@@ -74,11 +74,17 @@ _DECODE += ("carry:i32", "out:i32", "activation:i32", "alpha:f32", "limit:f32")
 _PREPARE = ("x:ptr", "x_scale:ptr", "prepared:ptr", "x_stride:i64", "m:i32", "k:i32", "room:i32", "carry:i32")
 
 DECODE_SCHEMES = ("mxfp8", "w4a8", "w4a16", "mxfp4", "w4a8_static", "mxfp8_static", "w8a16")
+INT4_SCHEMES = ("int4_w4a16", "int4_w4a16_fp16")
+INT4_GROUPS = (32, 64, 128)
+"""int4 with bf16 or fp16 activations: a scheme's entry points for groups of 128 are those of `int4_w4a16_g128`."""
 DECODE_M = (2, 4, 8, 16, 32, 64)
 MOE_DECODE_M = (4, 8, 16, 32, 64)
 PREPARED_M = (16, 32, 64)
 """Rows of activations that the dense and the grouped decode kernels, and those of an x that a launch has prepared, are
 instantiated for on sm_90 ..."""
+INT4_DECODE_M = (2, 4, 8)
+INT4_MOE_DECODE_M = (4, 8)
+"""... of int4 ..."""
 AMD_DECODE_M = (4, 16, 32)
 AMD_MOE_DECODE_M = (4, 16)
 """... and on AMD, whose matrix units take sixteen rows at a time."""
@@ -90,15 +96,18 @@ def _decode(
     dense: tuple[int, ...],
     grouped: tuple[int, ...],
     prepared: tuple[int, ...] = (),
+    groups: tuple[int, ...] = (),
 ) -> CodeObject:
+    names = tuple(f"{scheme}_g{group}" for group in groups) or (scheme,)
     claims: tuple[str, ...] = ()
     if archs == AMD_ARCHS:
-        claims = ("wide_loads", "matrix") if scheme.endswith("a16") else ("wide_loads", "matrix", "scaled_mfma")
+        claims = ("wide_loads", "matrix") if "a16" in scheme else ("wide_loads", "matrix", "scaled_mfma")
     return CodeObject(
         name=f"decode_{scheme}",
         source="decode_gemm.hip",
         entry_points=tuple(
-            EntryPoint(f"{kind}_{scheme}_m{m}", _DECODE, claims)
+            EntryPoint(f"{kind}_{name}_m{m}", _DECODE, claims)
+            for name in names
             for kind, sizes in (("decode", dense), ("moe_decode", grouped), ("decode_prepared", prepared))
             for m in sizes
         )
@@ -120,6 +129,8 @@ CODE_OBJECTS = (
     ),
     *(_decode(scheme, ("sm_90",), DECODE_M, MOE_DECODE_M, PREPARED_M) for scheme in DECODE_SCHEMES),
     *(_decode(scheme, AMD_ARCHS, AMD_DECODE_M, AMD_MOE_DECODE_M) for scheme in DECODE_SCHEMES),
+    *(_decode(scheme, ("sm_90",), INT4_DECODE_M, INT4_MOE_DECODE_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),
+    *(_decode(scheme, AMD_ARCHS, AMD_DECODE_M, AMD_MOE_DECODE_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),
 )
 """Code objects of one name are one kernel for several targets."""
 

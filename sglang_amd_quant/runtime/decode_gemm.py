@@ -64,10 +64,11 @@ def decode_gemm(
     """Describe y = x w^T, dense or grouped by expert, on sm_90: launches that follow each other.
 
     Args:
-        x: [M / top_k, K] bf16, rows 16-byte aligned, last dimension contiguous.
-        data, scales, factors: weights in `mma_tile` + `mma_scale` (e4m3; factors None) or packed as `hopper_bf16`.
+        x: [M / top_k, K] bf16, for schemes of fp16 activations fp16; rows 16-byte aligned, last dimension contiguous.
+        data, scales, factors: weights in `mma_tile` + `mma_scale` (e4m3; factors None), packed as `hopper_bf16`, or in
+            `mma_int4` + `tile_group` with words for scales (int4; factors None).
         y: [M, N], or [M, N / 2] after an activation; bf16, fp16 or fp32, last dimension contiguous.
-        scheme: one of the manifest's `DECODE_SCHEMES`.
+        scheme: one of the manifest's `DECODE_SCHEMES`, or `INT4_SCHEMES` by group (`int4_w4a16_g128`).
         n: rows of the weights (of one expert).
         cu_count: multiprocessors.
         carry: rounds the activations' scales (`formats.mx.Element.carry`).
@@ -81,7 +82,7 @@ def decode_gemm(
     Raises:
         ShapeError: shapes, strides or dtypes that do not fit each other or the kernel.
     """
-    check_operands(x, y, n, top_k, epilogue)
+    check_operands(x, y, n, top_k, epilogue, scheme)
     m, k = y.shape[0], x.shape[1]
     grouped = row_ids is not None
     pairs = epilogue.activation is not None
@@ -138,12 +139,15 @@ def _prepare(
     )
 
 
-def check_operands(x: Any, y: Any, n: int, top_k: int, epilogue: Epilogue) -> None:
+def check_operands(x: Any, y: Any, n: int, top_k: int, epilogue: Epilogue, scheme: str) -> None:
     """What every target asks of x and y.
 
     Raises:
-        ShapeError: shapes or strides that do not fit each other or the kernel.
+        ShapeError: shapes, strides or a dtype of x that do not fit each other or the kernel.
     """
+    wanted = "float16" if "_fp16" in scheme else "bfloat16"
+    if (name := str(x.dtype).removeprefix("torch.")) != wanted:
+        raise ShapeError(f"x {tuple(x.shape)} of {name}", f"{scheme} takes {wanted}", "convert x, or take its scheme")
     columns = n // 2 if epilogue.activation else n
     if y.shape[1] != columns or x.shape[0] * top_k != y.shape[0] or (epilogue.activation and n % TILE_ROWS):
         want = f"want [M / top_k, K] and [M, {columns}], N in 16s with an activation"

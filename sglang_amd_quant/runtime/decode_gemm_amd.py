@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.kernels.hip.manifest import AMD_DECODE_M, AMD_MOE_DECODE_M
+from sglang_amd_quant.kernels.hip.manifest import AMD_DECODE_M, AMD_MOE_DECODE_M, INT4_GROUPS
 from sglang_amd_quant.runtime.arch import Arch, arch_facts
 from sglang_amd_quant.runtime.decode_gemm import ACTIVATIONS, INTERLEAVED, NOTHING, Epilogue, check_operands, out_code
 from sglang_amd_quant.runtime.launch import LaunchDescription
@@ -36,13 +36,32 @@ FORMATS = {
     "w4a8_static": ("e2m1", "fp8_static"),
     "mxfp8_static": ("e4m3", "fp8_static"),
     "w8a16": ("e4m3", "bf16"),
+    **{f"int4_w4a16_g{group}": ("int4", "bf16") for group in INT4_GROUPS},
+    **{f"int4_w4a16_fp16_g{group}": ("int4", "fp16") for group in INT4_GROUPS},
 }
-"""Formats of weights and activations of the manifest's `DECODE_SCHEMES`."""
+"""Formats of weights and activations of the manifest's `DECODE_SCHEMES`, and of its `INT4_SCHEMES` by group."""
+
+
+def group_of(scheme: str) -> int:
+    """Elements along K that share a scale."""
+    return int(scheme.rpartition("_g")[2]) if FORMATS[scheme][0] == "int4" else MX_BLOCK
+
+
+def _bytes(scheme: str) -> float:
+    """Of one weight, without scales."""
+    return 1 if FORMATS[scheme][0] == "e4m3" else 0.5
+
+
+def scale_bytes(scheme: str, k: int) -> float:
+    """Of the scales of a row of weights."""
+    return k / group_of(scheme) * (4 if FORMATS[scheme][0] == "int4" else 1)
 
 
 def layout_name(arch: str, scheme: str) -> str:
     """The `TensorLayout` that the kernels read on that target; on gfx942 e4m3 values are FNUZ (`MxTensor.to_fnuz`)."""
     weight = FORMATS[scheme][0]
+    if weight == "int4":
+        return f"{'rdna' if arch.startswith('gfx11') else 'cdna'}_int4+tile_group"
     if arch == "gfx950":
         return "mxfp8_lane+tile_scale" if weight == "e4m3" else "preshuffle+tile_scale"
     return f"cdna3_{weight}+tile_scale" if arch == "gfx942" else "preshuffle+tile_scale"
@@ -83,8 +102,17 @@ def takes_codes(arch: str, scheme: str) -> bool:
     """Whether the matrix unit multiplies activations as codes (Activations::CODES), not as 16-bit floats."""
     weight, act = FORMATS[scheme]
     if arch == "gfx950":
-        return act != "bf16"
+        return act not in ("bf16", "fp16")
     return arch == "gfx942" and weight == "e4m3" and act in ("e4m3", "fp8_static")
+
+
+def factors_of_tile(arch: str, scheme: str) -> int:
+    """Factors of a row of activations and 128 of K, where they were made halves: a factor for each MX block, with int4
+    weights one (Activations::TILE_FACTORS). 0: they are multiplied as they are, or their scales are no floats."""
+    weight, act = FORMATS[scheme]
+    if weight == "int4":
+        return 1 if act == "bf16" else 0
+    return 0 if arch == "gfx950" or act == "fp8_static" else TILE_K // MX_BLOCK
 
 
 def lds_bytes(arch: str, scheme: str, rows: int, tiles: int, split: int, waves_k: int, waves_n: int) -> int:
@@ -98,9 +126,9 @@ def lds_bytes(arch: str, scheme: str, rows: int, tiles: int, split: int, waves_k
     extra = 0
     if arch == "gfx950" and codes and act != "fp8_static":
         extra = -(-rows * (most | 1) * 4 // 16) * 16
-    elif arch != "gfx950" and act != "fp8_static":
+    elif factors := factors_of_tile(arch, scheme):
         sums = -(-min(rows, 16) // lane_groups)
-        extra = -(-rows // 16) * lane_groups * (-(-most * 4 * sums // 32) * 32 + sums) * 4
+        extra = -(-rows // 16) * lane_groups * (-(-most * factors * sums // 32) * 32 + sums) * 4
     return 128 + values + extra + waves_k * rows * TILE_ROWS * (waves_n | 1) * 4
 
 
@@ -111,9 +139,10 @@ class _Cost:
 
     Attributes:
         codes: instructions a wave spends on one tile whose activations are codes, e2m1 and e4m3 weights.
-        wide: on one whose activations have 16 bits, likewise.
-        sums: further ones for each sum of a lane, where scales are applied to sums.
-        piece: on quantizing eight activations to e4m3, to e2m1, or to 16 bits.
+        wide: on one whose activations have 16 bits, e2m1, e4m3 and int4 weights.
+        groups: further ones for each group of int4.
+        sums: further ones for each sum of a lane, where the scales of four blocks are applied to sums.
+        piece: on quantizing eight activations to e4m3, to e2m1, or to halves with a factor; on copying them.
         group: on a row group, besides `output` for each of its sums that a thread finishes.
         issue: cycles that an instruction occupies its SIMD.
         bandwidth: bytes a cycle that memory delivers to each CU when all of them ask.
@@ -123,9 +152,10 @@ class _Cost:
     """
 
     codes: tuple[int, int]
-    wide: tuple[int, int]
+    wide: tuple[int, int, int]
+    groups: int
     sums: int
-    piece: tuple[int, int, int]
+    piece: tuple[int, int, int, int]
     issue: int
     bandwidth: float
     latency: int
@@ -136,18 +166,23 @@ class _Cost:
 
     def of_tile(self, scheme: str, rows: int, lane_sums: int, codes: bool) -> float:
         """Instructions on one tile."""
-        base = (self.codes if codes else self.wide)[FORMATS[scheme][0] == "e4m3"]
-        return base * (1 if rows <= 16 else 1.5) + self.sums * lane_sums
+        weight = FORMATS[scheme][0]
+        base = (self.codes if codes else self.wide)[("e2m1", "e4m3", "int4").index(weight)]
+        groups = TILE_K // group_of(scheme)
+        if weight == "int4":
+            base += self.groups * groups
+        return base * (1 if rows <= 16 else 1.5) + self.sums * groups / 4 * lane_sums
 
-    def of_piece(self, scheme: str) -> int:
+    def of_piece(self, scheme: str, factors: int) -> int:
         """Instructions on eight activations."""
-        return self.piece[{"e4m3": 0, "fp8_static": 0, "e2m1": 1, "bf16": 2}[FORMATS[scheme][1]]]
+        kind = {"e4m3": 0, "fp8_static": 0, "e2m1": 1, "bf16": 2, "fp16": 2}[FORMATS[scheme][1]]
+        return self.piece[3 if kind == 2 and not factors else kind]
 
 
-_RDNA3 = {"codes": (0, 0), "wide": (305, 462), "sums": 12, "piece": (320, 257, 127), "issue": 1}
+_RDNA3 = {"codes": (0, 0), "wide": (305, 462, 244), "groups": 2, "sums": 12, "piece": (320, 257, 127, 69), "issue": 1}
 _COSTS = {
-    "gfx950": _Cost((20, 22), (45, 53), 0, (100, 90, 40), 4, 13.0, 2000, 4000, 2400),
-    "gfx942": _Cost((0, 47), (105, 124), 4, (155, 230, 115), 4, 8.3, 2000, 4000, 2100),
+    "gfx950": _Cost((20, 22), (45, 53, 61), 9, 0, (100, 90, 107, 40), 4, 13.0, 2000, 4000, 2400),
+    "gfx942": _Cost((0, 47), (105, 124, 70), 8, 4, (155, 230, 115, 48), 4, 8.3, 2000, 4000, 2100),
     "gfx1100": _Cost(**_RDNA3, bandwidth=4.2, latency=1500, meet=3000, clock=2500),  # type: ignore[arg-type]
     "gfx1151": _Cost(**_RDNA3, bandwidth=2.2, latency=1500, meet=3000, clock=2900),  # type: ignore[arg-type]
 }
@@ -160,7 +195,6 @@ def modelled_us(arch: str, scheme: str, p: AmdDecodePlan, m: int, n: int, k: int
     partial sums. Launching is not included.
     """
     facts, cost = arch_facts(arch), _COSTS[arch]
-    e4m3 = FORMATS[scheme][0] == "e4m3"
     waves, tiles = p.waves_k * p.waves_n, -(-k // TILE_K)
     row_groups, row_blocks = -(-n // (TILE_ROWS * p.waves_n)), -(-m // p.rows)
     blocks = row_blocks * p.groups * p.split
@@ -172,15 +206,20 @@ def modelled_us(arch: str, scheme: str, p: AmdDecodePlan, m: int, n: int, k: int
     tile = cost.of_tile(scheme, p.rows, lane_sums, takes_codes(arch, scheme))
     concurrency = max(1.0, busiest * waves / facts.simds)  # waves of a SIMD
     here = min(m, p.rows)
-    staging = -(-here * k // (p.split * 8 * p.threads)) * cost.of_piece(scheme) * cost.issue * concurrency
+    staging = (
+        -(-here * k // (p.split * 8 * p.threads))
+        * cost.of_piece(scheme, factors_of_tile(arch, scheme))
+        * cost.issue
+        * concurrency
+    )
     work = rounds * mine * tile * cost.issue * concurrency
     outputs = -(-here * p.waves_n * TILE_ROWS // p.threads)
     summing = rounds * (cost.group + outputs * (cost.output + 8 * p.waves_k)) * cost.issue * concurrency
     if p.split > 1:
         summing += rounds * (cost.meet + outputs * 30 * p.split)
-    row_bytes = k * (1 if e4m3 else 0.5) + k / MX_BLOCK
+    row_bytes = k * _bytes(scheme) + scale_bytes(scheme, k)
     moved = busiest * rounds * p.waves_n * TILE_ROWS * row_bytes / p.split
-    flight = min(busiest, p.resident) * waves * min(DEPTH, mine * rounds) * TILE_ROWS * TILE_K * (1 if e4m3 else 0.5)
+    flight = min(busiest, p.resident) * waves * min(DEPTH, mine * rounds) * TILE_ROWS * TILE_K * _bytes(scheme)
     memory = moved / cost.bandwidth * max(1.0, cost.bandwidth * cost.latency / flight)
     if rounds == 1:  # activations are quantized while the first weights are on their way
         return (cost.latency + max(memory, staging + work) + summing) / cost.clock
@@ -190,9 +229,7 @@ def modelled_us(arch: str, scheme: str, p: AmdDecodePlan, m: int, n: int, k: int
 def bytes_in_flight(scheme: str, p: AmdDecodePlan, row_blocks: int, cu_count: int) -> int:
     """Bytes of weights that a CU has on their way with as many blocks as it gets at least (but for idle CUs: one)."""
     blocks = min(p.resident, max(1, row_blocks * p.groups * p.split // cu_count))
-    return int(
-        blocks * p.waves_k * p.waves_n * DEPTH * TILE_ROWS * TILE_K * (1 if FORMATS[scheme][0] == "e4m3" else 0.5)
-    )
+    return int(blocks * p.waves_k * p.waves_n * DEPTH * TILE_ROWS * TILE_K * _bytes(scheme))
 
 
 ENOUGH_IN_FLIGHT = 24 << 10
@@ -207,7 +244,7 @@ def plans(
 
     Args:
         arch: `gfx950`, `gfx942`, `gfx1100` or `gfx1151`.
-        scheme: one of the manifest's `DECODE_SCHEMES`.
+        scheme: one of `FORMATS`.
         cu_count: compute units.
         block_m, blocks: grouped: rows of a routed block, and how many blocks there are; 0: dense.
 
@@ -215,8 +252,9 @@ def plans(
         ShapeError: no such problem, or none that LDS holds.
     """
     what = f"decode GEMM M={m} N={n} K={k}"
-    if m < 1 or n < 1 or k < MX_BLOCK or k % MX_BLOCK:
-        raise ShapeError(what, "needs M, N >= 1 and K a multiple of 32", "use the GEMM")
+    group = group_of(scheme)
+    if m < 1 or n < 1 or k < group or k % group:
+        raise ShapeError(what, f"needs M, N >= 1 and K a multiple of {group}", "use the GEMM")
     if block_m and block_m not in AMD_MOE_DECODE_M:
         raise ShapeError(f"blocks of {block_m} routed rows", "no such kernel", f"use one of {AMD_MOE_DECODE_M}")
     rows = block_m or next((r for r in AMD_DECODE_M if m <= r), AMD_DECODE_M[-1])
@@ -226,7 +264,7 @@ def plans(
         raise ShapeError(what, "activations do not fit in LDS", "use the GEMM")
     # Grouped: a share of the CUs for each block, as if it were alone.
     here, share = (block_m, max(1, cu_count // blocks)) if blocks else (m, cu_count)
-    weights = n * k * (1 if FORMATS[scheme][0] == "e4m3" else 0.5) * row_blocks / cu_count
+    weights = n * k * _bytes(scheme) * row_blocks / cu_count
     wanted = min(ENOUGH_IN_FLIGHT, weights)
 
     def rank(p: AmdDecodePlan) -> tuple[bool, float]:
@@ -287,11 +325,12 @@ def decode_gemm_amd(
     """Describe y = x w^T, dense or grouped by expert.
 
     Args:
-        x: [M / top_k, K] bf16, rows 16-byte aligned, last dimension contiguous.
-        data, scales: weights [E, N, K] or [N, K] in the layout `layout_name(arch, scheme)`.
+        x: [M / top_k, K] bf16, for schemes of fp16 activations fp16; rows 16-byte aligned, last dimension contiguous.
+        data, scales: weights [E, N, K] or [N, K] in the layout `layout_name(arch, scheme)`; int4 with words for scales
+            (`MxTensor.with_words`).
         y: [M, N], or [M, N / 2] after an activation; bf16, fp16 or fp32, last dimension contiguous.
         arch: target.
-        scheme: one of the manifest's `DECODE_SCHEMES`.
+        scheme: one of `FORMATS`.
         n: rows of the weights (of one expert).
         cu_count: compute units.
         carry: rounds the activations' scales (`formats.mx.Element.carry`).
@@ -306,7 +345,7 @@ def decode_gemm_amd(
     Raises:
         ShapeError: shapes, strides or dtypes that do not fit each other or the kernel, or too small a workspace.
     """
-    check_operands(x, y, n, top_k, epilogue)
+    check_operands(x, y, n, top_k, epilogue, scheme)
     m, k = y.shape[0], x.shape[1]
     grouped = row_ids is not None
     blocks = len(block_experts) if grouped else 0

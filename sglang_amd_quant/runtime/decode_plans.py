@@ -12,12 +12,57 @@ from dataclasses import dataclass
 from functools import cache
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.kernels.hip.manifest import DECODE_M, MOE_DECODE_M
+from sglang_amd_quant.kernels.hip.manifest import (
+    DECODE_M,
+    INT4_DECODE_M,
+    INT4_GROUPS,
+    INT4_MOE_DECODE_M,
+    INT4_SCHEMES,
+    MOE_DECODE_M,
+)
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.schemes import MX_BLOCK
 
-E4M3_SCHEMES = ("mxfp8", "mxfp8_static", "w8a16")
 TILE_ROWS, TILE_K = 16, 64
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What a plan must know of a scheme's weights.
+
+    Attributes:
+        e4m3: whether a weight is a byte, not half of one.
+        group: elements along K that share a scale.
+        tile_k: elements of a row in a tile.
+        tile_bytes: of a tile, with its scales.
+        waves: that a block for few rows may have: `KERNEL(...)` in decode_gemm.hip.
+        dense, grouped: rows of activations that entry points are instantiated for.
+    """
+
+    e4m3: bool
+    group: int
+    tile_k: int
+    tile_bytes: int
+    waves: int
+    dense: tuple[int, ...] = DECODE_M
+    grouped: tuple[int, ...] = MOE_DECODE_M
+
+
+_E4M3 = _Weights(True, MX_BLOCK, TILE_K, 1024 + 32, 8)
+_E2M1 = _Weights(False, MX_BLOCK, TILE_K, 512 + 32, 12)
+_INT4 = {
+    32: _Weights(False, 32, TILE_K, 512 + 128, 8, INT4_DECODE_M, INT4_MOE_DECODE_M),
+    64: _Weights(False, 64, TILE_K, 512 + 64, 8, INT4_DECODE_M, INT4_MOE_DECODE_M),
+    128: _Weights(False, 128, 2 * TILE_K, 1024 + 64, 8, INT4_DECODE_M, INT4_MOE_DECODE_M),
+}
+_OF_SCHEME = dict.fromkeys(("mxfp8", "mxfp8_static", "w8a16"), _E4M3)
+_OF_SCHEME |= {f"{scheme}_g{group}": _INT4[group] for scheme in INT4_SCHEMES for group in INT4_GROUPS}
+
+
+def _weights(scheme: str) -> _Weights:
+    return _OF_SCHEME.get(scheme, _E2M1)
+
+
 WIDE_FROM = 16
 """Rows from which on four waves multiply together, by wgmma (decode_sm90_many.h)."""
 RESIDENT_WAVES = {2: 24, 4: 24, 8: 24, 16: 28, 32: 20, 64: 16}
@@ -59,27 +104,24 @@ class DecodePlan:
         return -(-m // self.rows) * self.rows * -(-k // TILE_K) * TILE_K if self.share else 0
 
 
-def room(e4m3: bool, rows: int) -> int:
+def room(rows: int) -> int:
     """Columns of the matrix unit that activations are given (Activations::ROOM)."""
     return max(4, rows) if rows < 8 else rows
 
 
-def lds_bytes(e4m3: bool, rows: int, tiles: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int) -> int:
+def lds_bytes(
+    w: _Weights, rows: int, tiles: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int
+) -> int:
     """Shared memory of a block: barriers, rings, activations with their factors, row factors and partial sums."""
-    waves, most, columns = waves_k * waves_n, -(-tiles // split), room(e4m3, rows)
+    waves, most, columns = waves_k * waves_n, -(-tiles // split), room(rows)
     barriers = -(-(8 + waves * depth * 8) // 128) * 128
-    ring = waves * depth * chunk * ((1024 if e4m3 else 512) + 32)
+    ring = waves * depth * chunk * w.tile_bytes
     if rows < WIDE_FROM:
-        activations = 16 + columns * ((most * TILE_K + 32) * 2 + most * 2 * 4)
+        activations = 16 + columns * ((most * w.tile_k + 32) * 2 + most * w.tile_k // MX_BLOCK * 4)
     else:
         activations, columns = 1024 + most * 128 * rows, columns + 4
     sums = 2 * 4 * waves_n * TILE_ROWS // split + 4 * waves * TILE_ROWS * columns
     return barriers + ring + activations + sums
-
-
-def max_waves(e4m3: bool, rows: int) -> int:
-    """Waves that a block may have: `KERNEL(...)` in decode_gemm.hip."""
-    return 16 if rows >= WIDE_FROM else 8 if e4m3 else 12
 
 
 Shape = tuple[int, ...]
@@ -142,40 +184,43 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
     """Every legal dense plan of [m, k] x [n, k], those most like what measured best first.
 
     Args:
-        scheme: one of the manifest's `DECODE_SCHEMES`.
+        scheme: one of the manifest's `DECODE_SCHEMES`, or `INT4_SCHEMES` by group (`int4_w4a16_g128`): for M <= 8.
         pairs: an activation follows: gate and up tiles must have one owner.
 
     Raises:
         ShapeError: no such problem, or none that shared memory holds.
     """
-    _check(m, n, k)
-    e4m3 = scheme in E4M3_SCHEMES
-    least = next((r for r in DECODE_M if m <= r), DECODE_M[-1])
+    w = _weights(scheme)
+    _check(w, m, n, k)
+    if m > w.dense[-1] < WIDE_FROM:
+        raise ShapeError(f"decode GEMM of {scheme} M={m} N={n} K={k}", f"made for M <= {w.dense[-1]}", "use the GEMM")
+    least = next((r for r in w.dense if m <= r), w.dense[-1])
     for rows in (least, 32) if least > 32 else (least,):  # by 32 where the activations of more do not fit
-        found = _enumerate(e4m3, rows, n, k, cu_count, pairs, -(-m // rows))
+        found = _enumerate(w, rows, n, k, cu_count, pairs, -(-m // rows))
         if rows >= WIDE_FROM:
-            found += _enumerate_prepared(e4m3, rows, n, k, pairs)
+            found += _enumerate_prepared(w, rows, n, k, pairs)
         if found:
-            return _sorted(found, e4m3, rows, min(m, rows), n, k, cu_count)
+            return _sorted(found, w, rows, min(m, rows), n, k, cu_count)
     raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
 
 
 @cache
 def grouped_plan(scheme: str, block_m: int, blocks: int, n: int, k: int, cu_count: int) -> DecodePlan:
     """The plan for `blocks` routed blocks of `block_m` rows, most of which have work. Raises ShapeError as `plans`."""
-    _check(block_m, n, k)
-    if block_m not in MOE_DECODE_M:
-        raise ShapeError(f"blocks of {block_m} routed rows", "no such kernel", f"use one of {MOE_DECODE_M}")
-    e4m3, tiles, row_tiles = scheme in E4M3_SCHEMES, -(-k // TILE_K), -(-n // TILE_ROWS)
+    w = _weights(scheme)
+    _check(w, block_m, n, k)
+    if block_m not in w.grouped:
+        raise ShapeError(f"blocks of {block_m} routed rows", "no such kernel", f"use one of {w.grouped}")
+    tiles, row_tiles = -(-k // w.tile_k), -(-n // TILE_ROWS)
     # Measured best, or within a few percent, on an H100 80GB HBM3 for gpt-oss-120b at TP1 and TP8 and Qwen3-30B-A3B:
     # waves along N alone, but where so few blocks have work that waves must share K to keep memory busy.
-    if blocks < 16 and tiles >= 16:
+    if blocks < 16 and k > 15 * TILE_K:
         waves_k, waves_n = 4, 2
     else:
-        waves_k, waves_n = 1, 16 if block_m == 16 else 8 if tiles >= 24 else 4
+        waves_k, waves_n = 1, 16 if block_m == 16 else 8 if k > 23 * TILE_K else 4
     waves_n = min(waves_n, 1 << (row_tiles - 1).bit_length())
     for chunk in range(min(6, -(-tiles // (2 * waves_k))), 0, -1):
-        lds = lds_bytes(e4m3, block_m, tiles, 1, waves_k, waves_n, 2, chunk)
+        lds = lds_bytes(w, block_m, tiles, 1, waves_k, waves_n, 2, chunk)
         if lds <= arch_facts("sm_90").lds_bytes:
             groups = min(-(-row_tiles // waves_n), -(-20 * cu_count // max(1, blocks)))
             return DecodePlan(block_m, 1, waves_k, waves_n, groups, 2, chunk, lds)
@@ -183,10 +228,10 @@ def grouped_plan(scheme: str, block_m: int, blocks: int, n: int, k: int, cu_coun
 
 
 def _sorted(
-    found: list[DecodePlan], e4m3: bool, rows: int, m: int, n: int, k: int, cu_count: int
+    found: list[DecodePlan], w: _Weights, rows: int, m: int, n: int, k: int, cu_count: int
 ) -> tuple[DecodePlan, ...]:
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
-    wanted = _wanted(e4m3, rows, m, tiles, row_tiles, cu_count)
+    wanted = _wanted(w.e4m3, rows, m, tiles, row_tiles, cu_count)
     return tuple(sorted(found, key=lambda p: _distance(p, wanted, row_tiles, cu_count)))
 
 
@@ -202,7 +247,7 @@ def _resident(lds: int, rows: int, waves: int) -> int:
 
 
 def _enumerate(
-    e4m3: bool,
+    w: _Weights,
     rows: int,
     n: int,
     k: int,
@@ -210,8 +255,8 @@ def _enumerate(
     pairs: bool,
     row_blocks: int,
 ) -> list[DecodePlan]:
-    tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
-    most = max_waves(e4m3, rows)
+    tiles, row_tiles = -(-k // w.tile_k), -(-n // TILE_ROWS)
+    most = 16 if rows >= WIDE_FROM else w.waves
     found = []
     for waves, waves_k, split in itertools.product((4, 8, 12, 16), (1, 2, 4), (1, 2, 4, 8)):
         waves_n, mine = waves // waves_k, tiles / split / waves_k
@@ -224,7 +269,7 @@ def _enumerate(
         # Rings that hold all, or half, or a quarter of a wave's share of a row tile
         for depth, ring in itertools.product((2, 4), (1, 2, 4)):
             chunk = min(12, max(1, math.ceil(mine / depth / ring)))
-            lds = lds_bytes(e4m3, rows, tiles, split, waves_k, waves_n, depth, chunk)
+            lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk)
             resident = _resident(lds, rows, waves)
             if resident:
                 groups = min(row_groups, max(1, _in_clusters(cu_count, split) * resident // (split * row_blocks)))
@@ -232,16 +277,16 @@ def _enumerate(
     return list(dict.fromkeys(found))
 
 
-def prepared_lds(e4m3: bool, rows: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int) -> int:
+def prepared_lds(w: _Weights, rows: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int) -> int:
     """Shared memory of a block that multiplies a prepared x: barriers, rings, which partial sums of waves use again,
     row factors, and the partial sums of the blocks that share K."""
     of_rows = waves_n * TILE_ROWS * (rows + 4) * 4
     barriers = -(-(8 + (2 + waves_k * waves_n) * depth * 8) // 128) * 128
-    rings = 1024 + depth * waves_k * chunk * (128 * rows + waves_n * ((1024 if e4m3 else 512) + 32))
+    rings = 1024 + depth * waves_k * chunk * (128 * rows + waves_n * w.tile_bytes)
     return barriers + max(rings, waves_k * of_rows) + 8 * waves_n * TILE_ROWS // split + (of_rows if split > 1 else 0)
 
 
-def _enumerate_prepared(e4m3: bool, rows: int, n: int, k: int, pairs: bool) -> list[DecodePlan]:
+def _enumerate_prepared(w: _Weights, rows: int, n: int, k: int, pairs: bool) -> list[DecodePlan]:
     room = arch_facts("sm_90").lds_bytes
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
     found = []
@@ -255,13 +300,15 @@ def _enumerate_prepared(e4m3: bool, rows: int, n: int, k: int, pairs: bool) -> l
         for chunk, blocks in itertools.product((1, 2, 4, 8), (1, 2)):  # blocks to a multiprocessor
             stages = -(-tiles // (split * chunk * waves_k))
             for depth in range(min(8, stages), min(2, stages) - 1, -1):
-                lds = prepared_lds(e4m3, rows, split, waves_k, waves_n, depth, chunk)
+                lds = prepared_lds(w, rows, split, waves_k, waves_n, depth, chunk)
                 if blocks * (lds + 1024) <= room + 1024:
                     found.append(DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds, share))
                     break
     return list(dict.fromkeys(found))
 
 
-def _check(m: int, n: int, k: int) -> None:
-    if m < 1 or n < 1 or k < MX_BLOCK or k % MX_BLOCK:
-        raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "needs M, N >= 1 and K a multiple of 32", "use the GEMM")
+def _check(w: _Weights, m: int, n: int, k: int) -> None:
+    if m < 1 or n < 1 or k < w.group or k % w.group:
+        raise ShapeError(
+            f"decode GEMM M={m} N={n} K={k}", f"needs M, N >= 1 and K a multiple of {w.group}", "use the GEMM"
+        )

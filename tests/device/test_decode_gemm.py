@@ -161,3 +161,99 @@ def test_a_prepared_x_has_the_same_epilogue(device, scheme, activation):
             gpu.launch(description, torch.cuda.current_stream().cuda_stream)
         results.append(y)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+INT4 = [f"int4_w4a16{act}_g{group}" for act in ("", "_fp16") for group in (32, 64, 128)]
+
+
+def int4_weights(scheme, shape, seed):
+    """Random codes, scales of 2^-15 to 2^0 with any fraction, and zero points, on the GPU."""
+    from sglang_amd_quant.formats import group_words
+    from sglang_amd_quant.schemes import SCHEMES
+    from sglang_amd_quant.tensor import MxTensor
+
+    group, made = int(scheme.rpartition("_g")[2]), torch.Generator().manual_seed(seed)
+    data = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8, generator=made)
+    groups = (*shape[:-1], shape[-1] // group)
+    scales = (1 + torch.rand(groups, generator=made)) * torch.randint(-15, 0, groups, generator=made).exp2()
+    zeros = torch.randint(0, 16, groups, dtype=torch.uint8, generator=made)
+    words = group_words(scales.to(torch.float16 if seed % 3 == 0 else torch.bfloat16), zeros if seed % 2 else None)
+    return MxTensor.canonical(data, words, replace(SCHEMES["int4_w4a16"], block=group)).to("cuda")
+
+
+def run_int4(gpu, scheme, w, x, y, **options):
+    """y = x w^T on the GPU."""
+    from sglang_amd_quant.runtime.decode_gemm import decode_gemm
+
+    packed = w.to_layout("mma_int4+tile_group")
+    for description in decode_gemm(
+        x, packed.data, packed.scales, None, y, scheme=scheme, n=w.n, cu_count=gpu.cu_count, **options
+    ):
+        gpu.launch(description, torch.cuda.current_stream().cuda_stream)
+    return y
+
+
+def int4_bound(x, w):
+    """What fp32 may lose: K products and a few partial sums, each rounded or truncated once, and two more roundings
+    for each group's sum, to which scale and factor are applied."""
+    k = x.shape[-1]
+    return (k + 2 * k // 32 + 64) * 2.0**-23 * torch.einsum("mk,...nk->...mn", x.double().abs(), w.abs()) + 2.0**-60
+
+
+@pytest.mark.parametrize("scheme", INT4)
+def test_int4_random_shapes_and_plans(device, scheme):
+    from sglang_amd_quant.runtime.decode_plans import plans
+
+    gpu, dice = device(scheme), random.Random(scheme)
+    dtype = torch.float16 if "fp16" in scheme else torch.bfloat16
+    for seed in range(SHAPES_A_SCHEME // 4):
+        group = int(scheme.rpartition("_g")[2])
+        m, n, k = dice.randint(1, 8), dice.randint(1, 3000), group * dice.randint(1, 8192 // group)
+        w, x = int4_weights(scheme, (n, k), seed), torch.randn(m, k, device="cuda").to(dtype)
+        values, found = w.dequantize(torch.float64), plans(scheme, m, n, k, gpu.cu_count)
+        for plan in (found[0], dice.choice(found)):
+            y = run_int4(gpu, scheme, w, x, torch.full((m, n), torch.nan, device="cuda"), plan=plan)
+            error = (y.double() - x.double() @ values.T).abs()
+            assert (error <= int4_bound(x, values)).all(), (m, n, k, plan)
+
+
+@pytest.mark.parametrize("scheme", INT4)
+def test_int4_nan(device, scheme):
+    """A NaN scale makes its column of y NaN, a NaN of x its row, and nothing else."""
+    from sglang_amd_quant.runtime.decode_plans import plans
+
+    gpu, k = device(scheme), 1152 if "128" in scheme else 1056 if "32" in scheme else 1088
+    w, x = int4_weights(scheme, (130, k), 1), torch.randn(3, k, device="cuda")
+    w.scales[77, -1] = 0x7FC00003
+    x[1, 40] = torch.nan
+    x = x.to(torch.float16 if "fp16" in scheme else torch.bfloat16)
+    expected = torch.zeros(3, 130, dtype=torch.bool, device="cuda")
+    expected[1], expected[:, 77] = True, True
+    for plan in plans(scheme, 3, 130, k, gpu.cu_count)[:8]:
+        y = run_int4(gpu, scheme, w, x, torch.full((3, 130), 7.0, device="cuda"), plan=plan)
+        assert torch.equal(y.isnan(), expected), plan
+
+
+@pytest.mark.parametrize("block_m", [4, 8])
+@pytest.mark.parametrize("scheme", INT4)
+def test_int4_grouped_by_expert(device, scheme, block_m):
+    from sglang_amd_quant.ops.routing import route_torch
+
+    gpu, n, k = device(scheme), 80, 384
+    w, x = int4_weights(scheme, (4, n, k), 5), torch.randn(7, k, device="cuda")
+    x = x.to(torch.float16 if "fp16" in scheme else torch.bfloat16)
+    ids = torch.tensor([[0, 2], [2, 3], [3, -1], [2, 0], [0, 3], [3, 2], [2, 3]], dtype=torch.int32)
+    routing = route_torch(ids, 4, block_m)
+    y = torch.full((14, n), torch.nan, device="cuda")
+    run_int4(
+        gpu, scheme, w, x, y, row_ids=routing.row_ids.cuda(), block_experts=routing.block_experts.cuda(),
+        block_m=block_m, top_k=2,
+    )  # fmt: skip
+    experts, values = ids.flatten().cuda(), w.dequantize(torch.float64)
+    rows = x.double().repeat_interleave(2, 0)
+    for row, expert in enumerate(experts.tolist()):
+        if expert < 0:
+            assert y[row].isnan().all()
+            continue
+        error = (y[row].double() - rows[row] @ values[expert].T).abs()
+        assert (error <= int4_bound(rows[row : row + 1], values[expert])[0]).all(), row

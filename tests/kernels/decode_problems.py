@@ -11,12 +11,19 @@ import numpy as np
 import torch
 from sglang_amd_quant.kernels.hip import manifest
 
-from sglang_amd_quant.formats import dequantize_mx, quantize_mx
+from sglang_amd_quant.formats import dequantize_mx, group_words, quantize_mx
 from sglang_amd_quant.formats.mx import ELEMENTS
 from sglang_amd_quant.ops.decode_weights import decode_weights
 from sglang_amd_quant.ops.routing import Routing, route_torch
 from sglang_amd_quant.runtime.decode_gemm import NOTHING, Epilogue
-from sglang_amd_quant.runtime.decode_gemm_amd import FORMATS, AmdDecodePlan, decode_gemm_amd, plans
+from sglang_amd_quant.runtime.decode_gemm_amd import (
+    FORMATS,
+    AmdDecodePlan,
+    decode_gemm_amd,
+    group_of,
+    layout_name,
+    plans,
+)
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES
 from sglang_amd_quant.tensor import MxTensor
 from sglang_amd_quant.toolchain.build import build
@@ -34,9 +41,20 @@ def code_object(arch: str, scheme: str) -> Path:
 
 
 def weights(scheme: str, shape: tuple[int, ...], seed: int) -> MxTensor:
-    """Random codes [..., N, K] under scales of 2^-15 to 2^0, none of them NaN."""
+    """Random codes [..., N, K] under scales of 2^-15 to 2^0, none of them NaN.
+
+    int4: scales of fp16 or bf16 with any fraction, and zero points that are random, or 8 for every other seed.
+    """
     weight, rng = FORMATS[scheme][0], np.random.default_rng(seed)
     *lead, n, k = shape
+    if weight == "int4":
+        group = group_of(scheme)
+        data = torch.from_numpy(rng.integers(0, 256, (*lead, n, k // 2), dtype=np.uint8))
+        floats = rng.uniform(1, 2, (*lead, n, k // group)) * np.exp2(rng.integers(-15, 0, (*lead, n, k // group)))
+        scales = torch.from_numpy(floats).to(torch.float16 if seed % 3 == 0 else torch.bfloat16)
+        zeros = torch.from_numpy(rng.integers(0, 16, scales.shape, dtype=np.uint8)) if seed % 2 else None
+        int4 = replace(SCHEMES["int4_w4a16"], block=group)
+        return MxTensor.canonical(data, group_words(scales, zeros), int4)
     codes = rng.integers(0, 256, (*lead, n, k // (2 if weight == "e2m1" else 1)), dtype=np.uint8)
     if weight == "e4m3":
         codes[codes & 0x7F == 0x7F] = 0x3A
@@ -55,7 +73,7 @@ def activations(m: int, k: int, seed: int) -> torch.Tensor:
 def quantized(x: torch.Tensor, scheme: str) -> torch.Tensor:
     """The activations that the scheme multiplies, fp64; by `formats`, whose codes the kernels must hit exactly."""
     act = FORMATS[scheme][1]
-    if act == "bf16":
+    if act in ("bf16", "fp16"):
         return x.double()
     if act == "fp8_static":
         inverse = torch.tensor(STATIC_SCALE).float().reciprocal()
@@ -70,7 +88,7 @@ class Problem:
 
     Attributes:
         scheme: one of the manifest's.
-        x: [M, K] bf16; w: [N, K] or [E, N, K], canonical.
+        x: [M, K] bf16, or made fp16 where the scheme's is; w: [N, K] or [E, N, K], canonical.
         epilogue: tensors on the CPU; row weights, bias and so on.
         out: dtype of y.
         ids: topk ids [M, top_k] of a grouped problem.
@@ -84,6 +102,10 @@ class Problem:
     out: torch.dtype = torch.float32
     ids: torch.Tensor | None = None
     block_m: int = 0
+
+    def __post_init__(self) -> None:
+        if FORMATS[self.scheme][1] == "fp16":
+            self.x = self.x.half()
 
     @property
     def n(self) -> int:
@@ -106,7 +128,8 @@ class Problem:
     def run(self, target: Any, plan: AmdDecodePlan | None = None, **options: Any) -> tuple[torch.Tensor, Any]:
         """Launch in the emulator. Returns y [rows, columns], NaN where nothing was stored, and the counters."""
         arch, act = target.arch.name, FORMATS[self.scheme][1]
-        packed = decode_weights(self.w, arch)
+        int4 = FORMATS[self.scheme][0] == "int4"
+        packed = self.w.to_layout(layout_name(arch, self.scheme)) if int4 else decode_weights(self.w, arch)
         columns = self.n // 2 if self.epilogue.activation else self.n
         y = torch.full((self.rows, columns), float("nan"), dtype=self.out)
         grouped: dict[str, Any] = {}
@@ -152,7 +175,7 @@ class Problem:
         Rows that are dropped are NaN.
         """
         x = quantized(self.x, self.scheme)
-        w = dequantize_mx(self.w.data, self.w.scales, self.w.scheme.weight, torch.float64)
+        w = self.w.dequantize(torch.float64)
         if self.ids is None:
             sums, magnitudes = x @ w.mT, x.abs() @ w.abs().mT
             experts = torch.zeros(len(x), dtype=torch.long)
@@ -171,7 +194,7 @@ class Problem:
 
     def bound(self, magnitudes: torch.Tensor) -> torch.Tensor:
         """What fp32 accumulation may lose: K products and a few partial sums, each rounded (or truncated) once, and
-        where scales are applied to sums, two more roundings for every MX block's sum."""
+        where scales are applied to sums, two more roundings for every MX block's sum, or every group's of int4."""
         return (self.w.k + 2 * self.w.k // 32 + 64) * 2.0**-23 * magnitudes
 
 

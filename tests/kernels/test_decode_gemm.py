@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decode_problems import FORMATS, Problem, activations, code_object, weights
+from decode_problems import FORMATS, Problem, activations, code_object, group_of, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang_amd_quant.kernels.hip import manifest
 
 from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.formats import group_words
+from sglang_amd_quant.runtime import decode_plans
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.runtime.decode_gemm import Epilogue
 from sglang_amd_quant.runtime.decode_gemm_amd import (
@@ -60,7 +62,12 @@ def assert_close(problem: Problem, y: torch.Tensor) -> None:
 def problem_of(scheme: str, seed: int) -> tuple[Problem, int]:
     """A random dense problem, and a number that chooses its plan."""
     rng = random.Random(f"{scheme} {seed}")
-    m, n, k = rng.randint(1, 32), rng.choice((1, 15, 16, 17, 33, rng.randint(1, 70))), 32 * rng.randint(1, 40)
+    group = group_of(scheme)
+    m, n, k = (
+        rng.randint(1, 32),
+        rng.choice((1, 15, 16, 17, 33, rng.randint(1, 70))),
+        group * rng.randint(1, 1280 // group),
+    )
     if seed % 4 == 0:
         m = rng.choice((1, 3, 4))
     out = rng.choice((torch.float32, torch.bfloat16, torch.float16))
@@ -74,20 +81,23 @@ def problem_of(scheme: str, seed: int) -> tuple[Problem, int]:
 
 @pytest.mark.parametrize("scheme", FORMATS)
 def test_random_problems_and_plans(amd: Any, scheme: str) -> None:
-    """8 for each scheme and target, 224 in all: the best plan, or any other."""
-    for seed in range(8):
+    """8 for each scheme and target (of int4: 4 for each group): the best plan, or any other."""
+    for seed in range(4 if FORMATS[scheme][0] == "int4" else 8):
         problem, choice = problem_of(scheme, seed)
         found = problem.plans(amd.arch.name)
         y, counters = problem.run(amd, found[0 if seed % 2 else choice % len(found)])
         assert_close(problem, y)
         for argument in (1, 2):  # weights and scales: each byte once
             assert counters.traffic[argument].loaded == counters.traffic[argument].loaded_distinct
-        if amd.arch.name == "gfx950" and FORMATS[scheme][1] != "bf16":  # one instruction a tile and 16 rows of x
+        if amd.arch.name == "gfx950" and FORMATS[scheme][1] not in (
+            "bf16",
+            "fp16",
+        ):  # one instruction a tile and 16 rows of x
             tiles = -(-problem.n // 16) * -(-problem.w.k // 128)
             assert counters.matrix == tiles * (2 if found[0].rows == 32 else 1)
 
 
-@pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4"])
+@pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4", "int4_w4a16_g64"])
 @pytest.mark.parametrize(("activation", "limit", "interleaved"), [("silu", None, False), ("swigluoai", 7.0, True)])
 def test_an_activation_between_gate_and_up(
     amd: Any, scheme: str, activation: str, limit: float | None, interleaved: bool
@@ -116,7 +126,8 @@ def grouped(scheme: str, block_m: int, top_k: int = 2) -> Problem:
     bias = torch.from_numpy(np.random.default_rng(4).standard_normal((4, 40))).bfloat16()
     row_weights = torch.linspace(0.25, 1.5, ids.numel())
     epilogue = Epilogue(bias=bias, row_weights=row_weights)
-    return Problem(scheme, activations(7, 416, 5), weights(scheme, (4, 40, 416), 6), epilogue, ids=ids, block_m=block_m)
+    k = 416 // group_of(scheme) * group_of(scheme)
+    return Problem(scheme, activations(7, k, 5), weights(scheme, (4, 40, k), 6), epilogue, ids=ids, block_m=block_m)
 
 
 @pytest.mark.parametrize("scheme", FORMATS)
@@ -127,7 +138,7 @@ def test_grouped_by_expert(amd: Any, scheme: str, block_m: int) -> None:
         assert_close(problem, problem.run(amd, plan)[0])
 
 
-@pytest.mark.parametrize("scheme", ["mxfp8", "w4a16"])
+@pytest.mark.parametrize("scheme", ["mxfp8", "w4a16", "int4_w4a16_fp16_g32"])
 def test_blocks_that_share_k_give_the_same_bits_in_any_order(amd: Any, scheme: str) -> None:
     from emulator.launch import IN_ORDER, REVERSED, random_schedule
 
@@ -158,8 +169,9 @@ def test_nan_and_infinity(amd: Any, scheme: str) -> None:
     """A NaN scale, weight or activation makes its row or column NaN and no other; an infinite activation saturates, or
     stays infinite where activations are not quantized."""
     weight, act = FORMATS[scheme]
-    w, x = weights(scheme, (19, 224), 1), activations(3, 224, 2)
-    w.scales[5, 3] = 255
+    k = 224 // group_of(scheme) * group_of(scheme)
+    w, x = weights(scheme, (19, k), 1), activations(3, k, 2)
+    w.scales[5, k // group_of(scheme) - 1] = 0x7FC00005 if weight == "int4" else 255
     nan_rows = [5]
     if weight == "e4m3":
         w.data.view(torch.uint8)[9, 17] = 0xFF
@@ -169,11 +181,12 @@ def test_nan_and_infinity(amd: Any, scheme: str) -> None:
     expected = torch.zeros(3, 19, dtype=torch.bool)
     expected[1], expected[:, nan_rows] = True, True
     assert torch.equal(y.isnan(), expected)
-    x[1, 40], w = float("inf"), weights(scheme, (19, 224), 1)
-    w.scales[:] -= 40  # 448 * 2^120 times these stays below fp32's largest number
+    x[1, 40], w = float("inf"), weights(scheme, (19, k), 1)
+    if weight != "int4":
+        w.scales[:] -= 40  # 448 * 2^120 times these stays below fp32's largest number
     problem = Problem(scheme, x, w)
     y, _ = problem.run(amd)
-    if act == "bf16":
+    if act in ("bf16", "fp16"):
         assert not y[1].isfinite().any()
         assert y[[0, 2]].isfinite().all()
     else:
@@ -190,8 +203,22 @@ def test_scales_and_activations_over_the_whole_range(amd: Any, scheme: str) -> N
     assert_close(problem, problem.run(amd)[0])
 
 
+@pytest.mark.parametrize("scheme", ["int4_w4a16_g32", "int4_w4a16_g128", "int4_w4a16_fp16_g64"])
+def test_int4_scales_and_activations_over_the_whole_range(amd: Any, scheme: str) -> None:
+    """Activations down to the subnormal numbers of fp16 (2^-24 to 2^5), or over forty binades of bf16, of which those
+    within 2^-28 of the largest of 128 are exact as halves."""
+    w = weights(scheme, (16, 256), 1)
+    scales = torch.linspace(-97, 93, w.scales.numel()).reshape(w.scales.shape).round().exp2()
+    w.scales[:] = group_words(scales, torch.arange(w.scales.numel(), dtype=torch.uint8).reshape(scales.shape) % 16)
+    low, high = (-22, 2) if FORMATS[scheme][1] == "fp16" else (-20, 20)
+    x = (activations(2, 256, 2).float().clamp(-8, 8) * torch.linspace(low, high, 256).exp2()).bfloat16()
+    x[:, 64:96] = 0
+    problem = Problem(scheme, x, w)
+    assert_close(problem, problem.run(amd)[0])
+
+
 @pytest.mark.parametrize("m", [1, 16, 32])
-@pytest.mark.parametrize("scheme", ["mxfp8", "w4a8", "mxfp4", "w4a16"])
+@pytest.mark.parametrize("scheme", ["mxfp8", "w4a8", "mxfp4", "w4a16", "int4_w4a16_g128", "int4_w4a16_fp16_g32"])
 def test_lds_banks_do_not_meet(amd: Any, scheme: str, m: int) -> None:
     """Modelled conflicts are at most 5 % of the cycles that LDS is busy for."""
     k = 2048 if m == 16 else 1024
@@ -210,7 +237,7 @@ def test_machine_code(amd: Any, scheme: str) -> None:
     for report in built.reports:
         assert report.spills == report.scratch == 0
         assert report.loads is not None
-        parts = (1 if FORMATS[scheme][0] == "e2m1" else 2) * 64 // amd.arch.wave  # of a tile
+        parts = (2 if FORMATS[scheme][0] == "e4m3" else 1) * 64 // amd.arch.wave  # of a tile
         assert report.loads[16] >= 2 * 4 * parts  # four tiles, before the loop and in it
         assert amd.arch.occupancy(report.vgpr, 0, 1) * amd.arch.simds >= RESIDENT_WAVES
 
@@ -220,7 +247,7 @@ def test_machine_code(amd: Any, scheme: str) -> None:
 def test_enough_bytes_are_on_their_way(amd: Any, shape: tuple[int, int], m: int) -> None:
     """At least 24 KB of weights a CU, or all of the weights there are for it."""
     arch, (n, k) = amd.arch.name, shape
-    for scheme, element in (("mxfp8", 1), ("mxfp4", 0.5)):
+    for scheme, element in (("mxfp8", 1), ("mxfp4", 0.5), ("int4_w4a16_g128", 0.5), ("int4_w4a16_fp16_g32", 0.5)):
         p = plans(arch, scheme, m, n, k, CU_COUNTS[arch])[0]
         row_blocks = -(-m // p.rows)
         share = n * k * element * row_blocks / CU_COUNTS[arch]
@@ -234,11 +261,12 @@ def test_enough_bytes_are_on_their_way(amd: Any, shape: tuple[int, int], m: int)
 @given(
     st.integers(1, 100),
     st.integers(1, 20000),
-    st.integers(1, 500).map(lambda b: 32 * b),
+    st.integers(1, 500),
     st.sampled_from(manifest.AMD_ARCHS),
     st.sampled_from(list(FORMATS)),
 )
-def test_every_plan_fits_the_device(m: int, n: int, k: int, arch: str, scheme: str) -> None:
+def test_every_plan_fits_the_device(m: int, n: int, blocks: int, arch: str, scheme: str) -> None:
+    k = group_of(scheme) * (blocks * 32 // group_of(scheme) or 1)
     facts, tiles = arch_facts(arch), -(-k // 128)
     for p in plans(arch, scheme, m, n, k, CU_COUNTS[arch])[:50]:
         assert p.rows in manifest.AMD_DECODE_M
@@ -265,6 +293,12 @@ def test_what_does_not_fit_together_is_refused() -> None:
             decode_gemm_amd(x, None, None, y, **(given_ | bad))
     with pytest.raises(ShapeError, match="16-byte aligned"):
         decode_gemm_amd(torch.zeros(4, 257, dtype=torch.bfloat16)[:, :256], None, None, y, **given_)
+    with pytest.raises(ShapeError, match="of float16: mxfp8 takes bfloat16"):
+        decode_gemm_amd(x.half(), None, None, y, **given_)
+    with pytest.raises(ShapeError, match="of bfloat16: int4_w4a16_fp16_g64 takes float16"):
+        decode_gemm_amd(x, None, None, y, **(given_ | {"scheme": "int4_w4a16_fp16_g64"}))
+    with pytest.raises(ShapeError, match="K a multiple of 128"):
+        plans("gfx942", "int4_w4a16_g128", 1, 8, 192, 256)
     with pytest.raises(ShapeError, match="bf16, fp16 or fp32"):
         decode_gemm_amd(x, None, None, y.double(), **given_)
     split = next(p for p in plans("gfx950", "mxfp8", 4, 32, 256, 4) if p.split == 2)
@@ -273,3 +307,20 @@ def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(ShapeError, match="blocks of 8 routed rows"):
         plans("gfx950", "mxfp8", 8, 32, 256, 4, block_m=8, blocks=2)
     assert replace(split, split=1).workspace_bytes(1, 32) == 0
+
+
+@pytest.mark.parametrize("group", manifest.INT4_GROUPS)
+def test_int4_on_hopper_is_for_few_rows(group: int) -> None:
+    """Plans are tried on a GPU (tests/device); here, that they fit into it, and name kernels that there are."""
+    scheme, tiles = f"int4_w4a16_fp16_g{group}", -(-640 // (128 if group == 128 else 64))
+    for m in (1, 3, 8):
+        found = decode_plans.plans(scheme, m, 200, 640, 132)
+        assert all(p.split <= tiles and not p.share and p.lds <= arch_facts("sm_90").lds_bytes for p in found)
+        manifest.find(f"decode_{scheme}_m{found[0].rows}", "sm_90")
+    for block_m in manifest.INT4_MOE_DECODE_M:
+        plan = decode_plans.grouped_plan(scheme, block_m, 9, 96, 640, 132)
+        manifest.find(f"moe_decode_{scheme}_m{plan.rows}", "sm_90")
+    with pytest.raises(ShapeError, match="made for M <= 8"):
+        decode_plans.plans(scheme, 9, 200, 640, 132)
+    with pytest.raises(ShapeError, match="blocks of 16 routed rows"):
+        decode_plans.grouped_plan(scheme, 16, 9, 96, 640, 132)

@@ -25,9 +25,17 @@ MUTANTS: dict[str, tuple[str, str, str, str, tuple[str, ...]]] = {
     "no barrier before summing": (AMD, "block_barrier();\n        owned = rows;", "owned = rows;", RACE, ARCHS),
     "a counter that stays": (AMD, "if (thread_index() == 0) *counter = 0;", "", "counters are not zero again", ARCHS),
     "factors that nobody wrote": (
-        AMD, "if (row >= rows.count) *factor_at(row, block) = 0;", "", "never written", ARCHS[1:]
+        AMD, "if (row >= rows.count) *factor_at(row, which) = 0;", "", "never written", ARCHS[1:]
     ),
-    "another tile's scales": (AMD, "lane_row() + TILE_ROWS * (u % LANE_GROUPS)", "lane_row()", "wrong", ARCHS),
+    "another tile's scales": (AMD, "lane_row() + TILE_ROWS * (word % LANE_GROUPS)", "lane_row()", "wrong", ARCHS),
+    "int4": ("decode_gemm.hip", "", "", "right", ARCHS),
+    "int4: a zero point that is always 0": ("include/int4.h", "(word & 15) | 0x6400", "0x6400", "wrong", ARCHS),
+    "int4: scales beyond K": (
+        AMD, "smaller(s.wave_end * SCALE_TILE, row_scales)", "s.wave_end * SCALE_TILE", "out of bounds", ARCHS
+    ),
+    "int4: a factor of 32 activations for 128": (
+        "include/decode_quantize_amd.h", "if constexpr (Blocks == 4)", "if constexpr (Blocks == 5)", "wrong", ARCHS
+    ),
 }  # fmt: skip
 
 
@@ -47,12 +55,13 @@ def test_it_is_found(target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     one = "#else\n#define SCHEME(NAME, W, A) DECODE(decode_##NAME##_m4, W, A, 4, MANY, 2, false)\n#endif"
     only = re.sub(r"#else .*?#endif", one, main, count=1, flags=re.S)
     (work / "decode_gemm.hip").write_text(only)
+    scheme, define = ("int4_w4a16_g32", "DECODE_INT4_W4A16=1") if "int4" in name else ("mxfp8", "DECODE_MXFP8=1")
     compiler = find_compiler(target.arch)
     assert isinstance(compiler, AmdCompiler)
-    binary = compiler.compile(work / "decode_gemm.hip", target.arch, work / "include", ("DECODE_MXFP8=1",), work).binary
+    binary = compiler.compile(work / "decode_gemm.hip", target.arch, work / "include", (define,), work).binary
     (work / "broken.hsaco").write_bytes(binary)
     monkeypatch.setattr(decode_problems, "code_object", lambda arch, scheme: work / "broken.hsaco")
-    problem = Problem("mxfp8", activations(3, 1120, 1), weights("mxfp8", (50, 1120), 2))
+    problem = Problem(scheme, activations(3, 1120, 1), weights(scheme, (50, 1120), 1))
     plan = next(p for p in problem.plans(target.arch.name) if p.split == 2 and p.waves_k == 2 and p.groups > 1)
     try:
         y, _ = problem.run(target, plan)

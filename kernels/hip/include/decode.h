@@ -3,8 +3,11 @@
 #include "convert.h"
 #include "memory.h"
 
-enum class Weight { e4m3, e2m1 };
-enum class Act { bf16, e4m3, e2m1, fp8_static };
+enum class Weight { e4m3, e2m1, int4_g32, int4_g64, int4_g128 };  // int4 in groups of so many along K
+enum class Act { bf16, fp16, e4m3, e2m1, fp8_static };
+constexpr DEVICE bool is_int4(Weight w) { return w != Weight::e4m3 && w != Weight::e2m1; }
+/// Elements along K that share a scale.
+constexpr DEVICE int group_of(Weight w) { return w == Weight::int4_g128 ? 128 : w == Weight::int4_g64 ? 64 : MX_BLOCK; }
 
 /// Rows of x from which on the waves of a group multiply together, and need row tiles all of them.
 constexpr int WIDE_FROM = TARGET_SM90 ? 16 : 1 << 30;
@@ -18,7 +21,7 @@ enum Activation { NO_ACTIVATION, SILU, SWIGLU_OAI, ACTIVATION_KIND = 3, INTERLEA
 /// A launch. Grouped (a mixture of experts), `row_ids` and `block_experts` are those of
 /// sglang_amd_quant/ops/routing.py; dense, they are null.
 struct DecodeArgs {
-    const uint16_t* x;             // bf16, rows x_stride apart
+    const uint16_t* x;             // bf16, or fp16 (Act::fp16), rows x_stride apart
     const uint8_t *w, *scales;     // layouts of the target, one expert after the other
     const float* factors;          // of weight rows, where the layout has them
     const uint16_t* bias;          // bf16 [experts][n], or null; order: see `bias_index`

@@ -37,24 +37,26 @@ DEVICE int sum_row(int group, int i) { return group + LANE_GROUPS * i; }
 
 template <Weight W>
 struct Tile {
-    static constexpr int BLOCKS = 4;  // MX blocks of a row
+    static constexpr int BLOCKS = 4;  // of 32 elements of a row: MX blocks
     static constexpr int K = BLOCKS * MX_BLOCK;
     static constexpr int ROW_BYTES = W == Weight::e4m3 ? K : K / 2;
     static constexpr int BYTES = TILE_ROWS * ROW_BYTES;
     static constexpr int PARTS = BYTES / 16 / WAVE;  // of 16 bytes that a lane loads
+    static constexpr int WORDS = is_int4(W) ? K / group_of(W) : 1;  // of scales of a row
     // From one part of a lane to the next, from one lane to the next, and what bytes of a row are padded to.
-    // gfx950: layouts `preshuffle` and, for e4m3, `mxfp8_lane`; gfx942: `cdna3_e2m1`, `cdna3_e4m3`; gfx11: `preshuffle`.
+    // gfx950: layouts `preshuffle` and, for e4m3, `mxfp8_lane`; gfx942: `cdna3_e2m1`, `cdna3_e4m3`; gfx11: `preshuffle`; int4:
+    // `cdna_int4`, gfx11: `rdna_int4`.
     static constexpr bool LANE_MAJOR = TARGET_GFX950 && W == Weight::e4m3;
     static constexpr int PART_STRIDE = LANE_MAJOR ? 16 : 16 * WAVE;
     static constexpr int LANE_STRIDE = LANE_MAJOR ? 32 : 16;
-    static constexpr int PADDED = LANE_MAJOR ? 128 : TARGET_GFX942 ? 64 : 32;
+    static constexpr int PADDED = LANE_MAJOR ? 128 : is_int4(W) ? (TARGET_GFX11 ? 16 : 64) : TARGET_GFX942 ? 64 : 32;
 };
 
 /// What a lane holds of a tile.
 template <Weight W>
 struct LaneTile {
     Words codes[Tile<W>::PARTS];
-    uint32_t scales;  // of all four blocks of its row, a byte each
+    uint32_t scales[Tile<W>::WORDS];  // of its row: e8m0, a byte for each of four blocks; int4: a word a group
 };
 
 /// A stretch of global memory that loads are checked against: where it starts, and how long it is.
@@ -100,7 +102,11 @@ class Stream {
 #pragma unroll
             for (int u = 0; u < DEPTH; u++) {
                 if (tile + u < s.wave_end) {
-                    ring[u].scales = shuffle(scales[u / LANE_GROUPS], lane_row() + TILE_ROWS * (u % LANE_GROUPS));
+#pragma unroll
+                    for (int w = 0; w < Tile<W>::WORDS; w++) {
+                        const int word = u * Tile<W>::WORDS + w;
+                        ring[u].scales[w] = shuffle(scales[word / LANE_GROUPS], lane_row() + TILE_ROWS * (word % LANE_GROUPS));
+                    }
                     each(ring[u], tile + u);
                 }
                 fetch(u);
@@ -110,11 +116,12 @@ class Stream {
     }
 
    private:
-    // Layout `tile_scale`: a lane loads the four scales of its row of every LANE_GROUPS-th tile of a round, and lanes exchange
-    // them. Whole words, though gfx950's lanes want single bytes: of bytes carried around a loop, LLVM (22) widens the
-    // registers at its end, that is, waits there for the last load.
-    static constexpr int SCALE_WORDS = DEPTH / LANE_GROUPS;
-    static constexpr int SCALE_TILE = TILE_ROWS * Tile<W>::BLOCKS;
+    // Layouts `tile_scale`, `tile_group`: of a round, a lane loads every LANE_GROUPS-th word of its row, which has four e8m0 scales
+    // (a tile's) or scale and zero point of a group of int4, and lanes exchange them. Whole words, though gfx950's lanes want
+    // single bytes: of bytes carried around a loop, LLVM (22) widens the registers at its end, that is, waits there for the last
+    // load.
+    static constexpr int SCALE_WORDS = DEPTH * Tile<W>::WORDS / LANE_GROUPS;
+    static constexpr int SCALE_TILE = TILE_ROWS * 4 * Tile<W>::WORDS;
 
     DEVICE void seek() {
         const DecodeArgs e = late(a);
@@ -123,7 +130,12 @@ class Stream {
         const int64_t at = any ? static_cast<int64_t>(expert) * row_tiles + row_tile : 0;
         const int row_bytes = ceil_div(W == Weight::e4m3 ? e.k : e.k / 2, Tile<W>::PADDED) * Tile<W>::PADDED;
         codes = {e.w + at * TILE_ROWS * row_bytes, any ? smaller(s.wave_end * Tile<W>::BYTES, TILE_ROWS * row_bytes) : 0};
-        scales_of = {e.scales + at * ceil_div(e.k, Tile<W>::K) * SCALE_TILE, any ? s.wave_end * SCALE_TILE : 0};
+        if constexpr (is_int4(W)) {  // K is not padded
+            const int row_scales = e.k / group_of(W) * TILE_ROWS * 4;
+            scales_of = {e.scales + at * row_scales, any ? smaller(s.wave_end * SCALE_TILE, row_scales) : 0};
+        } else {
+            scales_of = {e.scales + at * ceil_div(e.k, Tile<W>::K) * SCALE_TILE, any ? s.wave_end * SCALE_TILE : 0};
+        }
     }
 
     DEVICE void fetch(int u) {
@@ -133,7 +145,8 @@ class Stream {
             ring[u].codes[p] = codes.words(tile * Tile<W>::BYTES + lane_index() * Tile<W>::LANE_STRIDE + p * Tile<W>::PART_STRIDE);
         if (u != 0) return;
 #pragma unroll
-        for (int i = 0; i < SCALE_WORDS; i++) coming[i] = scales_of.word((first + i * LANE_GROUPS) * SCALE_TILE + lane_index() * 4);
+        for (int i = 0; i < SCALE_WORDS; i++)
+            coming[i] = scales_of.word((first * Tile<W>::WORDS + i * LANE_GROUPS) * TILE_ROWS * 4 + lane_index() * 4);
     }
 
     DEVICE void advance() {
@@ -152,17 +165,21 @@ class Stream {
     uint32_t coming[SCALE_WORDS] = {};
 };
 
-/// How the block's activations lie in LDS: as codes where the matrix unit takes them, else as halves (gfx950: bf16).
+/// How the block's activations lie in LDS: as codes where the matrix unit takes them, else as halves (gfx950: bf16, but for
+/// int4).
 template <Weight W, Act A, int M>
 struct Activations {
     static constexpr int ROOM = M;
     static constexpr int SETS = (M + 15) / 16;  // of sixteen rows
     static constexpr int SUMS = ((M < 16 ? M : 16) + LANE_GROUPS - 1) / LANE_GROUPS;  // of a lane and set
     static constexpr bool FP8 = A == Act::e4m3 || A == Act::fp8_static;
-    static constexpr bool CODES = TARGET_GFX950 ? A != Act::bf16 : TARGET_GFX942 && W == Weight::e4m3 && FP8;
+    static constexpr bool CODES = TARGET_GFX950 ? A != Act::bf16 && A != Act::fp16 : TARGET_GFX942 && W == Weight::e4m3 && FP8;
+    static constexpr bool COPIED = A == Act::fp16 || (TARGET_GFX950 && A == Act::bf16 && !is_int4(W));
     static constexpr int BITS = !CODES ? 16 : FP8 ? 8 : 4;
     static constexpr bool SCALES = TARGET_GFX950 && CODES && A != Act::fp8_static;  // bytes, for the matrix unit
-    static constexpr bool FACTORS = !TARGET_GFX950 && A != Act::fp8_static;         // floats, for sums
+    static constexpr bool FACTORS = !(TARGET_GFX950 && CODES) && !COPIED && A != Act::fp8_static;  // floats, for sums
+    static constexpr int FACTOR_BLOCKS = is_int4(W) ? Tile<W>::BLOCKS : 1;  // MX blocks that share a factor
+    static constexpr int TILE_FACTORS = Tile<W>::BLOCKS / FACTOR_BLOCKS;
     // gfx942 reads e4m3 codes as half their value.
     static constexpr float UNIT = TARGET_GFX942 && FP8 ? 2.0f : 1.0f;
 
@@ -194,7 +211,7 @@ struct Activations {
         const int step_i = s.threads / pieces, step_j = s.threads % pieces;
         int i = thread_index() / pieces, j = thread_index() % pieces;
 #pragma unroll 1
-        while (i < rows.count) {  // pieces are a multiple of four: lanes that share an MX block leave together
+        while (i < rows.count) {  // pieces are a multiple of sixteen: lanes that share a factor leave together
             Words eight[BATCH];
             int is[BATCH], js[BATCH];
 #pragma unroll
@@ -210,10 +227,10 @@ struct Activations {
                 if (is[u] < rows.count) keep(eight[u], is[u], js[u], a.carry, inverse);
         }
         if constexpr (FACTORS)  // sums of rows that do not exist are computed, too, and must not read what nobody wrote
-            for (int at = thread_index(); at < s.block_tiles * Tile<W>::BLOCKS * (SETS * LANE_GROUPS * SUMS); at += s.threads) {
-                const int block = at / (SETS * LANE_GROUPS * SUMS), slot = at % (SETS * LANE_GROUPS * SUMS);
+            for (int at = thread_index(); at < s.block_tiles * TILE_FACTORS * (SETS * LANE_GROUPS * SUMS); at += s.threads) {
+                const int which = at / (SETS * LANE_GROUPS * SUMS), slot = at % (SETS * LANE_GROUPS * SUMS);
                 const int row = slot / (LANE_GROUPS * SUMS) * 16 + slot % (LANE_GROUPS * SUMS);
-                if (row >= rows.count) *factor_at(row, block) = 0;
+                if (row >= rows.count) *factor_at(row, which) = 0;
             }
 #pragma unroll
         for (int set = 0; set < SETS; set++) {
@@ -232,24 +249,24 @@ struct Activations {
         return row * (tiles * Tile<W>::K * BITS / 8 + 16) + (TARGET_GFX942 ? row / 8 * 32 : 0);
     }
     DEVICE static int scale_bytes(int tiles) { return (tiles | 1) * Tile<W>::BLOCKS; }
-    // Factors of one group of lanes [MX block][SUMS]; groups start in different banks.
-    DEVICE static int group_floats(int tiles) { return ceil_div(tiles * Tile<W>::BLOCKS * SUMS, 32) * 32 + SUMS; }
+    // Factors of one group of lanes [factor of a row][SUMS]; groups start in different banks.
+    DEVICE static int group_floats(int tiles) { return ceil_div(tiles * TILE_FACTORS * SUMS, 32) * 32 + SUMS; }
 
-    DEVICE float* factor_at(int row, int block) const {
+    DEVICE float* factor_at(int row, int which) const {
         const int group = row % LANE_GROUPS, i = row % 16 / LANE_GROUPS;
-        return all_factors + row / 16 * set_stride + group * group_floats(most) + block * SUMS + i;
+        return all_factors + row / 16 * set_stride + group * group_floats(most) + which * SUMS + i;
     }
 
-    /// Piece `j` (eight elements) of row `i`; three neighbouring lanes have the rest of its MX block.
+    /// Piece `j` (eight elements) of row `i`; neighbouring lanes have what else shares its scale or factor.
     DEVICE void keep(const Words& x, int i, int j, int carry, float inverse) {
         uint8_t* row = values + row_at(i, most);
         int exponent;
-        if constexpr (TARGET_GFX950 && A == Act::bf16) {
+        if constexpr (COPIED) {
             store_words(row + 16 * j, x);
             return;
         }
         float v[8];
-        scale_activations<A>(x, carry, inverse, v, exponent);
+        scale_activations<A, FACTOR_BLOCKS>(x, carry, inverse, v, exponent);
         if constexpr (CODES && FP8) {
             // gfx942: the eight of two neighbouring blocks that a lane multiplies lie together
             const int at = TARGET_GFX942 ? j / 8 * 64 + j % 4 * 16 + j / 4 % 2 * 8 : 8 * j;
@@ -271,7 +288,7 @@ struct Activations {
         if constexpr (SCALES)
             if (j % 4 == 0) scales[i * scale_bytes(most) + j / 4] = static_cast<uint8_t>(exponent);
         if constexpr (FACTORS)
-            if (j % 4 == 0) *factor_at(i, j / 4) = float_from_e8m0(exponent) * UNIT;
+            if (j % (4 * FACTOR_BLOCKS) == 0) *factor_at(i, j / (4 * FACTOR_BLOCKS)) = float_from_e8m0(exponent) * UNIT;
     }
 
     uint8_t *values, *scales;
@@ -355,6 +372,10 @@ class Sums {
     float *partial, *by_rank = nullptr;
     int* arrived;
 };
+
+/// A wave's sums, and what it does with a tile; decode_int4.h has those of int4.
+template <Weight W, Act A, int M, bool Int4 = is_int4(W)>
+struct Totals;
 
 /// The finished sum of weight row `row`: times the scale of static activations, plus bias.
 template <Weight W, Act A>

@@ -17,13 +17,29 @@ DEVICE void halves_from_e4m3(uint32_t codes, Half2& low, Half2& high) {
     high = widened(permute_bytes(0, codes, 0x030c020cu));
 }
 
+/// What the lane 16 further on, or back, has.
+DEVICE Words swapped(const Words& own) {
+    Words other;
+#pragma unroll
+    for (int i = 0; i < 4; i++) other.v[i] = __builtin_amdgcn_permlanex16(own.v[i], own.v[i], 0x76543210, 0xfedcba98, false, false);
+    return other;
+}
+
+/// What lanes of that side had, in all lanes.
+DEVICE Words chosen(const Words& own, const Words& other, int side) {
+    Words words;
+#pragma unroll
+    for (int i = 0; i < 4; i++) words.v[i] = lane_group() == side ? own.v[i] : other.v[i];
+    return words;
+}
+
 template <Weight W, Act A, int M>
-struct Totals : ScaledSums<W, A, M> {
+struct Totals<W, A, M, false> : ScaledSums<W, A, M> {
     using X = Activations<W, A, M>;
 
     /// Adds a tile; `block` is its first MX block in the block's activations.
     DEVICE void add(const Stream<W, M>&, const LaneTile<W>& tile, const X& x, int block) {
-        this->tile_scales(tile.scales);
+        this->tile_scales(tile.scales[0]);
         if constexpr (W == Weight::e2m1) {
 #pragma unroll
             for (int p = 0; p < 2; p++) {  // lanes 0-15: block 2 p, lanes 16-31: block 2 p + 1
@@ -39,7 +55,7 @@ struct Totals : ScaledSums<W, A, M> {
 #pragma unroll
                         for (int i = 0; i < 4; i++) steps[j / 2].v[j % 2 * 4 + i] = h[i];
                     }
-                    multiply_block(steps, scale_of_byte(tile.scales, 2 * p + side), x, block + 2 * p + side);
+                    multiply_block(steps, scale_of_byte(tile.scales[0], 2 * p + side), x, block + 2 * p + side);
                 }
             }
         } else {
@@ -53,7 +69,7 @@ struct Totals : ScaledSums<W, A, M> {
 #pragma unroll
                     for (int j = 0; j < 4; j++) halves_from_e4m3(codes.v[j], steps[side].v[2 * j], steps[side].v[2 * j + 1]);
                 }
-                multiply_block(steps, scale_of_byte(tile.scales, b), x, block + b);
+                multiply_block(steps, scale_of_byte(tile.scales[0], b), x, block + b);
             }
         }
     }
@@ -71,20 +87,5 @@ struct Totals : ScaledSums<W, A, M> {
             }
             this->add_block(set, part, scale, x, block);
         }
-    }
-
-    /// What the lane 16 further on, or back, has.
-    DEVICE static Words swapped(const Words& own) {
-        Words other;
-#pragma unroll
-        for (int i = 0; i < 4; i++) other.v[i] = __builtin_amdgcn_permlanex16(own.v[i], own.v[i], 0x76543210, 0xfedcba98, false, false);
-        return other;
-    }
-    /// What lanes of that side had, in all lanes.
-    DEVICE static Words chosen(const Words& own, const Words& other, int side) {
-        Words words;
-#pragma unroll
-        for (int i = 0; i < 4; i++) words.v[i] = lane_group() == side ? own.v[i] : other.v[i];
-        return words;
     }
 };

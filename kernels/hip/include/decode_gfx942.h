@@ -7,12 +7,12 @@
 #include "decode_scaled_sums.h"
 
 template <Weight W, Act A, int M>
-struct Totals : ScaledSums<W, A, M> {
+struct Totals<W, A, M, false> : ScaledSums<W, A, M> {
     using X = Activations<W, A, M>;
 
     /// Adds a tile; `block` is its first MX block in the block's activations.
     DEVICE void add(const Stream<W, M>&, const LaneTile<W>& tile, const X& x, int block) {
-        this->tile_scales(tile.scales);
+        this->tile_scales(tile.scales[0]);
 #pragma unroll
         for (int set = 0; set < X::SETS; set++) {
             Words codes[2];  // of x, blocks 0 and 1, and 2 and 3
@@ -32,7 +32,7 @@ struct Totals : ScaledSums<W, A, M> {
                     part = matrix_half({v.v[0], v.v[1]}, {h[0], h[1]}, part);
                     part = matrix_half({v.v[2], v.v[3]}, {h[2], h[3]}, part);
                 }
-                this->add_block(set, part, scale_of_byte(tile.scales, b), x, block + b);
+                this->add_block(set, part, scale_of_byte(tile.scales[0], b), x, block + b);
             }
         }
     }

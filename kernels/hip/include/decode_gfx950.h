@@ -6,7 +6,7 @@
 #include "decode_amd.h"
 
 template <Weight W, Act A, int M>
-struct Totals {
+struct Totals<W, A, M, false> {
     using X = Activations<W, A, M>;
     Accumulator sums[X::SETS] = {};
 
@@ -46,7 +46,7 @@ struct Totals {
             const Words low = load_words(from);
             const Words high = X::FP8 ? load_words(from + 64) : low;
             const uint32_t scale = X::SCALES ? x.scales_of[set][block + lane_group()] : 127;
-            sums[set] = matrix_mx<ACTIVATIONS, WEIGHTS>(operand(low, high), scale, w, tile.scales >> 8 * lane_group(), sums[set]);
+            sums[set] = matrix_mx<ACTIVATIONS, WEIGHTS>(operand(low, high), scale, w, tile.scales[0] >> 8 * lane_group(), sums[set]);
         }
     }
 
@@ -86,7 +86,7 @@ struct Totals {
     }
 
     /// A block's scale as the conversions take it: they read the exponent alone.
-    DEVICE static float scale_of(const LaneTile<W>& tile, int block) { return bits<float>((tile.scales >> 8 * block & 255) << 23); }
+    DEVICE static float scale_of(const LaneTile<W>& tile, int block) { return bits<float>((tile.scales[0] >> 8 * block & 255) << 23); }
 
     DEVICE void add_bf16(int set, Packed<4> w, const uint8_t* from) {
         sums[set] = matrix_bf16(bits<Packed<4>>(load_words(from)), w, sums[set]);

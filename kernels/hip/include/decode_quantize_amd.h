@@ -2,6 +2,12 @@
 #pragma once
 #include "decode.h"
 
+/// `value` of the lane `Lanes` further back among sixteen, around their end.
+template <int Lanes>
+DEVICE uint32_t rotated(uint32_t value) {
+    return __builtin_amdgcn_update_dpp(0, value, 0x120 + Lanes, 15, 15, true);
+}
+
 /// `value` of the lane whose place among four neighbouring lanes is this one's xor Mask: 1 or 2.
 template <int Mask>
 DEVICE uint32_t quad_xor(uint32_t value) {
@@ -12,9 +18,10 @@ DEVICE uint32_t quad_xor(uint32_t value) {
 typedef uint16_t Uint16x2 __attribute__((ext_vector_type(2)));
 DEVICE uint32_t max_u16x2(uint32_t a, uint32_t b) { return bits<uint32_t>(__builtin_elementwise_max(bits<Uint16x2>(a), bits<Uint16x2>(b))); }
 
-/// Eight activations, whose MX block's other 24 the three neighbouring lanes have, brought into the range of `A`; `exponent` is
-/// the e8m0 code of what that divided them by (fp8_static: by 1 / inverse, and the code means nothing).
-template <Act A>
+/// Eight activations, whose MX block's other 24 the three neighbouring lanes have (the other 120 of four blocks: fifteen lanes),
+/// brought into the range of `A`; `exponent` is the e8m0 code of what that divided them by (fp8_static: by 1 / inverse, and the
+/// code means nothing).
+template <Act A, int Blocks = 1>
 DEVICE void scale_activations(const Words& x, int carry, float inverse, float (&v)[8], int& exponent) {
     floats_from_words(x, v);
     if constexpr (A == Act::fp8_static) {
@@ -28,6 +35,10 @@ DEVICE void scale_activations(const Words& x, int carry, float inverse, float (&
     for (int i = 0; i < 4; i++) pairs = max_u16x2(pairs, x.v[i] & 0x7fff7fffu);
     pairs = max_u16x2(pairs, quad_xor<1>(pairs));
     pairs = max_u16x2(pairs, quad_xor<2>(pairs));
+    if constexpr (Blocks == 4) {
+        pairs = max_u16x2(pairs, rotated<4>(pairs));
+        pairs = max_u16x2(pairs, rotated<8>(pairs));
+    }
     const uint32_t largest = larger(pairs << 16, pairs & 0xffff0000u);
     float up;
     if constexpr (A == Act::bf16) {

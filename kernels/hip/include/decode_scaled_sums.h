@@ -1,4 +1,5 @@
-// What gfx942 and gfx11 share in the decode kernels: products of codes, with scales applied to the sums of an MX block.
+// Products of codes, with scales applied to the sums of an MX block, or of a group of int4: what gfx942 and gfx11 do, and
+// gfx950 with int4.
 #pragma once
 #include "decode_amd.h"
 
@@ -19,11 +20,11 @@ struct ScaledSums {
         nan |= (0xfefefefeu - word) & word & 0x80808080u;  // nonzero if a byte of ~word is zero
     }
 
-    /// Adds an MX block's products, times its scale in this lane's row of weights and its factors in x.
+    /// Adds the products of an MX block, or of a group, times its scale in this lane's row of weights and its factors in x.
     DEVICE void add_block(int set, const Accumulator& part, float scale, const X& x, int block) {
 #pragma unroll
         for (int i = 0; i < X::SUMS; i++) {
-            const float factor = X::FACTORS ? x.factors[set * x.set_stride + block * X::SUMS + i] : 1.0f;
+            const float factor = X::FACTORS ? x.factors[set * x.set_stride + block / X::FACTOR_BLOCKS * X::SUMS + i] : 1.0f;
             sums[set][i] = __builtin_fmaf(part.v[i] * scale, factor, sums[set][i]);
         }
     }

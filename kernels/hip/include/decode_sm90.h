@@ -3,7 +3,8 @@
 // Weights lie in tiles of 16 rows x 64 of K, in which lane l = 4 g + q finds what the matrix unit wants of it of rows g and
 // g + 8 together. e4m3 (layout `mma_tile`, sglang_amd_quant/layouts/mma_tile.py): k = 8 q ... 8 q + 7 of every MX block. Which k
 // a step of the matrix unit calls its own does not matter as long as B agrees, so activations are held with that order in mind.
-// e2m1 (layout `hopper_bf16`, kernels/triton/hopper_pack.py, shared with the prefill kernels): k as in PTX's fragments.
+// e2m1 (layout `hopper_bf16`, kernels/triton/hopper_pack.py, shared with the prefill kernels): k as in PTX's fragments. int4
+// (layout `mma_int4` + `tile_group`): k as for e4m3; for few rows of x alone.
 //
 // Two ways to multiply them: few rows of x by mma.sync (decode_sm90_few.h), from WIDE_FROM on by wgmma (decode_sm90_many.h), where
 // another launch may have quantized x (decode_sm90_prepared.h).
@@ -11,14 +12,17 @@
 #include "decode.h"
 #include "matrix.h"
 #include "hopper.h"
+#include "int4.h"
 
 /// e4m3: layout `mma_tile`. e2m1: layout `hopper_bf16`, whose scales are relative to a row's largest, which `factors` keeps.
+/// int4: layout `mma_int4`, two of whose tiles are one here if a group is as long.
 template <Weight W>
 struct Tile {
-    static constexpr int BLOCKS = 2;  // MX blocks of a row
+    static constexpr int BLOCKS = W == Weight::int4_g128 ? 4 : 2;  // of 32 elements of a row: MX blocks
     static constexpr int K = BLOCKS * MX_BLOCK;
-    static constexpr int BYTES = TILE_ROWS * K / (W == Weight::e2m1 ? 2 : 1);
-    static constexpr int SCALES = TILE_ROWS * BLOCKS;
+    static constexpr int BYTES = TILE_ROWS * K / (W == Weight::e4m3 ? 1 : 2);
+    static constexpr int SCALES = is_int4(W) ? TILE_ROWS * K / group_of(W) * 4 : TILE_ROWS * BLOCKS;
+    static constexpr bool SHORT = W == Weight::int4_g32;  // a row's last tile may have scales for one block only
 };
 
 /// Eight e2m1 codes in the bit order of `hopper_bf16` as four pairs of bf16, times 2^-126. Of each 16 bits, the magnitude of the
@@ -77,6 +81,7 @@ class Stream {
         const int64_t tiles = static_cast<int64_t>(expert) * s.row_tiles * s.tiles;
         w = a.w + tiles * Tile<W>::BYTES;
         scales = a.scales + tiles * Tile<W>::SCALES;
+        if constexpr (Tile<W>::SHORT) scales = a.scales + static_cast<int64_t>(expert) * s.row_tiles * row_scales();
         if (lane_index() == 0) {
             for (int i = 0; i < a.depth; i++) barrier_init(barriers + i);
             barriers_are_ready();
@@ -126,6 +131,17 @@ class Stream {
     }
 
    private:
+    /// Where the scales of what is fetched next lie, tile `from` of the expert, and how many bytes `count` tiles have of them.
+    DEVICE int64_t scales_at(int64_t from, int row_tile) const {
+        if constexpr (Tile<W>::SHORT) return static_cast<int64_t>(row_tile) * row_scales() + tile * Tile<W>::SCALES;
+        return from * Tile<W>::SCALES;
+    }
+    DEVICE int scale_bytes(int count) const {
+        if constexpr (Tile<W>::SHORT) return smaller(count * Tile<W>::SCALES, row_scales() - tile * Tile<W>::SCALES);
+        return count * Tile<W>::SCALES;
+    }
+    DEVICE int row_scales() const { return a.k / group_of(W) * TILE_ROWS * 4; }
+
     DEVICE void fetch() {
         if (group >= s.row_groups || s.wave_first >= s.wave_end) return;
         const int wanted = group * a.waves_n + s.wave_n, row_tile = M >= WIDE_FROM ? smaller(wanted, s.row_tiles - 1) : wanted;
@@ -135,9 +151,9 @@ class Stream {
         uint8_t *to = ring + at * Tile<W>::BYTES, *scales_to = ring + a.depth * a.chunk * Tile<W>::BYTES + at * Tile<W>::SCALES;
         uint64_t* barrier = barriers + fetch_stage;
         if (row_tile < s.row_tiles && lane_index() == 0) {
-            barrier_expect(barrier, count * (Tile<W>::BYTES + Tile<W>::SCALES));
+            barrier_expect(barrier, count * Tile<W>::BYTES + scale_bytes(count));
             bulk_copy(to, w + from * Tile<W>::BYTES, count * Tile<W>::BYTES, barrier);
-            bulk_copy(scales_to, scales + from * Tile<W>::SCALES, count * Tile<W>::SCALES, barrier);
+            bulk_copy(scales_to, scales + scales_at(from, row_tile), scale_bytes(count), barrier);
         }
         if (++fetch_stage == a.depth) fetch_stage = 0;
         tile += s.wave_step;
@@ -280,10 +296,10 @@ class Sums : public OwnedRows {
     uint32_t parity = 0;
 };
 
-/// Whether weight row `row` has a scale that is NaN. The factors of e2m1 know, so nobody asks.
+/// Whether weight row `row` has a scale that is NaN. The factors of e2m1 know, so nobody asks; those of int4 are NaN themselves.
 template <Weight W>
 DEVICE bool has_nan(const DecodeArgs& a, const Share& s, int expert, int row) {
-    if constexpr (W == Weight::e2m1) return false;
+    if constexpr (W != Weight::e4m3) return false;
     const int64_t row_tile = static_cast<int64_t>(expert) * s.row_tiles + row / TILE_ROWS;
     const uint8_t* from = a.scales + row_tile * s.tiles * Tile<W>::SCALES + (row % 8 * 2 + row % TILE_ROWS / 8) * 2;
     for (int block = 0; block < a.k / MX_BLOCK; block++)

@@ -19,7 +19,7 @@ DEVICE float scale_of_byte(uint32_t word, int i) {
 
 /// The block's activations in shared memory.
 ///
-/// For e4m3 weights as halves in the order of K. For e2m1 weights as bf16, permuted within MX blocks so that lane q finds what
+/// For e4m3 and int4 weights as halves in the order of K; fp16 as they are. For e2m1 weights as bf16, permuted within MX blocks so that lane q finds what
 /// two steps of 16 want of it as 16 bytes, its chunk; chunks are swizzled so that stores, too, meet no bank twice. Elements of the
 /// format, with a factor for every MX block.
 template <Weight W, Act A, int M>
@@ -32,10 +32,12 @@ struct Activations<W, A, M, false> {
     // that the sums of both come out of one accumulator, each in columns of its own, and scales are applied once.
     static constexpr int GROUP = M < 8 ? 2 : 1;
     static constexpr int ROOM = 8 / GROUP;
+    static constexpr bool FACTORS = A != Act::fp16;
 
     uint16_t *zeros, *values;  // [ROOM][row]
     float* factors;            // [MX block][ROOM]
     int row;                   // 16-bit values; 64 bytes beyond a multiple of 128, so that two rows share no bank
+    int blocks;                // MX blocks from the block's first to the end of K
 
     Pieces<W> pieces;
 
@@ -45,6 +47,7 @@ struct Activations<W, A, M, false> {
         zeros = reinterpret_cast<uint16_t*>(lds);
         values = zeros + 8;
         factors = reinterpret_cast<float*>(values + ROOM * row);
+        blocks = a.k / MX_BLOCK - s.block_first * Tile<W>::BLOCKS;
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) {
         const int most = ceil_div(s.tiles, a.split);
@@ -65,12 +68,16 @@ struct Activations<W, A, M, false> {
 
     /// Eight values, piece `j` along K, of row `i`.
     DEVICE void keep(const Words& x, int i, int j, bool wanted, int carry, float static_scale) {
+        if constexpr (A == Act::fp16) {
+            if (wanted) store_words(values + i * row + 8 * j, x);
+            return;
+        }
         const int block = j >> 2, quarter = j & 3;
         float factor, v[8];
         quantize_activations<A>(x, carry, static_scale, v, factor);
         if (!wanted) return;
         if (quarter == 0) factors[block * ROOM + i] = factor / LIFT;
-        if constexpr (W == Weight::e4m3) {
+        if constexpr (W != Weight::e2m1) {
             Words out;
 #pragma unroll
             for (int p = 0; p < 4; p++) out.v[p] = half2_from_floats({v[2 * p], v[2 * p + 1]});
@@ -92,37 +99,16 @@ struct Totals<W, A, M, false> {
 
     /// Adds tile `t` of the stream's chunk; `block` is its first MX block in the activations.
     DEVICE void add(const Stream<W, M>& stream, int t, const X& x, int block) {
-        const int g = lane_index() / 4, q = lane_index() % 4;
-        const uint32_t scales = stream.scale_words(t)[g];  // bytes: row g, blocks 0 and 1; row g + 8
-        uint32_t fragments[4][4];                          // of A, for each step of 16 along K
-        load(stream.codes(t), fragments);
-        Accumulator part[2] = {};
+        if constexpr (is_int4(W)) {
 #pragma unroll
-        for (int b = 0; b < 2; b++) {
-            const uint16_t* at = x.at(g % X::ROOM, block + b, q);
-            const Words v = load_words(X::GROUP == 1 || g / X::ROOM == b ? at : x.zeros);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const uint32_t(&f)[4] = fragments[2 * b + half];
-                const Packed<2> column = {v.v[2 * half], v.v[2 * half + 1]};
-                if constexpr (W == Weight::e4m3)
-                    part[b] = matrix_half({f[0], f[1], f[2], f[3]}, column, part[b]);
-                else
-                    part[b] = matrix_bf16({f[0], f[1], f[2], f[3]}, column, part[b]);
-            }
-        }
-        const float* factors = x.factors + block * X::ROOM + 2 * q;
-        const uint32_t mine = scales >> 8 * (2 * q / X::ROOM);  // this lane's columns belong to that block of a group
-#pragma unroll
-        for (int b = 0; b < 2; b += X::GROUP) {
-            Accumulator p = part[b];
-            const float up = scale_of_byte(mine, b), down = scale_of_byte(mine, 2 + b);
-            const float2 factor = *reinterpret_cast<const float2*>(factors + b * X::ROOM);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (X::GROUP == 2) p.v[i] += part[1].v[i];
-                sum[i] = fmaf(p.v[i] * (i < 2 ? up : down), i % 2 ? factor.y : factor.x, sum[i]);
-            }
+            for (int b = 0; b < Tile<W>::BLOCKS; b += 2) add_int4(stream, t, x, block, b);
+        } else {
+            const int g = lane_index() / 4, q = lane_index() % 4;
+            const uint32_t scales = stream.scale_words(t)[g];  // bytes: row g, blocks 0 and 1; row g + 8
+            uint32_t fragments[4][4];
+            load(stream.codes(t), fragments);
+            const uint32_t mine = scales >> 8 * (2 * q / X::ROOM);  // this lane's columns belong to that block of a group
+            multiply(fragments, x, block, [&](int b, int half) { return scale_of_byte(mine, b + 2 * half); });
         }
     }
 
@@ -146,6 +132,69 @@ struct Totals<W, A, M, false> {
     }
 
    private:
+    /// Adds blocks `first` and `first + 1` of tile `t`.
+    DEVICE void add_int4(const Stream<W, M>& stream, int t, const X& x, int block, int first) {
+        constexpr bool EACH = group_of(W) == MX_BLOCK;  // block has a group of its own
+        const int g = lane_index() / 4, q = lane_index() % 4;
+        const uint32_t* at = stream.scale_words(t) + g;
+        const auto word = [&](int b, int half) {
+            if (Tile<W>::SHORT && block + b >= x.blocks) return 0u;  // there is none
+            return at[(EACH ? b * TILE_ROWS : 0) + 8 * half];
+        };
+        const Int4Group groups[2][2] = {{Int4Group(word(0, 0)), Int4Group(word(0, 1))},
+                                        {Int4Group(word(1, 0)), Int4Group(word(1, 1))}};
+        const Words codes = load_words(stream.codes(t) + first * (TILE_ROWS * MX_BLOCK / 2) + lane_index() * 16);
+        uint32_t fragments[4][4];
+#pragma unroll
+        for (int b = 0; b < 2; b++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                Half2 eight[4];
+                groups[b][half].halves(codes.v[2 * b + half], eight);
+#pragma unroll
+                for (int p = 0; p < 4; p++) fragments[2 * b + p / 2][half + p % 2 * 2] = eight[p];
+            }
+        const bool second = X::GROUP == 2 && 2 * q >= X::ROOM;  // this lane's columns belong to that block
+        multiply(fragments, x, block + first, [&](int b, int half) {
+            return b == 1 || second ? groups[1][half].scale : groups[0][half].scale;
+        });
+    }
+
+    /// Adds two MX blocks, of which `fragments` are A for each step of 16 along K, rows g and g + 8 by turns, lower K first;
+    /// `scale(b, half)` is that of this lane's columns in row g + 8 half, of a group's first block for both.
+    template <typename Scale>
+    DEVICE void multiply(const uint32_t (&fragments)[4][4], const X& x, int block, Scale scale) {
+        const int g = lane_index() / 4, q = lane_index() % 4;
+        Accumulator part[2] = {};
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+            const uint16_t* at = x.at(g % X::ROOM, block + b, q);
+            const Words v = load_words(X::GROUP == 1 || g / X::ROOM == b ? at : x.zeros);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const uint32_t(&f)[4] = fragments[2 * b + half];
+                const Packed<2> column = {v.v[2 * half], v.v[2 * half + 1]};
+                if constexpr (W != Weight::e2m1)
+                    part[b] = matrix_half({f[0], f[1], f[2], f[3]}, column, part[b]);
+                else
+                    part[b] = matrix_bf16({f[0], f[1], f[2], f[3]}, column, part[b]);
+            }
+        }
+        const float* factors = x.factors + block * X::ROOM + 2 * q;
+#pragma unroll
+        for (int b = 0; b < 2; b += X::GROUP) {
+            Accumulator p = part[b];
+            const float up = scale(b, 0), down = scale(b, 1);
+            float2 factor = {1, 1};
+            if constexpr (X::FACTORS) factor = *reinterpret_cast<const float2*>(factors + b * X::ROOM);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (X::GROUP == 2) p.v[i] += part[1].v[i];
+                sum[i] = fmaf(p.v[i] * (i < 2 ? up : down), i % 2 ? factor.y : factor.x, sum[i]);
+            }
+        }
+    }
+
     /// This lane's part of A of a tile: of each step of 16 along K, rows g and g + 8 by turns, lower K first.
     DEVICE static void load(const uint8_t* codes, uint32_t (&fragments)[4][4]) {
         if constexpr (W == Weight::e4m3) {
