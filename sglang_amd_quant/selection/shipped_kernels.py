@@ -126,7 +126,7 @@ def _int4_lds(problem: GemmProblem, config: Config) -> int:
     return max((stages - 1) * x, block_m * depth * 2) + block_n * depth * 2
 
 
-def _int4_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...]) -> KernelSpec:
+def _int4_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ()) -> KernelSpec:
     return KernelSpec(
         name,
         SHIPPED,
@@ -134,7 +134,7 @@ def _int4_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...]) -> Ker
         archs=GPUS,
         schemes=("int4_w4a16",),
         ops=ops,
-        layouts=layouts,
+        layouts=("strided", *INT4_LAYOUTS, *layouts),
         space=_TILE | {"block_k": (32, 64, 128)},
         configure=_int4_tile,
         triton=True,
@@ -341,8 +341,8 @@ SHIPPED_KERNELS = (
     ),
     _MOE,
     _mx_gemm("triton_mx_moe", ("moe_gate_up", "moe_down")),
-    _int4_gemm("triton_int4_gemm", ("linear",), ("strided", *INT4_LAYOUTS)),
-    _int4_gemm("triton_int4_moe", ("moe_gate_up", "moe_down"), ("strided", *_read(AMD_MOE_DECODE_LAYOUTS, "int4"))),
+    _int4_gemm("triton_int4_gemm", ("linear",)),
+    _int4_gemm("triton_int4_moe", ("moe_gate_up", "moe_down"), _read(AMD_MOE_DECODE_LAYOUTS, "int4")),
     _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1"), ("linear",)),
     _hopper("e4m3", ("mxfp8", "w4a8", "mxfp4"), ("e4m3", "e2m1", "fp8_static")),
 )

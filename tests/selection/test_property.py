@@ -111,8 +111,8 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["scheme"] * (p.scheme != "int4_w4a16" or p.act != "bf16" or p.group not in (32, 64, 128))
         out += ["op"] * ((p.op == "linear") != (choice.kernel == "triton_int4_gemm"))
         paired = ("decode_cdna_int4", "decode_rdna_int4")
-        read = INT4_LAYOUTS if choice.kernel == "triton_int4_gemm" else paired
-        out += ["layout read"] * (choice.layout not in ("strided", *read))
+        read = ("strided", *INT4_LAYOUTS, *(paired if choice.kernel == "triton_int4_moe" else ()))
+        out += ["layout read"] * (choice.layout not in read)
         out += ["whole tiles of gates and ups"] * (choice.layout in paired and bool(p.n % 16))
         out += ["x is bf16 or fp16"] * (p.out_dtype == "fp32")
         out += ["activation and quantization are the op's"] * (
