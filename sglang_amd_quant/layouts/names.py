@@ -244,6 +244,19 @@ PACKED_LAYOUTS: Mapping[str, LayoutSpec] = {
             )
             for values in ("preshuffle", "mxfp8_lane", "cdna3_e2m1")
         ),
+        *(
+            LayoutSpec(
+                f"decode_{values}",
+                Role.PACKED,
+                ("int4",),
+                tile_n=16,
+                pads=False,
+                block_n=16,
+                block_cols=VALUE_LAYOUTS[values].block_cols,
+                about=f"{values}+tile_group, likewise",
+            )
+            for values in ("cdna_int4", "rdna_int4")
+        ),
     )
 }
 """What `ops/packed.py` makes. Such a name is a whole `TensorLayout`: it goes with no other."""

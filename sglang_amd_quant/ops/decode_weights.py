@@ -11,19 +11,19 @@ from sglang_amd_quant.tensor import MxTensor
 
 
 def decode_weights(weights: MxTensor, arch: str) -> MxTensor:
-    """e2m1 or e4m3 weights in the layout of an AMD target's decode kernels, with values that its matrix unit can take.
+    """Weights in the layout of an AMD target's decode kernels, with values that its matrix unit can take.
 
     gfx942 reads e4m3 as FNUZ, so codes and scales are converted (`MxTensor.to_fnuz`). gfx11 multiplies e4m3 as halves
     and knows no NaN code: the whole MX block of a NaN becomes NaN, by its scale.
 
     Args:
-        weights: strided [N, K] or [E, N, K].
+        weights: strided [N, K] or [E, N, K]; int4 with words.
         arch: `gfx950`, `gfx942`, `gfx1100` or `gfx1151`.
 
     Raises:
         ShapeError, SchemeError: the layout cannot hold them.
     """
-    scheme = "mxfp8" if weights.scheme.weight == "e4m3" else "w4a16"
+    scheme = {"e4m3": "mxfp8", "e2m1": "w4a16", "int4": f"int4_w4a16_g{weights.scheme.block}"}[weights.scheme.weight]
     if weights.scheme.weight == "e4m3" and arch == "gfx942" and weights.data.dtype == torch.float8_e4m3fn:
         weights = weights.to_fnuz()
     elif weights.scheme.weight == "e4m3" and arch.startswith("gfx11"):

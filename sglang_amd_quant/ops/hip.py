@@ -143,7 +143,10 @@ def run_decode_amd(call: LinearCall) -> None:
 
 
 def decode_scheme(problem: GemmProblem) -> str:
-    """The name that a problem's formats have among the decode kernels."""
+    """The name that a problem's formats have among the decode kernels; those of int4 know the model's dtype and the
+    group."""
+    if problem.scheme == "int4_w4a16":
+        return f"int4_w4a16{'_fp16' if problem.out_dtype == 'fp16' else ''}_g{problem.group}"
     return problem.scheme + ("_static" if problem.act == "fp8_static" else "")
 
 

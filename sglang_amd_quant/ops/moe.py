@@ -66,8 +66,12 @@ KERNELS: dict[tuple[str, str], MoeKernel] = {
 for _arch, _weight in AMD_MOE_DECODE_LAYOUTS:
     _decode = f"hip_moe_decode_{_arch}_{_weight}"
     KERNELS[_decode, _decode] = hip_moe.run_decode
-    KERNELS[_decode, "triton_moe"] = hip_moe.run_decode_then_triton
-    KERNELS["triton_moe", _decode] = hip_moe.run_triton_then_decode
+    if _weight == "int4":
+        KERNELS[_decode, "triton_int4_moe"] = hip_moe.run_decode_then_int4
+        KERNELS["triton_int4_moe", _decode] = hip_moe.run_int4_then_decode
+    else:
+        KERNELS[_decode, "triton_moe"] = hip_moe.run_decode_then_triton
+        KERNELS["triton_moe", _decode] = hip_moe.run_triton_then_decode
 """Kernel names of gate_up and down -> what launches the pair. Selection chooses only among these and the reference."""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sglang_amd_quant.errors import UnsupportedError
-from sglang_amd_quant.layouts.names import TensorLayout
+from sglang_amd_quant.layouts.names import PACKED_LAYOUTS, TensorLayout
 from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import Scheme
 from sglang_amd_quant.selection import GemmProblem, KernelChoice
@@ -142,6 +142,6 @@ def _decode(weight: MxTensor, problem: GemmProblem) -> list[torch.Tensor]:
 PACKERS: dict[str, Callable[[MxTensor, GemmProblem], list[torch.Tensor]]] = {
     "hopper_bf16": _hopper("bf16"),
     "hopper_e4m3": _hopper("e4m3"),
-    **dict.fromkeys(("decode_preshuffle", "decode_mxfp8_lane", "decode_cdna3_e2m1"), _decode),
+    **dict.fromkeys((name for name in PACKED_LAYOUTS if name.startswith("decode_")), _decode),
 }
 """Packed layout -> what gives the tensors."""

@@ -9,7 +9,7 @@ import torch
 from sglang_amd_quant.ops.packed import Weight, pairs_of
 from sglang_amd_quant.ops.quantize import Quantized
 from sglang_amd_quant.ops.routing import Routing
-from sglang_amd_quant.ops.triton_mx import launch_options, two_gemms
+from sglang_amd_quant.ops.triton_mx import first_gemm, launch_options, second_gemm, two_gemms
 from sglang_amd_quant.selection import Config, GemmProblem
 
 if TYPE_CHECKING:
@@ -25,6 +25,16 @@ def run_int4_gemm(call: LinearCall) -> None:
 def run_int4_moe(call: MoeCall) -> torch.Tensor:
     """Grouped, twice."""
     return two_gemms(call, _grouped)
+
+
+def gate_up(call: MoeCall, routing: Routing) -> torch.Tensor:
+    """Gate_up with its activation: [rows, I] in x's dtype."""
+    return first_gemm(call, routing, _grouped)
+
+
+def down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> torch.Tensor:
+    """Down with the routing weights, and the sum over each token's slots."""
+    return second_gemm(call, routing, hidden, _grouped)
 
 
 def _grouped(

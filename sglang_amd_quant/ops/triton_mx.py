@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from sglang_amd_quant.ops.moe import MoeCall
 
 
+Grouped = Callable[..., torch.Tensor]
+"""A grouped GEMM, called as `grouped` below."""
+
+
 def tile_of(config: Config) -> MxGemmConfig:
     """A choice's parameters as the kernel takes them."""
     from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig
@@ -52,19 +56,24 @@ def run_mx_moe(call: MoeCall) -> torch.Tensor:
     return two_gemms(call, grouped)
 
 
-def two_gemms(call: MoeCall, grouped: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """An MoE by a grouped GEMM, called as the one below; activation, quantization and sum over top_k in torch between.
+def two_gemms(call: MoeCall, grouped: Grouped) -> torch.Tensor:
+    """An MoE by a grouped GEMM; activation, quantization and sum over top_k in torch between."""
+    routing = route(call.topk_ids, call.problem.num_experts, tile_of(call.config13).block_m)
+    return second_gemm(call, routing, first_gemm(call, routing, grouped), grouped)
 
-    The first product stays fp32 until its activation, as in the reference.
-    """
-    problem, top_k = call.problem, call.topk_ids.shape[1]
-    x = weighted_input(call)
-    routing = route(call.topk_ids, problem.num_experts, tile_of(call.config13).block_m)
-    first = grouped(
-        quantize_activation(x, problem.act13), call.w13, call.b13, call.config13, call.gate_up, routing, top_k
-    )  # fmt: skip
-    hidden = quantize_activation(problem.activation(first).to(x.dtype), problem.act2)
-    return combined(call, grouped(hidden, call.w2, call.b2, call.config2, call.down, routing, 1, row_weights(call)))
+
+def first_gemm(call: MoeCall, routing: Routing, grouped: Grouped) -> torch.Tensor:
+    """Gate_up and its activation: [rows, I] in x's dtype. The product stays fp32 until then, as in the reference."""
+    problem, x = call.problem, weighted_input(call)
+    quantized, top_k = quantize_activation(x, problem.act13), call.topk_ids.shape[1]
+    first = grouped(quantized, call.w13, call.b13, call.config13, call.gate_up, routing, top_k)
+    return problem.activation(first).to(x.dtype)
+
+
+def second_gemm(call: MoeCall, routing: Routing, hidden: torch.Tensor, grouped: Grouped) -> torch.Tensor:
+    """Down with the routing weights, and the sum over each token's slots."""
+    quantized = quantize_activation(hidden, call.problem.act2)
+    return combined(call, grouped(quantized, call.w2, call.b2, call.config2, call.down, routing, 1, row_weights(call)))
 
 
 def grouped(

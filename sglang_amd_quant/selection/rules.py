@@ -33,12 +33,9 @@ _AMD_DECODE = (
     ("gfx942", "e2m1", _MXFP4_WEIGHTS, "cdna3_e2m1+tile_scale"),
     ("gfx11", "e2m1", _MXFP4_WEIGHTS, "preshuffle+tile_scale"),
     ("gfx11", "e4m3", ("mxfp8",), "preshuffle+tile_scale"),
-)
-_INT4_LAYOUTS = (
-    # arch, layout: of the decode kernels, which the prefill kernel reads too
-    ("gfx950", "cdna_int4+tile_group"),
-    ("gfx942", "cdna_int4+tile_group"),
-    ("gfx11", "rdna_int4+tile_group"),
+    ("gfx950", "int4", ("int4_w4a16",), "cdna_int4+tile_group"),
+    ("gfx942", "int4", ("int4_w4a16",), "cdna_int4+tile_group"),
+    ("gfx11", "int4", ("int4_w4a16",), "rdna_int4+tile_group"),
 )
 _MOE_BOUNDS = "aiter #3783: bounds on M_routed of its own kernel; not measured with this one"
 
@@ -112,6 +109,8 @@ LAYOUT_RULES: tuple[LayoutRule, ...] = (
                "triton_moe_a8w4"),
     LayoutRule("gfx950", "w4a8", _GROUPED, "strided", "vllm#44804: strided scales win 23 of 28 cells at TP4 and TP8",
                kernel="triton_moe_a8w4"),
+    LayoutRule("gfx11", "int4_w4a16", _GROUPED, "exllama", "ROCm/vllm #1015 reads ExLlama order",
+               kernel="hip_moe_w4a16_wmma"),
     LayoutRule("gfx950", "mxfp8", _GROUPED, "strided", "aiter #3783: what it was measured on", kernel="hip_mxfp8_moe"),
     *(LayoutRule("sm_90", s, ("linear",), "hopper_bf16", _DECODING) for s in ("w4a16", "w4a8", "mxfp4")),
     LayoutRule("sm_90", "mxfp8", ("linear",), "mma_tile+mma_scale", _DECODING),
@@ -122,10 +121,8 @@ LAYOUT_RULES: tuple[LayoutRule, ...] = (
         for arch, weight, schemes, layout in _AMD_DECODE
         for s in schemes
     ),
-    *(LayoutRule(arch, "int4_w4a16", ("linear",), layout, _DECODING) for arch, layout in _INT4_LAYOUTS),
     LayoutRule("sm_90", "w4a16", _GROUPED, "hopper_bf16", _FRAGMENTS),
     *(LayoutRule("sm_90", s, _GROUPED, "hopper_e4m3", _FRAGMENTS) for s in ("mxfp8", "w4a8", "mxfp4")),
-    LayoutRule("gfx11", "int4_w4a16", _GROUPED, "exllama", "ROCm/vllm #1015 reads ExLlama order"),
 )
 # fmt: on
 """Which layout, for weights that are about to be laid out; the first that holds. Without one: strided."""

@@ -26,6 +26,9 @@ AMD_DECODE_LAYOUTS = {
     ("gfx942", "e2m1"): "cdna3_e2m1+tile_scale",
     ("gfx11", "e2m1"): "preshuffle+tile_scale",
     ("gfx11", "e4m3"): "preshuffle+tile_scale",
+    ("gfx950", "int4"): "cdna_int4+tile_group",
+    ("gfx942", "int4"): "cdna_int4+tile_group",
+    ("gfx11", "int4"): "rdna_int4+tile_group",
 }
 """What the decode kernels of an AMD arch read (`runtime/decode_gemm_amd.py`), by weight format. gfx942 wants e4m3 as
 FNUZ, which no prefill kernel reads: none here."""
@@ -33,13 +36,14 @@ FNUZ, which no prefill kernel reads: none here."""
 AMD_MOE_DECODE_LAYOUTS = {key: f"decode_{name.partition('+')[0]}" for key, name in AMD_DECODE_LAYOUTS.items()}
 """Likewise the grouped ones; the rows of a gated gate_up have an order of their own (`ops/packed.py`)."""
 
-INT4_LAYOUTS = {
-    "gfx950": "cdna_int4+tile_group",
-    "gfx942": "cdna_int4+tile_group",
-    "gfx11": "rdna_int4+tile_group",
-    "sm_90": "mma_int4+tile_group",
-}
-"""What decode kernels of an arch read of int4. sm_90 has none yet."""
+
+def _read(layouts: dict[tuple[str, str], str], *weights: str) -> tuple[str, ...]:
+    """Those of some weight formats."""
+    return tuple(dict.fromkeys(name for (_, weight), name in layouts.items() if weight in weights))
+
+
+INT4_LAYOUTS = (*_read(AMD_DECODE_LAYOUTS, "int4"), "mma_int4+tile_group")
+"""Of int4 for decode kernels. Those of sm_90 are not chosen: none was ever executed."""
 
 _TILE = {
     "block_m": (16, 32, 64, 128),
@@ -121,7 +125,7 @@ def _int4_lds(problem: GemmProblem, config: Config) -> int:
     return max((stages - 1) * x, block_m * depth * 2) + block_n * depth * 2
 
 
-def _int4_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
+def _int4_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ()) -> KernelSpec:
     return KernelSpec(
         name,
         SHIPPED,
@@ -129,7 +133,7 @@ def _int4_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
         archs=GPUS,
         schemes=("int4_w4a16",),
         ops=ops,
-        layouts=("strided", *dict.fromkeys(INT4_LAYOUTS.values())),
+        layouts=("strided", *INT4_LAYOUTS, *layouts),
         space=_TILE | {"block_k": (32, 64, 128)},
         configure=_int4_tile,
         triton=True,
@@ -164,7 +168,7 @@ _MOE = KernelSpec(
     archs=GPUS,
     schemes=("mxfp8", "w4a8", "mxfp4", "w4a16"),
     ops=("moe_gate_up", "moe_down"),
-    layouts=("strided", *dict.fromkeys(AMD_MOE_DECODE_LAYOUTS.values())),
+    layouts=("strided", *_read(AMD_MOE_DECODE_LAYOUTS, "e2m1", "e4m3")),
     space=_TILE,
     configure=_moe_tile,
     triton=True,
@@ -244,8 +248,16 @@ def _hopper(x_format: str, schemes: tuple[str, ...], acts: tuple[str, ...], ops:
     )
 
 
+_DECODE_SCHEMES = {
+    "e4m3": (("mxfp8",), "mxfp8_static"),
+    "e2m1": (("w4a8", "mxfp4", "w4a16"), "w4a8_static"),
+    "int4": (("int4_w4a16",), "int4_w4a16_fp16"),
+}
+"""Weight format -> schemes, which name code objects; and one that selection has no name for: of static fp8, of fp16."""
+
+
 def _amd_decode(arch: str, weight: str) -> KernelSpec:
-    schemes, static = (("mxfp8",), "mxfp8_static") if weight == "e4m3" else (("w4a8", "mxfp4", "w4a16"), "w4a8_static")
+    (schemes, other), int4 = _DECODE_SCHEMES[weight], weight == "int4"
     return KernelSpec(
         f"hip_decode_{arch}_{weight}",
         SHIPPED,
@@ -254,11 +266,12 @@ def _amd_decode(arch: str, weight: str) -> KernelSpec:
         schemes=schemes,
         ops=("linear",),
         layouts=(AMD_DECODE_LAYOUTS[arch, weight],),
-        acts=("e4m3", "e2m1", "bf16", "fp8_static"),
+        acts=("bf16",) if int4 else ("e4m3", "e2m1", "bf16", "fp8_static"),
+        groups=(32, 64, 128) if int4 else (),
         out_dtypes=("bf16", "fp16", "fp32"),
         fuses=("quantize_input", "bias"),
-        x_dtypes=("bf16",),
-        code_objects=tuple(f"decode_{s}" for s in (*schemes, static)),
+        x_dtypes=("bf16", "fp16") if int4 else ("bf16",),
+        code_objects=tuple(f"decode_{s}" for s in (*schemes, other)),
         m_max=64,
         k_multiple=32,
     )
@@ -277,7 +290,7 @@ def _amd_moe_decode(arch: str, weight: str) -> KernelSpec:
         layouts=(AMD_MOE_DECODE_LAYOUTS[arch, weight],),
         space={"block_m": AMD_MOE_DECODE_M},
         configure=_moe_decode_block,
-        out_dtypes=("bf16",),
+        out_dtypes=("bf16", "fp16") if weight == "int4" else ("bf16",),
         fuses=("quantize_input", "bias", "activation"),
         activations=("silu", "swigluoai"),
         betas=(None, 1.0),
@@ -323,12 +336,12 @@ SHIPPED_KERNELS = (
     _mx_gemm(
         "triton_mx_gemm",
         ("linear",),
-        ("strided", "mma_tile+mma_scale", *dict.fromkeys(AMD_DECODE_LAYOUTS.values())),
+        ("strided", "mma_tile+mma_scale", *_read(AMD_DECODE_LAYOUTS, "e2m1", "e4m3")),
     ),
     _MOE,
     _mx_gemm("triton_mx_moe", ("moe_gate_up", "moe_down")),
     _int4_gemm("triton_int4_gemm", ("linear",)),
-    _int4_gemm("triton_int4_moe", ("moe_gate_up", "moe_down")),
+    _int4_gemm("triton_int4_moe", ("moe_gate_up", "moe_down"), _read(AMD_MOE_DECODE_LAYOUTS, "int4")),
     _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1"), ("linear",)),
     _hopper("e4m3", ("mxfp8", "w4a8", "mxfp4"), ("e4m3", "e2m1", "fp8_static")),
 )

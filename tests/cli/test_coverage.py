@@ -75,6 +75,27 @@ def test_int4_groups(capsys: Out) -> None:
     assert run(capsys, *argv, "--group", "48")[0] == 2
 
 
+@pytest.mark.parametrize("group", ["32", "64", "128"])
+@pytest.mark.parametrize("arch", ["gfx950", "gfx942", "gfx1100", "sm_90"])
+def test_this_build_has_kernels_for_int4(capsys: Out, arch: str, group: str) -> None:
+    argv = (
+        "Qwen3-30B-A3B",
+        "--arch",
+        arch,
+        "--scheme",
+        "int4_w4a16",
+        "--group",
+        group,
+        "--json",
+        "--kernels",
+        "shipped",
+    )
+    data = json.loads(run(capsys, *argv)[1])
+    choices = [choice for gemm in data["gemms"] for choice in gemm["choices"].values()]
+    assert choices
+    assert all("int4" in choice["kernel"] and choice["in_build"] for choice in choices)
+
+
 def test_fail_under(capsys: Out) -> None:
     argv = ("gpt-oss-120b", "--tp", "4", "--scheme", "w4a8", "--m", "8192")
     assert run(capsys, *argv, "--fail-under", "50")[0] == 0

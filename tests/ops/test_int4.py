@@ -32,7 +32,7 @@ from sglang_amd_quant.ops.moe import QuantizedMoe
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.selection import GemmProblem
-from sglang_amd_quant.selection.shipped_kernels import INT4_LAYOUTS
+from sglang_amd_quant.selection.shipped_kernels import AMD_DECODE_LAYOUTS, GPUS
 from sglang_amd_quant.tensor import MxTensor
 
 AMD = ("gfx950", "gfx942", "gfx1100", "gfx1151")
@@ -65,7 +65,7 @@ def names(made):
 @pytest.mark.parametrize("arch", AMD)
 def test_linear(triton_only, arch, group, k, dtype):
     layer = laid_out(make_linear("int4_w4a16", 40, k, arch, group=group, symmetric=False))
-    assert layer.weight.layout.name == INT4_LAYOUTS[layer.problem.arch]
+    assert layer.weight.layout.name == AMD_DECODE_LAYOUTS[layer.problem.arch, "int4"]
     x, bias = torch.randn(3, 2 * k).to(dtype)[:, ::2], torch.randn(40)
     with emulated_triton(arch) as made:
         out = layer(x, bias)
@@ -117,7 +117,7 @@ def test_slots_stay_apart_and_weights_may_belong_to_the_input(triton_only):
 
 
 def test_both_gemms_take_the_blocks_that_were_routed(triton_only):
-    for arch in INT4_LAYOUTS:
+    for arch in GPUS:
         layer = make_moe("int4_w4a16", 6, 128, 128, 2, arch, group=128)
         for m in (1, 60, 200, 1000):
             pair = moe.bound(layer.text).pair(m, torch.float16)

@@ -56,9 +56,14 @@ INT4_LINEAR = replace(INT4, op="linear", e_local=1, e_total=1, top_k=1)
 
 
 def test_a_layout_that_kernels_cannot_serve_everywhere_is_refused():
-    """exllama is the rule for gfx11 int4, and what published kernels read; those of this package do not."""
+    """exllama is the rule for gfx11 int4 where published kernels are planned with; those of this package do not read
+    it, and of N that is not whole 16s no gates and ups alternate by eight."""
     assert choose_layout(INT4, EMPTY).layout == "exllama"
-    choice = choose_layout(INT4, Selector(Packs([]), available=shipped()))
+    here = shipped()
+    assert choose_layout(INT4, Selector(Packs([]), available=here)).layout == "decode_rdna_int4"
+    assert choose_layout(replace(INT4, n=1048), Selector(Packs([]), available=here)).layout == "strided"
+    decode = {name for name in here if name.startswith("hip_moe_decode")}
+    choice = choose_layout(INT4, Selector(Packs([]), available=here - decode))
     assert (choice.layout, choice.source) == ("strided", "default")
     assert any("exllama refused" in reason and "no available kernel" in reason for reason in choice.reasons)
 

@@ -41,6 +41,8 @@ DECODE_LAYOUT = {
     "hip_decode_gfx11_e2m1": "preshuffle+tile_scale",
     "hip_decode_gfx11_e4m3": "preshuffle+tile_scale",
 }
+DECODE_LAYOUT |= {f"hip_decode_{arch}_int4": "cdna_int4+tile_group" for arch in ("gfx950", "gfx942")}
+DECODE_LAYOUT["hip_decode_gfx11_int4"] = "rdna_int4+tile_group"
 ON |= {name: (name.split("_")[2],) for name in DECODE_LAYOUT}
 ON["triton_moe"] = ("gfx950", "gfx942", "gfx11", "sm_90")
 MOE_DECODE_LAYOUT = {f"hip_moe_{name[4:]}": f"decode_{layout.split('+')[0]}" for name, layout in DECODE_LAYOUT.items()}
@@ -96,7 +98,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out.append("block_m is not routing's")
     if choice.kernel in OWN:
         out += ["int4"] * (p.scheme == "int4_w4a16")
-        unpacked = ("mma_tile+mma_scale", *DECODE_LAYOUT.values())
+        unpacked = ("mma_tile+mma_scale", *(name for name in DECODE_LAYOUT.values() if "int4" not in name))
         read = ("strided", *(unpacked if choice.kernel == "triton_mx_gemm" else ()))
         out += ["layout read"] * (choice.layout not in read)
         out += ["x is bf16 where nothing quantizes it"] * (p.act == "bf16" and p.out_dtype in ("fp16", "fp32"))
@@ -108,26 +110,32 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
     if choice.kernel in INT4:
         out += ["scheme"] * (p.scheme != "int4_w4a16" or p.act != "bf16" or p.group not in (32, 64, 128))
         out += ["op"] * ((p.op == "linear") != (choice.kernel == "triton_int4_gemm"))
-        out += ["layout read"] * (choice.layout not in ("strided", *INT4_LAYOUTS))
+        paired = ("decode_cdna_int4", "decode_rdna_int4")
+        read = ("strided", *INT4_LAYOUTS, *(paired if choice.kernel == "triton_int4_moe" else ()))
+        out += ["layout read"] * (choice.layout not in read)
+        out += ["whole tiles of gates and ups"] * (choice.layout in paired and bool(p.n % 16))
         out += ["x is bf16 or fp16"] * (p.out_dtype == "fp32")
         out += ["activation and quantization are the op's"] * (
             bool(p.epilogue.activation) != ("activation" in choice.unfused)
             or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
         )
-        out += ["tiles of the layout"] * (c.block_k < {"cdna": 128, "mma_": 64}.get(choice.layout[:4], 32))
+        out += ["tiles of the layout"] * (
+            c.block_k < {"cdna": 128, "mma_": 64}.get(choice.layout.removeprefix("decode_")[:4], 32)
+        )
+    weights = {"mxfp8": "e4m3", "int4_w4a16": "int4"}.get(p.scheme, "e2m1")
     if choice.kernel.startswith("hip_decode_"):
-        out += ["op"] * (p.op != "linear" or p.scheme == "int4_w4a16" or not 1 <= p.m <= 64)
+        out += ["op"] * (p.op != "linear" or not 1 <= p.m <= 64)
         out += ["layout"] * (choice.layout != DECODE_LAYOUT[choice.kernel])
-        out += ["weights"] * (choice.kernel.endswith("e4m3") != (p.scheme == "mxfp8"))
-        out += ["x is bf16"] * (p.out_dtype in ("fp16", "fp32"))
+        out += ["weights"] * (not choice.kernel.endswith(weights))
+        out += ["x is bf16, or fp16 with int4"] * (p.out_dtype in ("fp32", "" if weights == "int4" else "fp16"))
     if choice.kernel.startswith("hip_moe_decode_"):
         e = p.epilogue
-        out += ["op"] * (p.op == "linear" or p.scheme == "int4_w4a16" or p.m < 1)
+        out += ["op"] * (p.op == "linear" or p.m < 1)
         out += ["layout"] * (choice.layout != MOE_DECODE_LAYOUT[choice.kernel])
-        out += ["weights"] * (choice.kernel.endswith("e4m3") != (p.scheme == "mxfp8"))
+        out += ["weights"] * (not choice.kernel.endswith(weights))
         out += ["whole tiles of gates and ups"] * bool(p.n % 16)
         out += ["blocks"] * (c.block_m not in (4, 16))
-        out += ["dtype"] * (p.out_dtype in ("fp16", "fp32"))
+        out += ["dtype"] * (p.out_dtype in ("fp32", "" if weights == "int4" else "fp16"))
         bare = e.activation in ("silu", "swigluoai") and e.gated and e.beta in (None, 1)
         out += ["activation"] * (e.activation is not None and not bare)
         out += ["activation and bias are its own"] * bool({"activation", "bias"} & set(choice.unfused))
@@ -139,7 +147,8 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["activations of an eighth of K, in bf16"] * (max(4, min(rows, 32)) * 2 * p.k / 8 > LDS["sm_90"])
     if choice.kernel == "triton_moe":
         e = p.epilogue
-        out += ["layout"] * (choice.layout not in ("strided", *MOE_DECODE_LAYOUT.values()))
+        read = (name for name in MOE_DECODE_LAYOUT.values() if "int4" not in name)
+        out += ["layout"] * (choice.layout not in ("strided", *read))
         out += ["format"] * (
             ("mxfp8" in choice.layout and p.scheme != "mxfp8") or ("e2m1" in choice.layout and p.scheme == "mxfp8")
         )
@@ -161,7 +170,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["activation"] * (e.activation not in (None, "silu", "swigluoai") or not e.gated)
     if choice.kernel == "gemv_mxfp4":
         out += ["gemv"] * (p.scheme != "w4a16" or not 1 <= p.m <= 4)
-    if p.out_dtype in ("fp16", "fp32") and choice.kernel.startswith(("hip_mxfp8", "hip_moe")):
+    if p.out_dtype in ("fp16", "fp32") and choice.kernel.startswith(("hip_mxfp8", "hip_moe_w4a16")):
         out.append("out dtype")
     if choice.kernel.startswith("hip_mxfp8"):
         rows = p.m * p.top_k if p.op == "moe_down" else p.m
@@ -230,7 +239,11 @@ def random_problem(rng: random.Random, arch: str) -> GemmProblem:
     e_total = 1 if linear else rng.choice((8, 32, 64, 128, 129, 192, 256, 512))
     ep = 1 if linear else rng.choice((1, 1, 2, 4, 8))
     packed = ("hopper_bf16", "hopper_e4m3", "mma_tile+mma_scale", *DECODE_LAYOUT.values(), *MOE_DECODE_LAYOUT.values())
-    others = ("exllama", *INT4_LAYOUTS) if int4 else ("cdna4_scale", "cdna4_scale_256", "preshuffle")
+    others = (
+        ("exllama", *INT4_LAYOUTS, "decode_cdna_int4", "decode_rdna_int4")
+        if int4
+        else ("cdna4_scale", "cdna4_scale_256", "preshuffle")
+    )
     return GemmProblem(
         op, scheme, arch, rng.choice(MS), n, max(group, k // group * group), rng.choice((0, 0, 128)),
         -(-e_total // ep), e_total, 1 if linear else rng.choice((1, 4, 5, 8)), ep, ep,

@@ -18,7 +18,7 @@ from sglang_amd_quant.ops.triton_mx import launch_options, tile_of
 from sglang_amd_quant.selection import GemmProblem, Selector
 from sglang_amd_quant.selection.legality import lds_need
 from sglang_amd_quant.selection.rules import LAYOUT_RULES
-from sglang_amd_quant.selection.shipped_kernels import GPUS, INT4_LAYOUTS
+from sglang_amd_quant.selection.shipped_kernels import AMD_DECODE_LAYOUTS, GPUS
 from sglang_amd_quant.selection.specs import kernel
 from sglang_amd_quant.toolchain.triton_aot import compile_variant
 
@@ -89,7 +89,7 @@ def int4_tiles():
             shared = {"scheme": "int4_w4a16", "arch": arch, "n": 1536, "k": 2048, "group": group}
             experts = {"e_local": 64, "e_total": 64, "top_k": 8, "layout": "strided"}
             problems = [GemmProblem("moe_gate_up", m=64, block_m=b, **shared, **experts) for b in (16, 32, 64, 128)]
-            dense = {"layout": INT4_LAYOUTS[arch], "out_dtype": "fp16"}
+            dense = {"layout": AMD_DECODE_LAYOUTS.get((arch, "int4"), "mma_int4+tile_group"), "out_dtype": "fp16"}
             problems += [GemmProblem("linear", m=m, **shared, **dense) for m in (32, 64, 4096)]
             for problem in problems:
                 name = "triton_int4_moe" if problem.moe else "triton_int4_gemm"

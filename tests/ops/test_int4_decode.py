@@ -1,0 +1,111 @@
+"""int4 for few rows: AMD's decode kernels in the emulator, and the Triton GEMM on the same copy of the weights."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it is not said
+
+from emulated_triton import emulated_triton
+from op_layers import as_served_on_a_cpu, assert_close, exact_linear, make_linear, make_moe, tokens
+
+from sglang_amd_quant.ops import hip, layout, linear, moe, operand, packed
+from sglang_amd_quant.ops.activation import Activation
+from sglang_amd_quant.ops.layout import lay_out, lay_out_experts
+from sglang_amd_quant.selection import kernels, shipped
+from sglang_amd_quant.selection.shipped_kernels import AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS
+
+GPT_OSS = Activation("swigluoai", interleaved=True, limit=7.0)
+DTYPES = [torch.bfloat16, torch.float16]
+INT4 = frozenset(name for name in shipped() if "int4_w4a16" in kernels()[name].schemes)
+
+
+@pytest.fixture
+def device(emulated, monkeypatch):
+    """The emulated device, which can launch all kernels for int4."""
+    for module in (layout, operand, packed):
+        monkeypatch.setattr(module, "current_arch", lambda: emulated.arch_name)
+    monkeypatch.setattr(hip, "WORKSPACE_BYTES", 1 << 20)
+    monkeypatch.setattr(hip, "_workspaces", {})
+    for module in (layout, linear, moe):
+        monkeypatch.setattr(module, "launchable", lambda arch: INT4)
+    return emulated
+
+
+def decode(dtype, group):
+    return f"decode_int4_w4a16{'_fp16' if dtype == torch.float16 else ''}_g{group}"
+
+
+def launched(device):
+    """What ran since it was last asked."""
+    found, device.launched[:] = list(device.launched), []
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("group", "k"), [(32, 160), (64, 192), (128, 384)])
+def test_linear(device, group, k, dtype):
+    """Up to 32 rows by the decode kernel, more by Triton's, which reads what it reads."""
+    plain = make_linear("int4_w4a16", 40, k, device.arch_name, group=group, symmetric=False)
+    layer = replace(plain, weight=lay_out(plain.weight, plain.problem))
+    assert layer.weight.layout.name == AMD_DECODE_LAYOUTS[layer.problem.arch, "int4"]
+    layer.prepare()
+    for m, bias in ((1, None), (5, torch.randn(40).bfloat16()), (32, torch.randn(40)), (33, None)):
+        x = torch.randn(m, k + 8).to(dtype)[:, 3:-5]
+        with emulated_triton(device.arch_name) as made:
+            out = layer(x, bias)
+        assert_close(out, exact_linear(plain, x, bias), k)
+        assert len(made) == (m > 32)
+        assert [name.rpartition("_m")[0] for name in launched(device)] == ([decode(dtype, group)] if m <= 32 else [])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("activation", "hidden", "inter", "group"),
+    [(Activation(), 160, 96, 32), (GPT_OSS, 256, 128, 128)],
+    ids=["silu", "gpt-oss"],
+)
+def test_both_gemms_one_or_none(device, activation, hidden, inter, group, dtype):
+    """4 routed rows: both by the decode kernel; 14: gate_up alone; 40: neither, on the same copy of the weights."""
+    biases = activation is GPT_OSS
+    plain = make_moe(
+        "int4_w4a16", 6, hidden, inter, 2, device.arch_name, activation, biases=biases, group=group, symmetric=False,
+        scale=1.5,
+    )  # fmt: skip
+    if biases:
+        plain = replace(plain, b13=plain.b13.bfloat16(), b2=plain.b2.bfloat16())
+    w13, w2 = lay_out_experts(plain.w13, plain.w2, plain.gate_up, plain.down)
+    assert w13.layout.name == w2.layout.name == AMD_MOE_DECODE_LAYOUTS[plain.gate_up.arch, "int4"]
+    layer = replace(plain, w13=w13, w2=w2)
+    layer.prepare()
+    for m, heights, by_triton in ((2, [4, 4], 0), (7, [16], 1), (20, [], 2)):
+        given = tokens(m, hidden, 6, 2, dtype, dropped=0.2)
+        with emulated_triton(device.arch_name) as made:
+            out = layer(*given)
+        want = as_served_on_a_cpu(plain)(*given)
+        assert (out.shape, out.dtype) == (want.shape, dtype)
+        # as in test_int4.py; and the slots' outputs are rounded before they are summed
+        assert (out.double() - want.double()).abs().max() <= want.double().abs().max() * 3 * 2**-8
+        assert launched(device) == [f"moe_{decode(dtype, group)}_m{height}" for height in heights]
+        assert len(made) == by_triton
+
+
+@pytest.mark.parametrize(
+    "activation", [Activation("gelu"), Activation("relu2", gated=False)], ids=["gated", "not gated"]
+)
+def test_other_activations_run_between_two_kernels(device, activation):
+    """Decode kernels have none of them: Triton reads gates and ups that alternate all the same."""
+    plain = make_moe("int4_w4a16", 4, 128, 128, 2, device.arch_name, activation, biases=True, group=64)
+    w13, w2 = lay_out_experts(plain.w13, plain.w2, plain.gate_up, plain.down)
+    layer, given = replace(plain, w13=w13, w2=w2), tokens(9, 128, 4, 2, dropped=0.2)
+    with emulated_triton(device.arch_name) as made:
+        out = layer(*given)
+    want = as_served_on_a_cpu(plain)(*given)
+    assert (out.double() - want.double()).abs().max() <= want.double().abs().max() * 3 * 2**-8
+    assert len(made) == 2
