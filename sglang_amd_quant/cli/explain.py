@@ -7,7 +7,7 @@ import json
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.runtime.detect import launchable, missing
-from sglang_amd_quant.schemes import SCHEMES
+from sglang_amd_quant.schemes import INT4_GROUP, SCHEMES
 from sglang_amd_quant.selection import Selector
 from sglang_amd_quant.selection.arch import ARCHES, canonical
 from sglang_amd_quant.selection.explain import explain
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ep", type=int, default=1, help="SGLang's --ep: this rank holds E/EP experts (default 1)")
     parser.add_argument("--cu-count", type=int, default=0, help="compute units (default: the arch's usual device)")
     parser.add_argument("--layout", help="layout the weights have (default: what load time would choose)")
-    parser.add_argument("--group", type=int, default=0, help="elements per int4 scale: 32 (default), 64 or 128")
+    parser.add_argument("--group", type=int, default=0, help="elements per int4 scale (default: as served)")
     parser.add_argument("--act", choices=list(ACT_BITS), default="", help="activation format, if not the scheme's")
     parser.add_argument("--out-dtype", choices=OUT_DTYPES, default="bf16", help="what the op hands on (default bf16)")
     parser.add_argument("--block-m", type=int, default=0, help="BLOCK_M that routing has fixed (default: free)")
@@ -59,9 +59,10 @@ def device_arch(text: str) -> str:
 def run(args: argparse.Namespace) -> int:
     if args.ep < 1 or args.experts % args.ep:
         raise ShapeError(f"{args.experts} experts with EP {args.ep}", "do not divide", "give an --ep that divides them")
+    group = args.group or (INT4_GROUP if SCHEMES[args.scheme].weight == "int4" else 0)
     problem = GemmProblem(
         args.op, args.scheme, args.arch, args.m, args.n, args.k, args.cu_count, args.experts // args.ep, args.experts,
-        args.top_k, args.tp, args.ep, Epilogue(args.bias, args.activation), args.out_dtype, args.layout, args.group,
+        args.top_k, args.tp, args.ep, Epilogue(args.bias, args.activation), args.out_dtype, args.layout, group,
         args.act, args.block_m, args.weighted,
     )  # fmt: skip
     here = Selector(available=launchable(args.arch))

@@ -254,7 +254,8 @@ class GemmProblem:
     def label(self) -> str:
         """One line for people."""
         experts = f" E={self.e_local}/{self.e_total} top_k={self.top_k} tp={self.tp} ep={self.ep}" if self.moe else ""
-        return f"{self.op} {self.scheme} {self.arch} M={self.m} N={self.n} K={self.k}{experts}"
+        group = f" group={self.group}" if scheme_named(self.scheme).weight == "int4" else ""
+        return f"{self.op} {self.scheme} {self.arch} M={self.m} N={self.n} K={self.k}{group}{experts}"
 
 
 PROBLEM_FIELDS = tuple(f.name for f in fields(GemmProblem) if f.init)

@@ -51,6 +51,15 @@ def test_a_kernel_that_was_not_built_is_not_promised(capsys: Out, monkeypatch: p
     detect.missing.cache_clear()
 
 
+def test_int4_has_the_group_that_serving_gives_it(capsys: Out) -> None:
+    line = "--arch gfx942 --op linear --scheme int4_w4a16 --m 2 --n 2048 --k 4096"
+    code, out, _ = run(capsys, line)
+    assert code == 0
+    assert out.startswith("linear int4_w4a16 gfx942 M=2 N=2048 K=4096 group=128\n")
+    assert "K=4096 group=32\n" in run(capsys, line + " --group 32")[1]
+    assert "planned  hip_decode_gfx942_int4   source: rule" in out
+
+
 def test_json_says_the_same(capsys: Out) -> None:
     code, out, _ = run(capsys, ISSUE + " --json")
     data = json.loads(out)
