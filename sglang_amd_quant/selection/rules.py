@@ -79,6 +79,7 @@ RULES: tuple[Rule, ...] = (
         for scheme in _MXFP4_WEIGHTS
         for m, n, k in _SM90_DECODE
     ),
+    Rule("hip_decode_int4", "sm_90", "linear", "int4_w4a16", "docs/decode.md: right on an H100, not timed", m=(1, 8)),
     *(
         Rule(
             f"hip_decode_{arch}_{weight}", arch, "linear", scheme, "docs/decode_amd.md: counted and modelled", m=(1, 32)
@@ -114,6 +115,7 @@ LAYOUT_RULES: tuple[LayoutRule, ...] = (
     LayoutRule("gfx950", "mxfp8", _GROUPED, "strided", "aiter #3783: what it was measured on", kernel="hip_mxfp8_moe"),
     *(LayoutRule("sm_90", s, ("linear",), "hopper_bf16", _DECODING) for s in ("w4a16", "w4a8", "mxfp4")),
     LayoutRule("sm_90", "mxfp8", ("linear",), "mma_tile+mma_scale", _DECODING),
+    LayoutRule("sm_90", "int4_w4a16", ("linear",), "mma_int4+tile_group", _DECODING),
     *(LayoutRule(arch, s, ("linear",), layout, _DECODING) for arch, _, schemes, layout in _AMD_DECODE for s in schemes),
     *(
         LayoutRule(arch, s, _GROUPED, f"decode_{layout.partition('+')[0]}", _DECODING,

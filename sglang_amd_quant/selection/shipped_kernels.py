@@ -43,7 +43,7 @@ def _read(layouts: dict[tuple[str, str], str], *weights: str) -> tuple[str, ...]
 
 
 INT4_LAYOUTS = (*_read(AMD_DECODE_LAYOUTS, "int4"), "mma_int4+tile_group")
-"""Of int4 for decode kernels. Those of sm_90 are not chosen: none was ever executed."""
+"""Of int4 for decode kernels."""
 
 _TILE = {
     "block_m": (16, 32, 64, 128),
@@ -76,7 +76,8 @@ def _decode_lds(problem: GemmProblem, config: Config) -> int:
     waves along K their part of it, with rings of a quarter of what a wave reads. Beyond: x streams through by two.
     """
     rows, e4m3 = next((r for r in (2, 4, 8, 16, 32) if problem.m <= r), 64), problem.weight_bits == 8
-    tile = (1024 if e4m3 else 512) + 32  # 16 rows x 64 of K with their scales; four waves, a tile each
+    scales = 4096 // problem.group if problem.scheme == "int4_w4a16" else 32
+    tile = (1024 if e4m3 else 512) + scales  # 16 rows x 64 of K; four waves, a tile each
     if rows > 8:
         return 1280 + max(2 * (128 * rows + 4 * tile), 4 * 16 * (rows + 4) * 4) + 8 * 4 * 16
     tiles = -(-problem.k // 512)  # of 64 along K, of one block
@@ -329,6 +330,23 @@ SHIPPED_KERNELS = (
         lds=_decode_lds,
         code_objects=tuple(f"decode_{s}" for s in ("mxfp8", "w4a8", "mxfp4", "w4a16", "mxfp8_static", "w4a8_static")),
         m_max=64,
+        k_multiple=32,
+    ),
+    KernelSpec(
+        "hip_decode_int4",
+        SHIPPED,
+        "kernels/hip/decode_gemm.hip",
+        archs=("sm_90",),
+        schemes=("int4_w4a16",),
+        ops=("linear",),
+        layouts=("mma_int4+tile_group",),
+        groups=(32, 64, 128),
+        out_dtypes=("bf16", "fp16", "fp32"),
+        fuses=("quantize_input", "bias"),
+        x_dtypes=("bf16", "fp16"),
+        lds=_decode_lds,
+        code_objects=("decode_int4_w4a16", "decode_int4_w4a16_fp16"),
+        m_max=8,
         k_multiple=32,
     ),
     *(_amd_decode(arch, weight) for arch, weight in AMD_DECODE_LAYOUTS),

@@ -14,6 +14,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it
 
 from emulated_triton import emulated_triton
 from op_layers import as_served_on_a_cpu, assert_close, exact_linear, make_linear, make_moe, tokens
+from sglang_amd_quant.kernels.hip.manifest import find
 
 from sglang_amd_quant.ops import hip, layout, linear, moe, operand, packed
 from sglang_amd_quant.ops.activation import Activation
@@ -109,3 +110,28 @@ def test_other_activations_run_between_two_kernels(device, activation):
     want = as_served_on_a_cpu(plain)(*given)
     assert (out.double() - want.double()).abs().max() <= want.double().abs().max() * 3 * 2**-8
     assert len(made) == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_on_sm_90_it_is_launched_on_what_it_reads(monkeypatch, group, dtype):
+    """The description; what it computes is seen on a device (tests/device)."""
+    started = []
+    there = type("Device", (), {"arch_name": "sm_90", "cu_count": 132, "start": lambda self, d: started.append(d)})()
+    monkeypatch.setattr(hip, "device_of", lambda x: there)
+    for module in (layout, linear):
+        monkeypatch.setattr(module, "launchable", lambda arch: frozenset({"hip_decode_int4", "triton_int4_gemm"}))
+    for module in (layout, operand):
+        monkeypatch.setattr(module, "current_arch", lambda: "sm_90")
+    plain = make_linear("int4_w4a16", 64, 384, "sm_90", group=group, symmetric=False)
+    layer = replace(plain, weight=lay_out(plain.weight, plain.problem))
+    assert layer.weight.layout.name == "mma_int4+tile_group"
+    x, bias = torch.randn(5, 384).to(dtype), torch.randn(64).to(dtype)
+    layer(x, bias)
+    (d,) = started
+    assert d.kernel == f"{decode(dtype, group)}_m8"
+    named = dict(zip([p.partition(":")[0] for p in find(d.kernel)[1].params], d.args, strict=True))
+    assert (named["m"], named["n"], named["k"], named["carry"], named["factors"]) == (5, 64, 384, 0, None)
+    assert (named["w"], named["scales"]) == tuple(layer.weight.tensors)
+    assert named["bias"] is (bias if dtype == torch.bfloat16 else None)
+    assert linear.bound(layer.text).plan(9, dtype).choice.kernel == "triton_int4_gemm"

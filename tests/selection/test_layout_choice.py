@@ -72,10 +72,9 @@ def test_a_layout_that_kernels_cannot_serve_everywhere_is_refused():
 @pytest.mark.parametrize(
     ("arch", "layout"),
     [("gfx950", "cdna_int4+tile_group"), ("gfx942", "cdna_int4+tile_group"), ("gfx1151", "rdna_int4+tile_group"),
-     ("sm_90", "strided")],
+     ("sm_90", "mma_int4+tile_group")],
 )  # fmt: skip
 def test_int4_linears_lie_as_decode_kernels_read_them(arch, layout, group):
-    """Where there are any."""
     problem = replace(INT4_LINEAR, arch=arch, cu_count=0, group=group)
     assert choose_layout(problem, EMPTY).layout == layout
 

@@ -147,16 +147,24 @@ def test_gfx942_has_no_scaled_matrix_unit_to_lose():
     assert rules(replace(MOE, arch="gfx942", cu_count=304), "triton_moe_a8w4", TILE._replace(num_warps=1)) == []
 
 
-@pytest.mark.parametrize(("scheme", "layout"), [("w4a16", "hopper_bf16"), ("mxfp8", "mma_tile+mma_scale")])
-def test_decode_is_legal_only_where_it_has_a_plan(scheme, layout):
+@pytest.mark.parametrize(
+    ("scheme", "layout", "group"),
+    [
+        ("w4a16", "hopper_bf16", 0), ("mxfp8", "mma_tile+mma_scale", 0),
+        *(("int4_w4a16", "mma_int4+tile_group", group) for group in (32, 64, 128)),
+    ],
+)  # fmt: skip
+def test_decode_is_legal_only_where_it_has_a_plan(scheme, layout, group):
     """Shared memory holds the activations of a cluster's share of K: legality knows without the planner."""
-    spec = kernel("hip_decode")
+    spec, name = kernel("hip_decode"), scheme
+    if group:
+        spec, name = kernel("hip_decode_int4"), f"{scheme}_g{group}"
     for m in (1, 2, 3, 8, 9, 16, 17, 32, 64):
-        for k in (32, 96, 2048, 16384, 28672, 65536):
-            problem = GemmProblem("linear", scheme, "sm_90", m, 4096, k, layout=layout)
+        for k in (128, 384, 2048, 16384, 28672, 65536):
+            problem = GemmProblem("linear", scheme, "sm_90", m, 4096, k, layout=layout, group=group)
             if not legal(problem, spec, spec.configure(problem)):
-                assert plans(scheme, m, 4096, k, 132)
+                assert plans(name, m, 4096, k, 132)
             else:
-                assert k > 16384
+                assert k > 16384 or (m > 8 and group)
                 with pytest.raises(ShapeError):
-                    plans(scheme, m, 4096, 2 * k, 132)
+                    plans(name, m, 4096, 2 * k, 132)

@@ -44,6 +44,7 @@ DECODE_LAYOUT = {
 DECODE_LAYOUT |= {f"hip_decode_{arch}_int4": "cdna_int4+tile_group" for arch in ("gfx950", "gfx942")}
 DECODE_LAYOUT["hip_decode_gfx11_int4"] = "rdna_int4+tile_group"
 ON |= {name: (name.split("_")[2],) for name in DECODE_LAYOUT}
+ON["hip_decode_int4"] = ("sm_90",)
 ON["triton_moe"] = ("gfx950", "gfx942", "gfx11", "sm_90")
 MOE_DECODE_LAYOUT = {f"hip_moe_{name[4:]}": f"decode_{layout.split('+')[0]}" for name, layout in DECODE_LAYOUT.items()}
 ON |= {name: (name.split("_")[3],) for name in MOE_DECODE_LAYOUT}
@@ -123,7 +124,12 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             c.block_k < {"cdna": 128, "mma_": 64}.get(choice.layout.removeprefix("decode_")[:4], 32)
         )
     weights = {"mxfp8": "e4m3", "int4_w4a16": "int4"}.get(p.scheme, "e2m1")
-    if choice.kernel.startswith("hip_decode_"):
+    if choice.kernel == "hip_decode_int4":
+        out += ["op"] * (p.op != "linear" or p.scheme != "int4_w4a16" or not 1 <= p.m <= 8)
+        out += ["layout"] * (choice.layout != "mma_int4+tile_group")
+        out += ["x is bf16 or fp16"] * (p.out_dtype == "fp32")
+        out += ["activations of an eighth of K, as halves"] * (2 * p.m * p.k / 8 > LDS["sm_90"])
+    elif choice.kernel.startswith("hip_decode_"):
         out += ["op"] * (p.op != "linear" or not 1 <= p.m <= 64)
         out += ["layout"] * (choice.layout != DECODE_LAYOUT[choice.kernel])
         out += ["weights"] * (not choice.kernel.endswith(weights))
@@ -144,7 +150,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["layout"] * (choice.layout != ("mma_tile+mma_scale" if p.scheme == "mxfp8" else "hopper_bf16"))
         out += ["x is bf16"] * (p.out_dtype in ("fp16", "fp32"))
         rows = next(r for r in (2, 4, 8, 16, 32, 64) if p.m <= r)
-        out += ["activations of an eighth of K, in bf16"] * (max(4, min(rows, 32)) * 2 * p.k / 8 > LDS["sm_90"])
+        out += ["activations of an eighth of K, in bf16"] * (min(rows, 32) * 2 * p.k / 8 > LDS["sm_90"])
     if choice.kernel == "triton_moe":
         e = p.epilogue
         read = (name for name in MOE_DECODE_LAYOUT.values() if "int4" not in name)
