@@ -27,6 +27,7 @@ DEVICE void finish_group(const DecodeArgs& a, const Share& s, const Rows<Grouped
     const int first = group * s.waves_n * TILE_ROWS + sums.first;
     const bool paired = late(a).activation != NO_ACTIVATION;
     const int outputs = paired ? sums.owned / 2 : sums.owned;
+    if (TARGET_AMD && outputs == 0) return;  // of blocks that share K, the last has them all
     // A thread has one output, of as many columns as there are threads to every output.
     const int column_first = quotient(thread_index(), outputs), output = thread_index() - column_first * outputs;
     const int together = quotient(s.threads, outputs), at = paired ? output / 8 * TILE_ROWS + output % 8 : output;
