@@ -26,13 +26,13 @@ DEVICE void finish_group(const DecodeArgs& a, const Share& s, const Rows<Grouped
     constexpr int COLUMNS = AllSums::COLUMNS;
     const int first = group * s.waves_n * TILE_ROWS + sums.first;
     const bool paired = late(a).activation != NO_ACTIVATION;
-    const int outputs = paired ? sums.owned / 2 : sums.owned;
-    if (TARGET_AMD && outputs == 0) return;  // of blocks that share K, the last has them all
-    // A thread has one output, of as many columns as there are threads to every output.
-    const int column_first = quotient(thread_index(), outputs), output = thread_index() - column_first * outputs;
-    const int together = quotient(s.threads, outputs), at = paired ? output / 8 * TILE_ROWS + output % 8 : output;
-    if (column_first >= together || first + at >= a.n) return;
-    for (int column = column_first * COLUMNS; column < rows.count; column += together * COLUMNS) {
+    const int outputs = paired ? sums.owned / 2 : sums.owned, divisor = TARGET_AMD ? larger(outputs, 1) : outputs;
+    // A thread has one output, of as many columns as there are threads to every output. On AMD, of the blocks that share K only the
+    // last has any.
+    const int output = remainder_of(thread_index(), divisor), together = quotient(s.threads, divisor);
+    const int at = paired ? output / 8 * TILE_ROWS + output % 8 : output;
+    if (thread_index() >= together * outputs || first + at >= a.n) return;
+    for (int column = quotient(thread_index(), divisor) * COLUMNS; column < rows.count; column += together * COLUMNS) {
         const auto& e = late(a);
         float gate[COLUMNS] = {}, value[COLUMNS] = {};
 #pragma unroll 1

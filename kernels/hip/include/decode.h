@@ -63,6 +63,8 @@ DEVICE int quotient(int a, int b) {
 #endif
 }
 
+DEVICE int remainder_of(int a, int b) { return TARGET_SM90 ? a - quotient(a, b) * b : a % b; }
+
 /// a / b, of a >= 0; sm_90's plans share by powers of two.
 DEVICE int shared_by(int a, int b) { return TARGET_SM90 ? a >> (31 - __builtin_clz(b)) : a / b; }
 
@@ -80,7 +82,7 @@ struct Share {
     DEVICE Share(const DecodeArgs& a, int tile_k, int rank) : rank(rank) {
         threads = a.waves_k * a.waves_n * WAVE;
         waves_n = opaque(a.waves_n), groups = opaque(a.groups);
-        wave_k = quotient(wave_index(), a.waves_n), wave_n = wave_index() - wave_k * a.waves_n;
+        wave_k = quotient(wave_index(), a.waves_n), wave_n = remainder_of(wave_index(), a.waves_n);
         tiles = ceil_div(a.k, tile_k);
         row_tiles = ceil_div(a.n, TILE_ROWS), row_groups = ceil_div(row_tiles, a.waves_n);
         first_group = shared_by(block_index(), a.split) % a.groups;

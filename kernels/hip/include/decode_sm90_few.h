@@ -19,9 +19,9 @@ DEVICE float scale_of_byte(uint32_t word, int i) {
 
 /// The block's activations in shared memory, MX block by MX block, with a factor for every row of each.
 ///
-/// For e4m3 and int4 weights as halves in the order of K, fp16 as they are. For e2m1 weights as bf16, permuted within MX blocks so that lane q finds what
-/// two steps of 16 want of it as 16 bytes. Blocks are 16 bytes apart, so that neither loads of a block, of two rows by eight lanes
-/// together, nor stores into eight blocks meet in a bank.
+/// For e4m3 and int4 weights as halves in the order of K, fp16 as they are. For e2m1 weights as bf16, permuted within MX blocks so
+/// that lane q finds what two steps of 16 want of it as 16 bytes. Between blocks 16 bytes are left free, so that neither loads of a
+/// block, of two rows by eight lanes together, nor stores into eight blocks meet in a bank.
 template <Weight W, Act A, int M>
 struct Activations<W, A, M, false> {
     static constexpr float UNLIFT = 1.0f;             // what sums are to be multiplied by ...
