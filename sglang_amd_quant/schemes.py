@@ -58,6 +58,11 @@ class Scheme:
     block: int = MX_BLOCK
 
     @property
+    def served_block(self) -> int:
+        """`block` where no recipe or checkpoint says otherwise."""
+        return INT4_GROUP if self.weight == "int4" else self.block
+
+    @property
     def pack(self) -> int:
         """Weight elements per stored byte along K (e4m3: 1, e2m1 and int4: 2)."""
         return 8 // self.weight_bits

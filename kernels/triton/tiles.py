@@ -41,12 +41,10 @@ def row_offsets(n, COLS, LAYOUT: tl.constexpr):
         at = tile + row % 16 * 32
     elif LAYOUT == "mma_tile":
         at = tile + row % 16 // 8 * 512 + row % 8 * 64
-    elif LAYOUT == "tile_scale":
+    elif LAYOUT == "tile_scale" or LAYOUT == "cdna_int4" or LAYOUT == "rdna_int4":
         at = tile + row % 16 * 4
     elif LAYOUT == "mma_scale":
         at = tile + row % 8 * 4 + row % 16 // 8 * 2
-    elif LAYOUT == "cdna_int4" or LAYOUT == "rdna_int4":
-        at = tile + row % 16 * 4
     elif LAYOUT == "mma_int4":
         at = tile + row % 8 * 16 + row % 16 // 8
     elif LAYOUT == "tile_group":
@@ -69,12 +67,10 @@ def column_offsets(c, LAYOUT: tl.constexpr):
         at = c // 64 * 1024 + c // 4 % 4 * 256 + c // 16 % 4 * 4 + c % 4
     elif LAYOUT == "mma_tile":
         at = c // 64 * 1024 + c // 8 % 4 * 16 + c // 32 % 2 * 8 + c % 8
-    elif LAYOUT == "tile_scale":
+    elif LAYOUT == "tile_scale" or LAYOUT == "rdna_int4":
         at = c // 4 * 64 + c % 4
     elif LAYOUT == "mma_scale":
         at = c // 2 * 32 + c % 2
-    elif LAYOUT == "rdna_int4":
-        at = c // 4 * 64 + c % 4
     elif LAYOUT == "tile_group":
         at = c * 16
     else:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sglang_amd_quant import __version__
 from sglang_amd_quant.recipe import default_recipe
-from sglang_amd_quant.schemes import INT4_GROUP, SCHEMES
+from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.selection import GemmProblem, KernelChoice, choose
 from sglang_amd_quant.selection.choose import REFERENCE
 
@@ -157,10 +157,10 @@ def _ask_selection(found: Diagnosis, arch: str) -> None:
     found.not_launched = dict(missing(arch))
     here = launchable(arch)
     for scheme, known in SCHEMES.items():
-        group = INT4_GROUP if known.weight == "int4" else known.block
         for m in SAMPLE_MS:
             dense, gate_up, down = (
-                GemmProblem(scheme=scheme, arch=arch, m=m, group=group, **s) for s in (LINEAR, GATE_UP, DOWN)
+                GemmProblem(scheme=scheme, arch=arch, m=m, group=known.served_block, **s)
+                for s in (LINEAR, GATE_UP, DOWN)
             )
             pair = moe.decide(gate_up, down, here, choose)
             choices = {"linear": choose(dense, here.intersection(linear.KERNELS) | {REFERENCE})}

@@ -7,7 +7,7 @@ import json
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.runtime.detect import launchable, missing
-from sglang_amd_quant.schemes import INT4_GROUP, SCHEMES
+from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.selection import Selector
 from sglang_amd_quant.selection.arch import ARCHES, canonical
 from sglang_amd_quant.selection.explain import explain
@@ -59,7 +59,7 @@ def device_arch(text: str) -> str:
 def run(args: argparse.Namespace) -> int:
     if args.ep < 1 or args.experts % args.ep:
         raise ShapeError(f"{args.experts} experts with EP {args.ep}", "do not divide", "give an --ep that divides them")
-    group = args.group or (INT4_GROUP if SCHEMES[args.scheme].weight == "int4" else 0)
+    group = args.group or SCHEMES[args.scheme].served_block
     problem = GemmProblem(
         args.op, args.scheme, args.arch, args.m, args.n, args.k, args.cu_count, args.experts // args.ep, args.experts,
         args.top_k, args.tp, args.ep, Epilogue(args.bias, args.activation), args.out_dtype, args.layout, group,

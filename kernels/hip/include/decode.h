@@ -93,6 +93,9 @@ struct Share {
         wave_step = a.chunk;
     }
 
+    /// Tiles along K of the block that has most of those that share it.
+    DEVICE int most_tiles(const DecodeArgs& a) const { return shared_by(tiles + a.split - 1, a.split); }
+
     /// Instead of a part of K, waves take its chunks by turns.
     DEVICE void take_turns(const DecodeArgs& a) {
         wave_first = block_first + wave_k * a.chunk, wave_end = block_first + block_tiles;

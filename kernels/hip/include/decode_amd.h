@@ -188,7 +188,7 @@ struct Activations {
     const float* factors;            // of this lane's sums
     int set_stride;                  // of factors
 
-    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : most(ceil_div(s.tiles, a.split)) {
+    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : most(s.most_tiles(a)) {
         values = lds;
         scales = values + row_at(M, most);
         all_factors = reinterpret_cast<float*>(scales + (SCALES ? ceil_div(M * scale_bytes(most), 16) * 16 : 0));
@@ -196,7 +196,7 @@ struct Activations {
         factors = all_factors + lane_group() * group_floats(most);
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) {
-        const int most = ceil_div(s.tiles, a.split);
+        const int most = s.most_tiles(a);
         return row_at(M, most) + (SCALES ? ceil_div(M * scale_bytes(most), 16) * 16 : 0) +
                (FACTORS ? SETS * LANE_GROUPS * group_floats(most) * 4 : 0);
     }

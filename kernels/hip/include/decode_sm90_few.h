@@ -41,11 +41,11 @@ struct Activations<W, A, M, false> {
     Pieces<W> pieces;
 
     DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : zeros(lds), values(lds + 16), pieces(s) {
-        factors = reinterpret_cast<float*>(values + shared_by(s.tiles + a.split - 1, a.split) * Tile<W>::BLOCKS * BLOCK_BYTES);
+        factors = reinterpret_cast<float*>(values + s.most_tiles(a) * Tile<W>::BLOCKS * BLOCK_BYTES);
         blocks = a.k / MX_BLOCK - s.block_first * Tile<W>::BLOCKS;
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) {
-        return 16 + shared_by(s.tiles + a.split - 1, a.split) * Tile<W>::BLOCKS * (BLOCK_BYTES + ROOM * 4);
+        return 16 + s.most_tiles(a) * Tile<W>::BLOCKS * (BLOCK_BYTES + ROOM * 4);
     }
 
     /// All threads: quantizes the block's part of x. Visible to the block after its next barrier.

@@ -36,7 +36,7 @@ struct Activations<W, A, M, true> {
     Pieces<W> pieces;
 
     DEVICE Activations(const DecodeArgs&, const Share& s, uint8_t* lds) : values(matrix_aligned(lds)), pieces(s) {}
-    DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + shared_by(s.tiles + a.split - 1, a.split) * XTile<W, M>::BYTES; }
+    DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::BYTES; }
 
     /// All threads: quantizes the block's part of x. Visible to the block's matrix instructions after its next barrier.
     template <bool Grouped, typename Meanwhile>
