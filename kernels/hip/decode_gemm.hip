@@ -69,7 +69,7 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     lds += X::bytes(a, s);
     Sums<X::ROOM> sums(a, s, lds, barriers);
     if (!Grouped) wait_for_previous_launch();
-    if constexpr (M >= WIDE_FROM) {
+    if constexpr (is_wide(W, M)) {
         x.stage(a, s, rows, [&] { stream.begin(a.depth); });
         stream.begin(a.depth);
     } else {
@@ -80,15 +80,15 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     for (int group = s.first_group; group < s.row_groups; group += s.groups) {
         sums.template look_ahead<W, A, M>(rows.expert, group);
         Totals<W, A, M> totals;
-        if (M >= WIDE_FROM || group * s.waves_n + s.wave_n < s.row_tiles)
+        if (is_wide(W, M) || group * s.waves_n + s.wave_n < s.row_tiles)
             stream.template each_tile<X::TILES>(
                 [&](const auto& tile, int number, auto... tiles) {
                     totals.add(stream, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, tiles...);
                 },
                 [&](auto pending) {
-                    if constexpr (M >= WIDE_FROM) totals.settle(pending);
+                    if constexpr (is_wide(W, M)) totals.settle(pending);
                 });
-        totals.join();
+        totals.join(x);
         sums.hand_over(totals, rows.count, group == s.first_group);
         finish_group<W, A>(a, s, rows, sums, group);
         if (group + s.groups < s.row_groups) sums.done();
@@ -134,13 +134,14 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
         }
         x.release();
     }
+    totals.join(x);
     sums.hand_over(totals, rows.count);
     finish_group<W, A>(a, s, rows, sums, group);
 }
 #endif
 
 // Threads of a block, by the registers that they leave a thread.
-constexpr int MANY = 512, FEW_GROUPED = TARGET_SM90 ? 256 : 512;
+constexpr int MANY = 512;
 template <Weight W>
 constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
 
@@ -162,54 +163,45 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
     NAME(const uint16_t* x, const float* x_scale, uint8_t* prepared, int64_t x_stride, int m, int k, int room, int carry) {     \
         prepare<W, A>(x, x_scale, prepared, x_stride, m, k, room, carry);                                                     \
     }
-#define SCHEME(NAME, W, A)                            \
-    PREPARE(prepare_##NAME, W, A)                     \
-    PREPARED(decode_prepared_##NAME##_m16, W, A, 16)  \
-    PREPARED(decode_prepared_##NAME##_m32, W, A, 32)  \
-    PREPARED(decode_prepared_##NAME##_m64, W, A, 64)  \
-    DECODE(decode_##NAME##_m2, W, A, 2, FEW<W>, 2, false)     \
-    DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)     \
-    DECODE(decode_##NAME##_m8, W, A, 8, FEW<W>, 2, false)     \
-    DECODE(decode_##NAME##_m16, W, A, 16, MANY, 1, false)   \
-    DECODE(decode_##NAME##_m32, W, A, 32, MANY, 1, false)   \
-    DECODE(decode_##NAME##_m64, W, A, 64, MANY, 1, false)   \
-    DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW_GROUPED, 2, true)  \
-    DECODE(moe_decode_##NAME##_m8, W, A, 8, FEW_GROUPED, 2, true)  \
-    DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)  \
-    DECODE(moe_decode_##NAME##_m32, W, A, 32, MANY, 1, true)  \
-    DECODE(moe_decode_##NAME##_m64, W, A, 64, MANY, 1, true)
-#define INT4(NAME, W, A)                              \
-    DECODE(decode_##NAME##_m2, W, A, 2, FEW<W>, 2, false)     \
-    DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)     \
-    DECODE(decode_##NAME##_m8, W, A, 8, FEW<W>, 2, false)     \
-    DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW_GROUPED, 2, true)  \
-    DECODE(moe_decode_##NAME##_m8, W, A, 8, FEW_GROUPED, 2, true)
+#define DENSE(NAME, W, A, M, THREADS, BLOCKS) DECODE(decode_##NAME##_m##M, W, A, M, THREADS, BLOCKS, false)
+#define FROM_16(NAME, W, A)                     \
+    PREPARE(prepare_##NAME, W, A)               \
+    PREPARED(decode_prepared_##NAME##_m16, W, A, 16) \
+    PREPARED(decode_prepared_##NAME##_m32, W, A, 32) \
+    PREPARED(decode_prepared_##NAME##_m64, W, A, 64) \
+    DENSE(NAME, W, A, 16, MANY, 1)              \
+    DENSE(NAME, W, A, 32, MANY, 1)              \
+    DENSE(NAME, W, A, 64, MANY, 1)
+#define INT4(NAME, W, A)              \
+    DENSE(NAME, W, A, 2, FEW<W>, 2)   \
+    DENSE(NAME, W, A, 4, FEW<W>, 2)   \
+    DENSE(NAME, W, A, 8, FEW<W>, 2)
+#define SCHEME(NAME, W, A) INT4(NAME, W, A) FROM_16(NAME, W, A)
+#define QUANTIZED(NAME, W, A) DENSE(NAME, Weight::row_##W, A, 8, MANY, 2) FROM_16(NAME, Weight::row_##W, A)
 #else  // a matrix unit takes sixteen rows whatever M is: fewer sizes will do
 #define SCHEME(NAME, W, A)                                  \
     DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)   \
     DECODE(decode_##NAME##_m16, W, A, 16, MANY, 1, false)   \
     DECODE(decode_##NAME##_m32, W, A, 32, FEW<W>, 1, false) \
-    DECODE(moe_decode_##NAME##_m4, W, A, 4, FEW_GROUPED, 2, true) \
+    DECODE(moe_decode_##NAME##_m4, W, A, 4, MANY, 2, true)  \
     DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)
-#endif
-
-#ifndef INT4
+#define QUANTIZED(NAME, W, A) SCHEME(NAME, Weight::W, A)
 #define INT4 SCHEME
 #endif
 
 // One code object a scheme: they compile in parallel, and a server loads the one that it uses.
 #if defined(DECODE_MXFP8)
-SCHEME(mxfp8, Weight::e4m3, Act::e4m3)
+QUANTIZED(mxfp8, e4m3, Act::e4m3)
 #elif defined(DECODE_W4A8)
-SCHEME(w4a8, Weight::e2m1, Act::e4m3)
+QUANTIZED(w4a8, e2m1, Act::e4m3)
 #elif defined(DECODE_W4A16)
 SCHEME(w4a16, Weight::e2m1, Act::bf16)
 #elif defined(DECODE_MXFP4)
-SCHEME(mxfp4, Weight::e2m1, Act::e2m1)
+QUANTIZED(mxfp4, e2m1, Act::e2m1)
 #elif defined(DECODE_W4A8_STATIC)
-SCHEME(w4a8_static, Weight::e2m1, Act::fp8_static)
+QUANTIZED(w4a8_static, e2m1, Act::fp8_static)
 #elif defined(DECODE_MXFP8_STATIC)
-SCHEME(mxfp8_static, Weight::e4m3, Act::fp8_static)
+QUANTIZED(mxfp8_static, e4m3, Act::fp8_static)
 #elif defined(DECODE_W8A16)
 SCHEME(w8a16, Weight::e4m3, Act::bf16)
 #elif defined(DECODE_INT4_W4A16)

@@ -73,28 +73,28 @@ _DECODE += ("carry:i32", "out:i32", "activation:i32", "alpha:f32", "limit:f32")
 
 _PREPARE = ("x:ptr", "x_scale:ptr", "prepared:ptr", "x_stride:i64", "m:i32", "k:i32", "room:i32", "carry:i32")
 
-DECODE_SCHEMES = ("mxfp8", "w4a8", "w4a16", "mxfp4", "w4a8_static", "mxfp8_static", "w8a16")
+QUANTIZED_SCHEMES = ("mxfp8", "w4a8", "mxfp4", "w4a8_static", "mxfp8_static")
+BF16_SCHEMES = ("w4a16", "w8a16")
+DECODE_SCHEMES = (*QUANTIZED_SCHEMES, *BF16_SCHEMES)
+"""MX weights, by what becomes of activations."""
 INT4_SCHEMES = ("int4_w4a16", "int4_w4a16_fp16")
 INT4_GROUPS = (32, 64, 128)
 """int4 with bf16 or fp16 activations: a scheme's entry points for groups of 128 are those of `int4_w4a16_g128`."""
-DECODE_M = (2, 4, 8, 16, 32, 64)
-MOE_DECODE_M = (4, 8, 16, 32, 64)
-PREPARED_M = (16, 32, 64)
-"""Rows of activations that the dense and the grouped decode kernels, and those of an x that a launch has prepared, are
-instantiated for on sm_90 ..."""
-INT4_DECODE_M = (2, 4, 8)
-INT4_MOE_DECODE_M = (4, 8)
-"""... of int4 ..."""
+FEW_M, PREPARED_M = (2, 4, 8), (16, 32, 64)
+DECODE_M = FEW_M + PREPARED_M
+QUANTIZED_M = (8, *PREPARED_M)
+"""Rows of activations that the decode kernels are instantiated for on sm_90: of int4, those of an x that a launch has
+prepared, of bf16, of quantized activations ..."""
 AMD_DECODE_M = (4, 16, 32)
 AMD_MOE_DECODE_M = (4, 16)
-"""... and on AMD, whose matrix units take sixteen rows at a time."""
+"""... and on AMD, whose matrix units take sixteen rows at a time; grouped by expert only there (`hopper_moe.py`)."""
 
 
 def _decode(
     scheme: str,
     archs: tuple[str, ...],
     dense: tuple[int, ...],
-    grouped: tuple[int, ...],
+    grouped: tuple[int, ...] = (),
     prepared: tuple[int, ...] = (),
     groups: tuple[int, ...] = (),
 ) -> CodeObject:
@@ -127,9 +127,10 @@ CODE_OBJECTS = (
             for m in (1, 2, 4)
         ),
     ),
-    *(_decode(scheme, ("sm_90",), DECODE_M, MOE_DECODE_M, PREPARED_M) for scheme in DECODE_SCHEMES),
+    *(_decode(scheme, ("sm_90",), QUANTIZED_M, prepared=PREPARED_M) for scheme in QUANTIZED_SCHEMES),
+    *(_decode(scheme, ("sm_90",), DECODE_M, prepared=PREPARED_M) for scheme in BF16_SCHEMES),
+    *(_decode(scheme, ("sm_90",), FEW_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),
     *(_decode(scheme, AMD_ARCHS, AMD_DECODE_M, AMD_MOE_DECODE_M) for scheme in DECODE_SCHEMES),
-    *(_decode(scheme, ("sm_90",), INT4_DECODE_M, INT4_MOE_DECODE_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),
     *(_decode(scheme, AMD_ARCHS, AMD_DECODE_M, AMD_MOE_DECODE_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),
 )
 """Code objects of one name are one kernel for several targets."""

@@ -94,16 +94,18 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 def run_decode(call: LinearCall) -> None:
     """`kernels/hip/decode_gemm.hip`, dense: quantizes x itself."""
     from sglang_amd_quant.runtime.decode_gemm import Epilogue, decode_gemm
-    from sglang_amd_quant.runtime.decode_plans import plans
+    from sglang_amd_quant.runtime.decode_plans import plans, prepared_bytes
 
     device, problem = device_of(call.x), call.problem
-    data, scales, factors = call.weight.tensors[0], call.weight.tensors[1], None
+    data, scales, factors = *call.weight.tensors[:2], None
     if isinstance(call.weight, PackedWeight):
-        data, factors, scales = call.weight.tensors
-    plan = plans(decode_scheme(problem), call.x.shape[0], problem.n, problem.k, device.cu_count)[0]
-    prepared = call.x.new_empty(plan.prepared_values(call.x.shape[0], problem.k)) if plan.share else None
+        data, factors, scales = (*call.weight.tensors, None)[:3]
+    scheme, m = decode_scheme(problem), call.x.shape[0]
+    plan = plans(scheme, m, problem.n, problem.k, device.cu_count)[0]
+    room = prepared_bytes(scheme, plan, m, problem.k)
+    prepared = call.x.new_empty(room, dtype=torch.uint8) if room else None
     for launch in decode_gemm(
-        aligned(call.x), data, scales, factors, call.y, scheme=decode_scheme(problem), n=problem.n,
+        aligned(call.x), data, scales, factors, call.y, scheme=scheme, n=problem.n,
         cu_count=device.cu_count, carry=carry(call.act), x_scale=call.act.scale, epilogue=Epilogue(bias=call.bias),
         plan=plan, prepared=prepared,
     ):  # fmt: skip

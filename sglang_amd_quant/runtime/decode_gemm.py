@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.runtime.decode_plans import TILE_K, TILE_ROWS, DecodePlan, grouped_plan, plans
+from sglang_amd_quant.kernels.hip.manifest import QUANTIZED_SCHEMES
+from sglang_amd_quant.runtime.decode_plans import TILE_K, TILE_ROWS, DecodePlan, plans, prepared_bytes
 from sglang_amd_quant.runtime.launch import LaunchDescription
 from sglang_amd_quant.schemes import MX_BLOCK
 
@@ -54,56 +55,45 @@ def decode_gemm(
     carry: int = 0,
     x_scale: Any = None,
     epilogue: Epilogue = NOTHING,
-    row_ids: Any = None,
-    block_experts: Any = None,
-    block_m: int = 0,
-    top_k: int = 1,
     plan: DecodePlan | None = None,
     prepared: Any = None,
 ) -> tuple[LaunchDescription, ...]:
-    """Describe y = x w^T, dense or grouped by expert, on sm_90: launches that follow each other.
+    """Describe y = x w^T on sm_90: launches that follow each other.
 
     Args:
-        x: [M / top_k, K] bf16, for schemes of fp16 activations fp16; rows 16-byte aligned, last dimension contiguous.
-        data, scales, factors: weights in `mma_tile` + `mma_scale` (e4m3; factors None), packed as `hopper_bf16`, or in
-            `mma_int4` + `tile_group` with words for scales (int4; factors None).
+        x: [M, K] bf16, for schemes of fp16 activations fp16; rows 16-byte aligned, last dimension contiguous.
+        data, scales, factors: weights packed as `hopper_e4m3` (of quantized activations; scales None for e4m3) or
+            `hopper_bf16`, in `mma_tile` + `mma_scale` (w8a16; factors None), or in `mma_int4` + `tile_group` with words
+            for scales (int4; factors None).
         y: [M, N], or [M, N / 2] after an activation; bf16, fp16 or fp32, last dimension contiguous.
         scheme: one of the manifest's `DECODE_SCHEMES`, or `INT4_SCHEMES` by group (`int4_w4a16_g128`).
-        n: rows of the weights (of one expert).
+        n: rows of the weights.
         cu_count: multiprocessors.
         carry: rounds the activations' scales (`formats.mx.Element.carry`).
         x_scale: fp32 scalar on the device, the scale of static fp8 activations.
         epilogue: what is fused behind.
-        row_ids, block_experts, block_m: routing (`ops/routing.py`); None and 0: dense.
-        top_k: rows of y that share a row of x.
         plan: instead of the first of `plans`.
-        prepared: room for `plan.prepared_values` of bf16, 16-byte aligned, whatever they are.
+        prepared: room for `prepared_bytes`, 16-byte aligned, whatever is in it.
 
     Raises:
         ShapeError: shapes, strides or dtypes that do not fit each other or the kernel.
     """
-    check_operands(x, y, n, top_k, epilogue, scheme)
+    check_operands(x, y, n, 1, epilogue, scheme)
     m, k = y.shape[0], x.shape[1]
-    grouped = row_ids is not None
-    pairs = epilogue.activation is not None
-    if plan is None and grouped:
-        plan = grouped_plan(scheme, block_m, len(block_experts), n, k, cu_count)
-    elif plan is None:
-        plan = plans(scheme, m, n, k, cu_count, pairs)[0]
-    row_blocks = len(block_experts) if grouped else -(-m // plan.rows)
-    family = "moe_decode" if grouped else "decode_prepared" if plan.share else "decode"
+    if plan is None:
+        plan = plans(scheme, m, n, k, cu_count, epilogue.activation is not None)[0]
     launches = []
     if plan.share:
-        _check_prepared(plan, prepared, m, n, k)
+        _check_prepared(scheme, plan, prepared, m, n, k)
         launches.append(_prepare(x, prepared, scheme, x_scale, carry, m, k, plan.rows))
     gemm = LaunchDescription(
-        kernel=f"{family}_{scheme}_m{plan.rows}",
-        grid=row_blocks * plan.groups * plan.split,
+        kernel=f"{'decode_prepared' if plan.share else 'decode'}_{scheme}_m{plan.rows}",
+        grid=-(-m // plan.rows) * plan.groups * plan.split,
         block=plan.waves * 32,
         lds=plan.lds,
         args=(
-            prepared if plan.share else x, data, scales, factors, epilogue.bias, x_scale, epilogue.residual, y, row_ids,
-            block_experts, epilogue.row_weights, None, x.stride(0), y.stride(0), m, n, k, top_k, plan.split,
+            prepared if plan.share else x, data, scales, factors, epilogue.bias, x_scale, epilogue.residual, y, None,
+            None, epilogue.row_weights, None, x.stride(0), y.stride(0), m, n, k, 1, plan.split,
             plan.waves_k, plan.waves_n, plan.groups, plan.depth, plan.chunk, carry, out_code(y),
             ACTIVATIONS[epilogue.activation] | (INTERLEAVED if epilogue.interleaved else 0),
             epilogue.alpha, epilogue.limit or 0.0,
@@ -114,16 +104,16 @@ def decode_gemm(
     return (*launches, gemm)
 
 
-def _check_prepared(plan: DecodePlan, prepared: Any, m: int, n: int, k: int) -> None:
-    have, need = 0 if prepared is None else prepared.numel(), plan.prepared_values(m, k)
-    if have < need:
-        raise ShapeError(f"room for {have} values of a prepared x", f"{plan} leaves {need}", "make room")
+def _check_prepared(scheme: str, plan: DecodePlan, prepared: Any, m: int, n: int, k: int) -> None:
+    have = 0 if prepared is None else prepared.numel() * prepared.element_size()
+    if have < (need := prepared_bytes(scheme, plan, m, k)):
+        raise ShapeError(f"room for {have} bytes of a prepared x", f"{plan} leaves {need}", "make room")
     if plan.groups * plan.waves_n * TILE_ROWS < n:
         raise ShapeError(f"N={n}", f"{plan} has one row group a block", "take a plan for this N")
 
 
 PREPARING_WAVES = 8
-"""Waves of a block that prepares x; each takes eight rows of an MX block."""
+"""Waves of a block that prepares x: eight rows of an MX block each, or of quantized ones a row together."""
 
 
 def _prepare(
@@ -132,7 +122,7 @@ def _prepare(
     units = -(-m // 8) * -(-k // TILE_K) * (TILE_K // MX_BLOCK)
     return LaunchDescription(
         kernel=f"prepare_{scheme}",
-        grid=-(-units // PREPARING_WAVES),
+        grid=m if scheme in QUANTIZED_SCHEMES else -(-units // PREPARING_WAVES),
         block=PREPARING_WAVES * 32,
         args=(x, x_scale, prepared, x.stride(0), m, k, rows, carry),
         overlap=True,

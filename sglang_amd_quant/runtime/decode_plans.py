@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.kernels.hip.manifest import (
-    DECODE_M,
-    INT4_DECODE_M,
-    INT4_GROUPS,
-    INT4_MOE_DECODE_M,
-    INT4_SCHEMES,
-    MOE_DECODE_M,
-)
+from sglang_amd_quant.kernels.hip.manifest import DECODE_M, FEW_M, INT4_GROUPS, INT4_SCHEMES, QUANTIZED_M
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.schemes import MX_BLOCK
 
@@ -31,40 +25,45 @@ class _Weights:
     """What a plan must know of a scheme's weights.
 
     Attributes:
-        e4m3: whether a weight is a byte, not half of one.
+        kind: what plans were measured with.
         group: elements along K that share a scale.
         tile_k: elements of a row in a tile.
         tile_bytes: of a tile, with its scales.
-        dense, grouped: rows of activations that entry points are instantiated for.
+        rows: of activations that entry points are instantiated for.
+        wide_from: rows from which on four waves multiply together, by wgmma.
+        x_bytes: of an activation there.
+        waves: that find registers on a multiprocessor, by rows; elsewhere 16.
     """
 
-    e4m3: bool
+    kind: str
     group: int
     tile_k: int
     tile_bytes: int
-    dense: tuple[int, ...] = DECODE_M
-    grouped: tuple[int, ...] = MOE_DECODE_M
+    rows: tuple[int, ...] = DECODE_M
+    wide_from: int = 16
+    x_bytes: int = 2
+    waves: Mapping[int, int] = field(default_factory=lambda: {16: 28, 32: 20})
+
+    def resident_waves(self, rows: int) -> int:
+        return self.waves.get(rows, 16)
 
 
-_E4M3 = _Weights(True, MX_BLOCK, TILE_K, 1024 + 32)
-_E2M1 = _Weights(False, MX_BLOCK, TILE_K, 512 + 32)
-_INT4 = {
-    32: _Weights(False, 32, TILE_K, 512 + 128, INT4_DECODE_M, INT4_MOE_DECODE_M),
-    64: _Weights(False, 64, TILE_K, 512 + 64, INT4_DECODE_M, INT4_MOE_DECODE_M),
-    128: _Weights(False, 128, 2 * TILE_K, 1024 + 64, INT4_DECODE_M, INT4_MOE_DECODE_M),
+_BF16 = {
+    "w4a16": _Weights("e2m1", MX_BLOCK, TILE_K, 512 + 32),
+    "w8a16": _Weights("e4m3", MX_BLOCK, TILE_K, 1024 + 32, waves={2: 20, 4: 20, 8: 20, 16: 28, 32: 20}),
 }
-_OF_SCHEME = dict.fromkeys(("mxfp8", "mxfp8_static", "w8a16"), _E4M3)
+_ROW_E2M1, _ROW_E4M3 = (
+    _Weights(kind, MX_BLOCK, TILE_K, tile_bytes, QUANTIZED_M, wide_from=1, x_bytes=1, waves={8: 32, 16: 24, 32: 20})
+    for kind, tile_bytes in (("row_e2m1", 512 + 32), ("row_e4m3", 1024))
+)
+_INT4 = {
+    32: _Weights("e2m1", 32, TILE_K, 512 + 128, FEW_M),
+    64: _Weights("e2m1", 64, TILE_K, 512 + 64, FEW_M),
+    128: _Weights("e2m1", 128, 2 * TILE_K, 1024 + 64, FEW_M),
+}
+_OF_SCHEME = _BF16 | dict.fromkeys(("mxfp8", "mxfp8_static"), _ROW_E4M3)
+_OF_SCHEME |= dict.fromkeys(("w4a8", "mxfp4", "w4a8_static"), _ROW_E2M1)
 _OF_SCHEME |= {f"{scheme}_g{group}": _INT4[group] for scheme in INT4_SCHEMES for group in INT4_GROUPS}
-
-
-def _weights(scheme: str) -> _Weights:
-    return _OF_SCHEME.get(scheme, _E2M1)
-
-
-WIDE_FROM = 16
-"""Rows from which on four waves multiply together, by wgmma (decode_sm90_many.h)."""
-RESIDENT_WAVES = {16: 28, 32: 20, 64: 16}
-"""Waves that find registers on a multiprocessor, by rows; of fewer rows 20 with e4m3 weights, else 16."""
 
 
 @dataclass(frozen=True)
@@ -97,51 +96,63 @@ class DecodePlan:
         """Waves of a block that multiply."""
         return self.waves_k * self.waves_n
 
-    def prepared_values(self, m: int, k: int) -> int:
-        """bf16 values of x that the launch in front leaves."""
-        return -(-m // self.rows) * self.rows * -(-k // TILE_K) * TILE_K if self.share else 0
+def prepared_bytes(scheme: str, plan: DecodePlan, m: int, k: int) -> int:
+    """Bytes that the launch in front leaves of x [m, k]: values, of quantized ones also a factor a row; 0 without it."""
+    w, rows = _OF_SCHEME[scheme], -(-m // plan.rows) * plan.rows
+    factors = 4 if w.x_bytes == 1 else 0
+    return rows * (-(-k // TILE_K) * TILE_K * w.x_bytes + factors) if plan.share else 0
 
 
 def lds_bytes(
     w: _Weights, rows: int, tiles: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int
 ) -> int:
     """Shared memory of a block: barriers, rings, activations with their factors, row factors and partial sums."""
-    waves, most, columns = waves_k * waves_n, -(-tiles // split), rows
+    waves, most, columns = waves_k * waves_n, -(-tiles // split), rows if rows < 16 else rows + 4
     barriers = -(-(8 + waves * depth * 8) // 128) * 128
     ring = waves * depth * chunk * w.tile_bytes
-    if rows < WIDE_FROM:
+    if w.x_bytes == 1:
+        activations = 1024 + most * rows * (TILE_K + TILE_K // MX_BLOCK) + 4 * rows
+    elif rows < w.wide_from:
         activations = 16 + most * w.tile_k // MX_BLOCK * (rows * (2 * MX_BLOCK + 4) + 16)
     else:
-        activations, columns = 1024 + most * 128 * rows, columns + 4
+        activations = 1024 + most * 128 * rows
     sums = 2 * 4 * waves_n * TILE_ROWS // split + 4 * waves * TILE_ROWS * columns
     return barriers + ring + activations + sums
 
 
-def max_waves(rows: int) -> int:
+def max_waves(w: _Weights, rows: int) -> int:
     """Waves that a block may have: `KERNEL(...)` in decode_gemm.hip."""
-    return 16 if rows >= WIDE_FROM else 8
+    return 16 if rows >= w.wide_from else 8
 
 
 Shape = tuple[int, ...]
 """split, waves_k, waves_n, depth, chunk, and share where x is prepared."""
 
 
-_WANTED: dict[tuple[bool, int], tuple[Shape, Shape, Shape, Shape]] = {
-    # e4m3, rows: many row groups a block; long K with few row tiles, or more; short K
-    (False, 1): ((2, 2, 2, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (2, 2, 4, 1, 8)),
-    (False, 2): ((2, 1, 8, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (2, 2, 4, 1, 8)),
-    (False, 4): ((2, 1, 8, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (2, 2, 4, 1, 8)),
-    (False, 8): ((8, 1, 8, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (4, 1, 8, 1, 8)),
-    (False, 16): ((4, 1, 16, 2, 8), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
-    (False, 32): ((1, 1, 16, 4, 4, 1), (8, 2, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
-    (False, 64): ((1, 1, 16, 3, 4, 1), (4, 2, 4, 2, 4, 1), (8, 1, 12, 3, 4, 1), (1, 2, 4, 2, 4, 1)),
-    (True, 1): ((2, 2, 4, 2, 8), (8, 1, 4, 1, 12), (8, 1, 4, 1, 12), (2, 2, 2, 1, 8)),
-    (True, 2): ((8, 1, 8, 2, 8), (8, 1, 8, 1, 12), (8, 1, 8, 1, 12), (4, 1, 4, 1, 8)),
-    (True, 4): ((8, 1, 8, 2, 8), (8, 2, 4, 2, 2), (8, 1, 8, 2, 3), (4, 1, 4, 2, 2)),
-    (True, 8): ((8, 1, 8, 2, 8), (8, 2, 4, 2, 2), (8, 1, 8, 4, 2), (2, 2, 4, 2, 2)),
-    (True, 16): ((4, 1, 16, 2, 4), (8, 2, 8, 2, 2), (8, 1, 12, 2, 3), (4, 1, 16, 2, 2)),
-    (True, 32): ((8, 1, 12, 2, 4), (4, 2, 4, 3, 4, 1), (8, 1, 12, 2, 3), (1, 4, 4, 3, 2, 1)),
-    (True, 64): ((1, 1, 16, 4, 2, 1), (4, 2, 4, 4, 2, 1), (8, 1, 12, 4, 2, 1), (1, 4, 4, 4, 1, 1)),
+_WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
+    # kind, rows: many row groups a block; long K with few row tiles, or more; short K
+    ("e2m1", 1): ((2, 2, 2, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (2, 2, 4, 1, 8)),
+    ("e2m1", 2): ((2, 1, 8, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (2, 2, 4, 1, 8)),
+    ("e2m1", 4): ((2, 1, 8, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (2, 2, 4, 1, 8)),
+    ("e2m1", 8): ((8, 1, 8, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (4, 1, 8, 1, 8)),
+    ("e2m1", 16): ((4, 1, 16, 2, 8), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
+    ("e2m1", 32): ((1, 1, 16, 4, 4, 1), (8, 2, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
+    ("e2m1", 64): ((1, 1, 16, 3, 4, 1), (4, 2, 4, 2, 4, 1), (8, 1, 12, 3, 4, 1), (1, 2, 4, 2, 4, 1)),
+    ("e4m3", 1): ((2, 2, 4, 2, 8), (8, 1, 4, 1, 12), (8, 1, 4, 1, 12), (2, 2, 2, 1, 8)),
+    ("e4m3", 2): ((8, 1, 8, 2, 8), (8, 1, 8, 1, 12), (8, 1, 8, 1, 12), (4, 1, 4, 1, 8)),
+    ("e4m3", 4): ((8, 1, 8, 2, 8), (8, 2, 4, 2, 2), (8, 1, 8, 2, 3), (4, 1, 4, 2, 2)),
+    ("e4m3", 8): ((8, 1, 8, 2, 8), (8, 2, 4, 2, 2), (8, 1, 8, 4, 2), (2, 2, 4, 2, 2)),
+    ("e4m3", 16): ((4, 1, 16, 2, 4), (8, 2, 8, 2, 2), (8, 1, 12, 2, 3), (4, 1, 16, 2, 2)),
+    ("e4m3", 32): ((8, 1, 12, 2, 4), (4, 2, 4, 3, 4, 1), (8, 1, 12, 2, 3), (1, 4, 4, 3, 2, 1)),
+    ("e4m3", 64): ((1, 1, 16, 4, 2, 1), (4, 2, 4, 4, 2, 1), (8, 1, 12, 4, 2, 1), (1, 4, 4, 4, 1, 1)),
+    ("row_e2m1", 8): ((8, 1, 8, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (4, 1, 8, 1, 8)),
+    ("row_e2m1", 16): ((4, 1, 16, 2, 8), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
+    ("row_e2m1", 32): ((1, 1, 16, 4, 4, 1), (8, 2, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
+    ("row_e2m1", 64): ((1, 1, 16, 3, 4, 1), (4, 2, 4, 2, 4, 1), (8, 1, 12, 3, 4, 1), (1, 2, 4, 2, 4, 1)),
+    ("row_e4m3", 8): ((8, 1, 8, 2, 8), (8, 2, 4, 2, 2), (8, 1, 8, 4, 2), (2, 2, 4, 2, 2)),
+    ("row_e4m3", 16): ((4, 1, 16, 2, 4), (8, 2, 8, 2, 2), (8, 1, 12, 2, 3), (4, 1, 16, 2, 2)),
+    ("row_e4m3", 32): ((8, 1, 12, 2, 4), (4, 2, 4, 3, 4, 1), (8, 1, 12, 2, 3), (1, 4, 4, 3, 2, 1)),
+    ("row_e4m3", 64): ((1, 1, 16, 4, 2, 1), (4, 2, 4, 4, 2, 1), (8, 1, 12, 4, 2, 1), (1, 4, 4, 4, 1, 1)),
 }
 """What measured best, or within a few percent, on an H200 or an H100, of 16 to 100 plans each for 70 dense problems
 (`python -m bench.decode --schemes w4a8,mxfp8 --explore 100`).
@@ -153,20 +164,20 @@ to do.
 """
 
 
-def _wanted(e4m3: bool, rows: int, m: int, tiles: int, row_tiles: int, cu_count: int) -> Shape:
+def _wanted(w: _Weights, rows: int, m: int, tiles: int, row_tiles: int, cu_count: int) -> Shape:
     large, long = row_tiles >= 8 * cu_count, tiles >= 64
     which = 0 if large else 3 if not long else 1 if row_tiles <= cu_count else 2
-    return _WANTED[e4m3, 1 if m == 1 else rows][which]
+    return _WANTED[w.kind, 1 if m == 1 and (w.kind, 1) in _WANTED else rows][which]
 
 
-def _distance(plan: DecodePlan, e4m3: bool, wanted: Shape, row_tiles: int, cu_count: int) -> float:
+def _distance(plan: DecodePlan, w: _Weights, wanted: Shape, row_tiles: int, cu_count: int) -> float:
     """How far a plan is from what is wanted, in powers of two; idle multiprocessors and uneven shares count double."""
     split, waves_k, waves_n, depth, chunk, share = (*wanted, 0)[:6]
     blocks = plan.groups * plan.split
     idle = max(0.0, math.log2(min(cu_count, row_tiles * split * waves_k) / blocks) - 0.7)
     row_groups = -(-row_tiles // plan.waves_n)
     if plan.share:  # one row group a block: as many rounds as it takes
-        places = _in_clusters(cu_count, plan.split * plan.share) * _resident(e4m3, plan.lds, plan.rows, plan.waves)
+        places = _in_clusters(cu_count, plan.split * plan.share) * _resident(w, plan.lds, plan.rows, plan.waves)
         uneven = math.log2(-(-blocks // places) * min(1, places / blocks))
     else:
         uneven = math.log2(-(-row_groups // plan.groups) * plan.groups / row_groups)
@@ -188,49 +199,26 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
     Raises:
         ShapeError: no such problem, or none that shared memory holds.
     """
-    w = _weights(scheme)
+    w = _OF_SCHEME[scheme]
     _check(w, m, n, k)
-    if m > w.dense[-1] < WIDE_FROM:
-        raise ShapeError(f"decode GEMM of {scheme} M={m} N={n} K={k}", f"made for M <= {w.dense[-1]}", "use the GEMM")
-    least = next((r for r in w.dense if m <= r), w.dense[-1])
+    if m > w.rows[-1] < w.wide_from:
+        raise ShapeError(f"decode GEMM of {scheme} M={m} N={n} K={k}", f"made for M <= {w.rows[-1]}", "use the GEMM")
+    least = next((r for r in w.rows if m <= r), w.rows[-1])
     for rows in (least, 32) if least > 32 else (least,):  # by 32 where the activations of more do not fit
         found = _enumerate(w, rows, n, k, cu_count, pairs, -(-m // rows))
-        if rows >= WIDE_FROM:
+        if rows >= 16:
             found += _enumerate_prepared(w, rows, n, k, pairs)
         if found:
             return _sorted(found, w, rows, min(m, rows), n, k, cu_count)
     raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
 
 
-@cache
-def grouped_plan(scheme: str, block_m: int, blocks: int, n: int, k: int, cu_count: int) -> DecodePlan:
-    """The plan for `blocks` routed blocks of `block_m` rows, most of which have work. Raises ShapeError as `plans`."""
-    w = _weights(scheme)
-    _check(w, block_m, n, k)
-    if block_m not in w.grouped:
-        raise ShapeError(f"blocks of {block_m} routed rows", "no such kernel", f"use one of {w.grouped}")
-    tiles, row_tiles = -(-k // w.tile_k), -(-n // TILE_ROWS)
-    # Measured best, or within a few percent, on an H100 80GB HBM3 for gpt-oss-120b at TP1 and TP8 and Qwen3-30B-A3B:
-    # waves along N alone, but where so few blocks have work that waves must share K to keep memory busy.
-    if blocks < 16 and k > 15 * TILE_K:
-        waves_k, waves_n = 4, 2
-    else:
-        waves_k, waves_n = 1, 16 if block_m == 16 else 8 if k > 23 * TILE_K else 4
-    waves_n = min(waves_n, 1 << (row_tiles - 1).bit_length())
-    for chunk in range(min(6, -(-tiles // (2 * waves_k))), 0, -1):
-        lds = lds_bytes(w, block_m, tiles, 1, waves_k, waves_n, 2, chunk)
-        if lds <= arch_facts("sm_90").lds_bytes:
-            groups = min(-(-row_tiles // waves_n), -(-20 * cu_count // max(1, blocks)))
-            return DecodePlan(block_m, 1, waves_k, waves_n, groups, 2, chunk, lds)
-    raise ShapeError(f"MoE decode N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
-
-
 def _sorted(
     found: list[DecodePlan], w: _Weights, rows: int, m: int, n: int, k: int, cu_count: int
 ) -> tuple[DecodePlan, ...]:
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
-    wanted = _wanted(w.e4m3, rows, m, tiles, row_tiles, cu_count)
-    return tuple(sorted(found, key=lambda p: _distance(p, w.e4m3, wanted, row_tiles, cu_count)))
+    wanted = _wanted(w, rows, m, tiles, row_tiles, cu_count)
+    return tuple(sorted(found, key=lambda p: _distance(p, w, wanted, row_tiles, cu_count)))
 
 
 def _in_clusters(cu_count: int, split: int) -> int:
@@ -239,10 +227,9 @@ def _in_clusters(cu_count: int, split: int) -> int:
     return cu_count if split <= 2 else cu_count * 10 // 11
 
 
-def _resident(e4m3: bool, lds: int, rows: int, waves: int) -> int:
+def _resident(w: _Weights, lds: int, rows: int, waves: int) -> int:
     """Blocks of so many waves that find a place on one multiprocessor."""
-    by_registers = RESIDENT_WAVES.get(rows, 20 if e4m3 else 16)
-    return min((arch_facts("sm_90").lds_bytes + 1024) // (lds + 1024), by_registers // waves)
+    return min((arch_facts("sm_90").lds_bytes + 1024) // (lds + 1024), w.resident_waves(rows) // waves)
 
 
 def _enumerate(
@@ -255,21 +242,21 @@ def _enumerate(
     row_blocks: int,
 ) -> list[DecodePlan]:
     tiles, row_tiles = -(-k // w.tile_k), -(-n // TILE_ROWS)
-    most = max_waves(rows)
+    most = max_waves(w, rows)
     found = []
     for waves, waves_k, split in itertools.product((4, 8, 12, 16), (1, 2, 4), (1, 2, 4, 8)):
         waves_n, mine = waves // waves_k, tiles / split / waves_k
         if waves > most or waves % waves_k or (waves_n > row_tiles and waves > 4) or (mine < 1 and waves_k > 1):
             continue
         owned, uneven = divmod(waves_n * TILE_ROWS, split)
-        if (rows >= WIDE_FROM and waves_n % 4) or uneven or (pairs and owned % TILE_ROWS) or split > tiles:
+        if (rows >= w.wide_from and waves_n % 4) or uneven or (pairs and owned % TILE_ROWS) or split > tiles:
             continue
         row_groups = -(-row_tiles // waves_n)
         # Rings that hold all, or half, or a quarter of a wave's share of a row tile, in one chunk, two or four
         for depth, ring in itertools.product((1, 2, 4), (1, 2, 4)):
             chunk = min(12, max(1, math.ceil(mine / depth / ring)))
             lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk)
-            resident = _resident(w.e4m3, lds, rows, waves)
+            resident = _resident(w, lds, rows, waves)
             if resident:
                 groups = min(row_groups, max(1, _in_clusters(cu_count, split) * resident // (split * row_blocks)))
                 found.append(DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds))
@@ -281,7 +268,7 @@ def prepared_lds(w: _Weights, rows: int, split: int, waves_k: int, waves_n: int,
     row factors, and the partial sums of the blocks that share K."""
     of_rows = waves_n * TILE_ROWS * (rows + 4) * 4
     barriers = -(-(8 + (2 + waves_k * waves_n) * depth * 8) // 128) * 128
-    rings = 1024 + depth * waves_k * chunk * (128 * rows + waves_n * w.tile_bytes)
+    rings = 1024 + depth * waves_k * chunk * (TILE_K * w.x_bytes * rows + waves_n * w.tile_bytes)
     return barriers + max(rings, waves_k * of_rows) + 8 * waves_n * TILE_ROWS // split + (of_rows if split > 1 else 0)
 
 

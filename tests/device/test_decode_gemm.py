@@ -23,7 +23,7 @@ def device(arch, needs):
     from sglang_amd_quant.runtime.device import gpu
 
     def loaded(scheme):
-        gpu(0).load(*(e.name for e in find(f"decode_{scheme}_m2")[0].entry_points))
+        gpu(0).load(*(e.name for e in find(f"decode_{scheme}_m8", "sm_90")[0].entry_points))
         return gpu(0)
 
     return loaded
@@ -31,7 +31,7 @@ def device(arch, needs):
 
 @pytest.mark.parametrize("scheme", MX)
 def test_random_shapes_and_plans(device, scheme):
-    """`Reference` (bench/decode.py) derives the bound: an ulp of the running sum for each of K additions."""
+    """`bound` (bench/decode.py) derives the bounds."""
     from bench.decode import Problem, Reference
     from sglang_amd_quant.runtime.decode_plans import plans
 
@@ -116,7 +116,7 @@ def both_ways(scheme, m, n, k, cu_count, pairs=False):
 @pytest.mark.parametrize("scheme", ["w4a8", "mxfp4"])
 def test_activations_of_every_size(device, scheme, m):
     """Subnormal scales, blocks of zeros, single large values: rounding in pairs, and what it leaves to floats."""
-    from bench.decode import Problem, launch
+    from bench.decode import Problem, bound, launch
     from sglang_amd_quant import formats
 
     gpu, n, k = device(scheme), 400, 1056
@@ -127,11 +127,11 @@ def test_activations_of_every_size(device, scheme, m):
         x[:, 64:96] = 0
         x[3, 100] *= 2.0**20
         exact = formats.fake_quantize_mx(x.float(), problem.scheme.act).double()
-        bound = k * 2.0**-23 * (exact.abs() @ w.abs().T) + k * 2.0**-149
+        allowed = bound(problem, exact, w) + k * 2.0**-149
         for plan in both_ways(scheme, m, n, k, gpu.cu_count):
             y = torch.full((m, n), torch.nan, device="cuda")
             launch(gpu, problem, 0, x, y, plan)
-            assert ((y.double() - exact @ w.T).abs() <= bound).all(), (exponent, plan)
+            assert ((y.double() - exact @ w.T).abs() <= allowed).all(), (exponent, plan)
     x[2, 5] = torch.nan
     for plan in both_ways(scheme, m, n, k, gpu.cu_count):
         launch(gpu, problem, 0, x, y, plan)
@@ -142,8 +142,9 @@ def test_activations_of_every_size(device, scheme, m):
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("scheme", ["w4a8", "mxfp8"])
 def test_a_prepared_x_has_the_same_epilogue(device, scheme, activation):
-    from bench.decode import Problem, carry
+    from bench.decode import RELATIVE_ERROR, Problem, carry
     from sglang_amd_quant.runtime.decode_gemm import Epilogue, decode_gemm
+    from sglang_amd_quant.runtime.decode_plans import prepared_bytes
 
     gpu, m, n, k = device(scheme), 37, 400, 1056
     problem = Problem(scheme, k, n, 5, sets=1)
@@ -153,14 +154,15 @@ def test_a_prepared_x_has_the_same_epilogue(device, scheme, activation):
     bias, residual = torch.randn(n, device="cuda").bfloat16(), torch.randn(m, columns, device="cuda").bfloat16()
     for plan in both_ways(scheme, m, n, k, gpu.cu_count, activation is not None):
         y = torch.full((m, columns), torch.nan, device="cuda")
-        room = x.new_empty(plan.prepared_values(m, k)) if plan.share else None
+        room = torch.empty(prepared_bytes(scheme, plan, m, k), dtype=torch.uint8, device="cuda")
         for description in decode_gemm(
             x, *problem.packed[0], y, scheme=scheme, n=n, cu_count=gpu.cu_count, carry=carry(problem.scheme.act),
             epilogue=Epilogue(bias, residual, activation), plan=plan, prepared=room,
         ):  # fmt: skip
             gpu.launch(description, torch.cuda.current_stream().cuda_stream)
         results.append(y)
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    # Either may be off by RELATIVE_ERROR, and a gate times its up by the errors of both
+    assert (results[0] - results[1]).norm() <= 4 * RELATIVE_ERROR * results[0].norm()
 
 
 INT4 = [f"int4_w4a16{act}_g{group}" for act in ("", "_fp16") for group in (32, 64, 128)]
@@ -232,28 +234,3 @@ def test_int4_nan(device, scheme):
     for plan in plans(scheme, 3, 130, k, gpu.cu_count)[:8]:
         y = run_int4(gpu, scheme, w, x, torch.full((3, 130), 7.0, device="cuda"), plan=plan)
         assert torch.equal(y.isnan(), expected), plan
-
-
-@pytest.mark.parametrize("block_m", [4, 8])
-@pytest.mark.parametrize("scheme", INT4)
-def test_int4_grouped_by_expert(device, scheme, block_m):
-    from sglang_amd_quant.ops.routing import route_torch
-
-    gpu, n, k = device(scheme), 80, 384
-    w, x = int4_weights(scheme, (4, n, k), 5), torch.randn(7, k, device="cuda")
-    x = x.to(torch.float16 if "fp16" in scheme else torch.bfloat16)
-    ids = torch.tensor([[0, 2], [2, 3], [3, -1], [2, 0], [0, 3], [3, 2], [2, 3]], dtype=torch.int32)
-    routing = route_torch(ids, 4, block_m)
-    y = torch.full((14, n), torch.nan, device="cuda")
-    run_int4(
-        gpu, scheme, w, x, y, row_ids=routing.row_ids.cuda(), block_experts=routing.block_experts.cuda(),
-        block_m=block_m, top_k=2,
-    )  # fmt: skip
-    experts, values = ids.flatten().cuda(), w.dequantize(torch.float64)
-    rows = x.double().repeat_interleave(2, 0)
-    for row, expert in enumerate(experts.tolist()):
-        if expert < 0:
-            assert y[row].isnan().all()
-            continue
-        error = (y[row].double() - rows[row] @ values[expert].T).abs()
-        assert (error <= int4_bound(rows[row : row + 1], values[expert])[0]).all(), row

@@ -3,14 +3,16 @@
 #include "convert.h"
 #include "memory.h"
 
-enum class Weight { e4m3, e2m1, int4_g32, int4_g64, int4_g128 };  // int4 in groups of so many along K
+enum class Weight { e4m3, e2m1, int4_g32, int4_g64, int4_g128, row_e4m3, row_e2m1 };  // int4 in groups of so many along K
 enum class Act { bf16, fp16, e4m3, e2m1, fp8_static };
-constexpr DEVICE bool is_int4(Weight w) { return w != Weight::e4m3 && w != Weight::e2m1; }
+constexpr DEVICE bool is_int4(Weight w) { return w == Weight::int4_g32 || w == Weight::int4_g64 || w == Weight::int4_g128; }
+/// Whether a row of weights is e4m3 under one power of two (sm_90): it is multiplied as that, with activations that are, too.
+constexpr DEVICE bool is_row(Weight w) { return w == Weight::row_e4m3 || w == Weight::row_e2m1; }
 /// Elements along K that share a scale.
 constexpr DEVICE int group_of(Weight w) { return w == Weight::int4_g128 ? 128 : w == Weight::int4_g64 ? 64 : MX_BLOCK; }
 
-/// Rows of x from which on the waves of a group multiply together, and need row tiles all of them.
-constexpr int WIDE_FROM = TARGET_SM90 ? 16 : 1 << 30;
+/// Whether four waves multiply together, and need row tiles all of them: sm_90's wgmma.
+constexpr DEVICE bool is_wide(Weight w, int rows) { return TARGET_SM90 && (rows >= 16 || is_row(w)); }
 
 constexpr int TILE_ROWS = 16;  // rows of weights that a wave takes together: one side of the matrix unit, everywhere
 

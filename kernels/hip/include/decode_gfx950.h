@@ -20,7 +20,8 @@ struct Totals<W, A, M, false> {
             add_e4m3_bf16(tile, x, block);
     }
 
-    DEVICE void join() {}
+    template <typename X>
+    DEVICE void join(const X&) {}
 
     /// `store(column, sum)` for the rows of x that exist: this lane's row of weights times each.
     template <typename Store>

@@ -29,7 +29,8 @@ struct ScaledSums {
         }
     }
 
-    DEVICE void join() {}
+    template <typename X>
+    DEVICE void join(const X&) {}
 
     /// `store(column, sum)` for the rows of x that exist: this lane's row of weights times each.
     template <typename Store>

@@ -20,8 +20,8 @@ template <Weight W>
 struct Tile {
     static constexpr int BLOCKS = W == Weight::int4_g128 ? 4 : 2;  // of 32 elements of a row: MX blocks
     static constexpr int K = BLOCKS * MX_BLOCK;
-    static constexpr int BYTES = TILE_ROWS * K / (W == Weight::e4m3 ? 1 : 2);
-    static constexpr int SCALES = is_int4(W) ? TILE_ROWS * K / group_of(W) * 4 : TILE_ROWS * BLOCKS;
+    static constexpr int BYTES = TILE_ROWS * K / (W == Weight::e4m3 || W == Weight::row_e4m3 ? 1 : 2);
+    static constexpr int SCALES = W == Weight::row_e4m3 ? 0 : is_int4(W) ? TILE_ROWS * K / group_of(W) * 4 : TILE_ROWS * BLOCKS;
     static constexpr bool SHORT = W == Weight::int4_g32;  // a row's last tile may have scales for one block only
 };
 
@@ -84,7 +84,7 @@ class Stream {
         }
         __syncwarp();
         seek();
-        begin(M >= WIDE_FROM ? 1 : a.depth);
+        begin(M >= 16 ? 1 : a.depth);
     }
 
     /// Makes sure that the first `chunks` have been asked for. Many rows of x are asked for behind the first chunk alone: behind
@@ -103,7 +103,7 @@ class Stream {
         for (int first = s.wave_first; first < s.wave_end; first += s.wave_step) {
             const int count = smaller(a.chunk, s.wave_end - first);
             wait();
-            if constexpr (M < WIDE_FROM) {
+            if constexpr (!is_wide(W, M)) {
                 int t = 0;
 #pragma unroll(M == 4 ? 2 : 1)
                 for (; t + Together <= count; t += Together) each(t, first + t, Number<Together>{});
@@ -134,7 +134,7 @@ class Stream {
     DEVICE void seek() {
         tile = s.wave_first;
         const int wanted = group * s.waves_n + s.wave_n;
-        const int row_tile = M >= WIDE_FROM ? smaller(wanted, s.row_tiles - 1) : wanted;
+        const int row_tile = is_wide(W, M) ? smaller(wanted, s.row_tiles - 1) : wanted;
         if (row_tile >= s.row_tiles || s.wave_first >= s.wave_end) group = s.row_groups;
         const int64_t row = static_cast<int64_t>(expert) * s.row_tiles + row_tile, from = row * s.tiles + tile;
         codes_from = a.w + from * Tile<W>::BYTES;
@@ -155,7 +155,7 @@ class Stream {
             barrier_expect(barrier, count * Tile<W>::BYTES + scale_bytes(count));
             bulk_copy(ring + at * Tile<W>::BYTES, codes_from, count * Tile<W>::BYTES, barrier);
             uint8_t* scales = ring + a.depth * a.chunk * Tile<W>::BYTES;
-            bulk_copy(scales + at * Tile<W>::SCALES, scales_from, scale_bytes(count), barrier);
+            if (Tile<W>::SCALES > 0) bulk_copy(scales + at * Tile<W>::SCALES, scales_from, scale_bytes(count), barrier);
         }
         if (++fetch_stage == a.depth) fetch_stage = 0;
         tile += s.wave_step, codes_from += s.wave_step * Tile<W>::BYTES, scales_from += s.wave_step * Tile<W>::SCALES;
@@ -173,22 +173,25 @@ class Stream {
 };
 
 /// A block's activations, and what a wave sums up; for few rows and for many.
-template <Weight W, Act A, int M, bool Many = (M >= WIDE_FROM)>
+enum class Way { FEW, MANY, ROWS };
+constexpr DEVICE Way way_of(Weight w, int rows) { return is_row(w) ? Way::ROWS : rows < 16 ? Way::FEW : Way::MANY; }
+template <Weight W, Act A, int M, Way = way_of(W, M)>
 struct Activations;
-template <Weight W, Act A, int M, bool Many = (M >= WIDE_FROM)>
+template <Weight W, Act A, int M, Way = way_of(W, M)>
 struct Totals;
 
 #include "decode_sm90_quantize.h"
 #include "decode_sm90_few.h"
 #include "decode_sm90_many.h"
+#include "decode_sm90_rows.h"
 
 /// What the sums of weight row `row` are multiplied by.
 template <Weight W, Act A, int M>
 DEVICE float row_factor(const DecodeArgs& a, const Share& s, int expert, int row) {
     using X = Activations<W, A, M>;
     float factor = X::UNLIFT;
-    if constexpr (W == Weight::e2m1) factor = a.factors[static_cast<int64_t>(expert) * s.row_tiles * TILE_ROWS + row];
-    return A == Act::fp8_static && X::STATIC_SCALE_LAST ? factor * *a.x_scale : factor;
+    if constexpr (W == Weight::e2m1 || is_row(W)) factor = a.factors[static_cast<int64_t>(expert) * s.row_tiles * TILE_ROWS + row];
+    return A == Act::fp8_static ? factor * *a.x_scale : factor;
 }
 
 /// Rows of a group that a block finishes, and what it knows of them beforehand.

@@ -23,9 +23,8 @@ DEVICE float scale_of_byte(uint32_t word, int i) {
 /// that lane q finds what two steps of 16 want of it as 16 bytes. Between blocks 16 bytes are left free, so that neither loads of a
 /// block, of two rows by eight lanes together, nor stores into eight blocks meet in a bank.
 template <Weight W, Act A, int M>
-struct Activations<W, A, M, false> {
-    static constexpr float UNLIFT = 1.0f;             // what sums are to be multiplied by ...
-    static constexpr bool STATIC_SCALE_LAST = false;  // ... and whether also by the scale of static activations
+struct Activations<W, A, M, Way::FEW> {
+    static constexpr float UNLIFT = 1.0f;  // what sums are to be multiplied by
     // Codes of e2m1 are subnormal bf16 (2^-126): activations go as far up, so that sums stay normal floats.
     static constexpr float LIFT = W == Weight::e2m1 ? 0x1p48f : 1.0f;
     // Up to four rows leave columns of the matrix unit free: they are given to other MX blocks of the tile, or of two, so
@@ -48,11 +47,11 @@ struct Activations<W, A, M, false> {
         return 16 + s.most_tiles(a) * Tile<W>::BLOCKS * (BLOCK_BYTES + ROOM * 4);
     }
 
-    /// All threads: quantizes the block's part of x. Visible to the block after its next barrier.
+    /// All threads: brings in the block's part of x. Visible to the block after its next barrier.
     template <bool Grouped>
     DEVICE void stage(const DecodeArgs& a, const Share&, const Rows<Grouped>& rows) {
         if (thread_index() < 4) reinterpret_cast<uint32_t*>(zeros)[thread_index()] = 0;
-        stage_rows<A, M <= 2 ? 1 : M <= 4 ? 2 : 4>(*this, a, pieces, rows, [] {});
+        stage_rows<M <= 2 ? 1 : M <= 4 ? 2 : 4>(*this, a, pieces, rows, [] {});
     }
 
     /// Where lane (g, q) finds what it multiplies of MX block `block`, of whose group that is member `i`.
@@ -62,7 +61,7 @@ struct Activations<W, A, M, false> {
     }
 
     /// Eight values, piece `j` along K, of row `i`.
-    DEVICE void keep(const Words& x, int i, int j, bool wanted, int carry, float static_scale) {
+    DEVICE void keep(const Words& x, int i, int j, bool wanted) {
         const int block = j >> 2, quarter = j & 3;
         uint8_t* row = values + block * BLOCK_BYTES + i * ROW_BYTES;
         if constexpr (A == Act::fp16) {
@@ -70,7 +69,7 @@ struct Activations<W, A, M, false> {
             return;
         }
         float factor, v[8];
-        quantize_activations<A>(x, carry, static_scale, v, factor);
+        lift_activations(x, v, factor);
         if (!wanted) return;
         if (quarter == 0) factors[block * ROOM + i] = factor / LIFT;
         if constexpr (W != Weight::e2m1) {
@@ -89,7 +88,7 @@ struct Activations<W, A, M, false> {
 
 /// What a wave sums up for one row tile: rows g and g + 8 (g = l / 4) times the columns 2 q and 2 q + 1.
 template <Weight W, Act A, int M>
-struct Totals<W, A, M, false> {
+struct Totals<W, A, M, Way::FEW> {
     using X = Activations<W, A, M>;
     float sum[4] = {};
 
@@ -132,7 +131,7 @@ struct Totals<W, A, M, false> {
     }
 
     /// Adds up what belongs to the same row of activations.
-    DEVICE void join() {
+    DEVICE void join(const X&) {
 #pragma unroll
         for (int mask = X::ROOM / 2; mask < 4; mask *= 2)
 #pragma unroll

@@ -1,19 +1,22 @@
 // Many rows of x, by wgmma: four waves, a row tile each, multiply 64 rows of w together.
 //
 // Weights are wgmma's left operand, which lies in registers: a wave decodes its own row tile once, however many rows x has.
-// Activations are the right one, which the matrix unit reads from shared memory by itself. Both are bf16 with their scales
+// Activations are the right one, which the matrix unit reads from shared memory by itself. Both are bf16, weights with their scales
 // applied, so all products are exact; with e4m3 weights for scales of 2^-64 ... 2^67: smaller ones lose bits of codes that are
 // subnormal then, larger ones give infinity.
 #pragma once
 
-/// 64 of K of M rows of activations, as the matrix unit reads them (`matrix_in_lds`).
+/// 64 of K of M rows of activations, as the matrix unit reads them (`matrix_in_lds`): bf16, or with `is_row` weights e4m3.
 template <Weight W, int M>
 struct XTile {
-    static constexpr int BYTES = M * 128;
+    static constexpr int ROW_BYTES = is_row(W) ? 64 : 128, BYTES = M * ROW_BYTES;
+
+    /// Where eight codes of e4m3 are, the piece `j` of 64 of K, of one row.
+    DEVICE static int place(int row, int j) { return row * ROW_BYTES + (j / 2 ^ row / 2 % 4) * 16 + j % 2 * 8; }
 
     /// Keeps eight values, the piece `j` of 64 of K, of one row.
     DEVICE static void keep(uint8_t* tile, int row, int j, const Words& values) {
-        uint8_t* to = tile + row * 128;
+        uint8_t* to = tile + row * ROW_BYTES;
         if constexpr (W == Weight::e2m1) {
             store_words(to + (j ^ row % 8) * 16, values);
         } else {  // lane q multiplies k = 8 q ... 8 q + 7 of an MX block, two of them in each half of two steps
@@ -26,11 +29,10 @@ struct XTile {
 
 /// The block's activations in shared memory, tile by tile.
 template <Weight W, Act A, int M>
-struct Activations<W, A, M, true> {
+struct Activations<W, A, M, Way::MANY> {
     static constexpr int ROOM = M, TILES = 1;
     // e4m3 codes are read as bf16 2^-120 too small, and their scales applied 2^-60 too small, to fit (`scale_as_bf16`).
     static constexpr float UNLIFT = W == Weight::e4m3 ? 0x1p60f : 1.0f;
-    static constexpr bool STATIC_SCALE_LAST = true;
 
     uint8_t* values;
     Pieces<W> pieces;
@@ -38,10 +40,10 @@ struct Activations<W, A, M, true> {
     DEVICE Activations(const DecodeArgs&, const Share& s, uint8_t* lds) : values(matrix_aligned(lds)), pieces(s) {}
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::BYTES; }
 
-    /// All threads: quantizes the block's part of x. Visible to the block's matrix instructions after its next barrier.
+    /// All threads: brings in the block's part of x. Visible to the block's matrix instructions after its next barrier.
     template <bool Grouped, typename Meanwhile>
     DEVICE void stage(const DecodeArgs& a, const Share&, const Rows<Grouped>& rows, Meanwhile meanwhile) {
-        stage_rows<A, M <= 16 ? 4 : 8>(*this, a, pieces, rows, meanwhile);
+        stage_rows<M <= 16 ? 4 : 8>(*this, a, pieces, rows, meanwhile);
         show_to_matrix_unit();
     }
 
@@ -51,9 +53,8 @@ struct Activations<W, A, M, true> {
     }
 
     /// Eight values, piece `j` along K, of row `i`.
-    DEVICE void keep(const Words& x, int i, int j, bool wanted, int carry, float static_scale) {
-        const Words out = rounded_activations<A>(x, carry, static_scale);
-        if (wanted) XTile<W, M>::keep(values + j / 8 * XTile<W, M>::BYTES, i, j % 8, out);
+    DEVICE void keep(const Words& x, int i, int j, bool wanted) {
+        if (wanted) XTile<W, M>::keep(values + j / 8 * XTile<W, M>::BYTES, i, j % 8, x);
     }
 };
 
@@ -66,11 +67,28 @@ DEVICE Bf16x2 scale_as_bf16(uint32_t word, int i) {
     return __vminu2(twice + 0x003c003cu, 0x00ff00ffu) << 7;
 }
 
+/// `store(row, column, values of four columns)` for all that this lane has of a sum of wgmma: rows g and g + 8 (g = l / 4), columns
+/// 2 q and 2 q + 1 of every eight. Neighbours trade rows for columns.
+template <int Sets, typename Store>
+DEVICE void each_by_fours(const float (&sum)[Sets][4], int columns, Store store) {
+    const int g = lane_index() / 4, q = lane_index() % 4, odd = q % 2;
+#pragma unroll
+    for (int set = 0; set < Sets; set++) {
+        const float(&mine)[4] = sum[set];
+        const float theirs[2] = {shuffle_xor(odd ? mine[0] : mine[2], 1), shuffle_xor(odd ? mine[1] : mine[3], 1)};
+        const int column = 8 * set + q / 2 * 4;
+        if (column >= columns) continue;
+        if (odd)
+            store(g + 8, column, Floats<4>{theirs[0], theirs[1], mine[2], mine[3]});
+        else
+            store(g, column, Floats<4>{mine[0], mine[1], theirs[0], theirs[1]});
+    }
+}
+
 /// What a wave sums up for one row tile: rows g and g + 8 (g = l / 4) times the columns 2 q and 2 q + 1 of every eight.
 template <Weight W, Act A, int M>
-struct Totals<W, A, M, true> {
-    using X = Activations<W, A, M, true>;
-    float sum[M / 8][4];
+struct Totals<W, A, M, Way::MANY> {
+        float sum[M / 8][4];
 
     DEVICE Totals() {
 #pragma unroll
@@ -84,7 +102,7 @@ struct Totals<W, A, M, true> {
         load(stream.codes(t), stream.scale_words(t)[lane_index() / 4], fragments);
         warpgroup_fence();
 #pragma unroll
-        for (int step = 0; step < 4; step++) warpgroup_matrix_bf16(fragments[step], x.at(block, step), sum);
+        for (int step = 0; step < 4; step++) warpgroup_matrix_bf16(fragments[step], x.at(block, step), sum, true);
         warpgroup_commit();
     }
 
@@ -93,30 +111,21 @@ struct Totals<W, A, M, true> {
     template <int Pending>
     DEVICE void settle(Number<Pending>) {
         warpgroup_wait<Pending>();
-        if (Pending > 0) return;
+        if constexpr (Pending == 0) {
 #pragma unroll
-        for (int i = 0; i < M / 2; i++) asm volatile("" : "+f"(sum[i / 4][i % 4]));
+            for (int i = 0; i < M / 2; i++) asm volatile("" : "+f"(sum[i / 4][i % 4]));
+        }
     }
 
-    DEVICE void join() {}
+    template <typename X>
+    DEVICE void join(const X&) {}
 
     static constexpr int TOGETHER = 4;  // columns that `each` hands on
 
-    /// `store(row, column, values of four columns)` for all that this lane has to hand on. Neighbours trade rows for columns.
+    /// `store(row, column, values of four columns)` for all that this lane has to hand on.
     template <typename Store>
     DEVICE void each(int columns, Store store) const {
-        const int g = lane_index() / 4, q = lane_index() % 4, odd = q % 2;
-#pragma unroll
-        for (int set = 0; set < M / 8; set++) {
-            const float(&mine)[4] = sum[set];
-            const float theirs[2] = {shuffle_xor(odd ? mine[0] : mine[2], 1), shuffle_xor(odd ? mine[1] : mine[3], 1)};
-            const int column = 8 * set + q / 2 * 4;
-            if (column >= columns) continue;
-            if (odd)
-                store(g + 8, column, Floats<4>{theirs[0], theirs[1], mine[2], mine[3]});
-            else
-                store(g, column, Floats<4>{mine[0], mine[1], theirs[0], theirs[1]});
-        }
+        each_by_fours(sum, columns, store);
     }
 
    private:

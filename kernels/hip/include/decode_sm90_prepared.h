@@ -1,4 +1,4 @@
-// Many rows of x that a launch in front of this one has quantized, once for all blocks, in the order in which wgmma reads them.
+// Many rows of x that a launch in front of this one has brought, once for all blocks, into the order in which wgmma reads them.
 //
 // Activations stream through a ring of the block beside the weights, which have one a wave. So x need not fit in shared memory,
 // and K is split over blocks only where there are too few rows of w to occupy them. Blocks of a cluster that multiply the same
@@ -7,22 +7,79 @@
 
 constexpr int PREPARING_WAVES = 8;  // of a block that prepares
 
-/// Quantizes x into `XTile`s: for every `room` rows, which is the M that reads them, one after the other along K. A wave takes
+/// Bytes of `m` rows of x in `XTile`s of `room` rows, behind which factors of rows are.
+template <Weight W>
+DEVICE int64_t prepared_bytes(int m, int k, int room) {
+    return static_cast<int64_t>(ceil_div(m, room)) * room * ceil_div(k, Tile<W>::K) * XTile<W, 1>::BYTES;
+}
+
+/// Brings x into `XTile`s: for every `room` rows, which is the M that reads them, one after the other along K. A wave takes
 /// eight rows of an MX block, its lanes eight values each, so that both sides move whole sectors. Rows beyond m are left as they
 /// are: their sums reach nobody.
+template <Weight W>
+DEVICE void prepare_bf16(const uint16_t* x, uint8_t* prepared, int64_t x_stride, int m, int k, int room) {
+    const int blocks = ceil_div(k, Tile<W>::K) * Tile<W>::BLOCKS, unit = block_index() * PREPARING_WAVES + wave_index();
+    const int row = unit / blocks * 8 + lane_index() / 4, piece = unit % blocks * 4 + lane_index() % 4;
+    wait_for_previous_launch();
+    if (row >= m) return;
+    const Words out = 8 * piece < k ? load_words(x + row * x_stride + 8 * piece) : Words{};
+    const int64_t tile = static_cast<int64_t>(row / room) * (blocks / 2) + piece / 8;
+    XTile<W, 1>::keep(prepared + tile * room * XTile<W, 1>::BYTES, row % room, piece % 8, out);
+}
+
+/// Quantizes a row of x, which a block takes, under the largest scale of its MX blocks.
+template <Weight W, Act A>
+DEVICE void prepare_row(const uint16_t* x, const float* x_scale, uint8_t* prepared, int64_t x_stride, int m, int k, int room, int carry) {
+    constexpr int THREADS = PREPARING_WAVES * WAVE, HELD = 4;  // pieces that a thread loads once only
+    __shared__ uint32_t of_waves[PREPARING_WAVES];
+    const int row = block_index(), tiles = ceil_div(k, Tile<W>::K), pieces = tiles * (Tile<W>::K / 8);
+    const auto load = [&](int piece) { return 8 * piece < k ? load_words(x + row * x_stride + 8 * piece) : Words{}; };
+    wait_for_previous_launch();
+    Words held[HELD];
+    uint32_t pair = 0;
+    const auto look_at = [&](const Words& eight) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) pair = __vmaxu2(pair, eight.v[i] & 0x7fff7fffu);
+    };
+#pragma unroll
+    for (int u = 0; u < HELD; u++) held[u] = load(u * THREADS + thread_index());
+#pragma unroll
+    for (int u = 0; u < HELD; u++) look_at(held[u]);
+    for (int piece = HELD * THREADS + thread_index(); piece < pieces; piece += THREADS) look_at(load(piece));
+    const uint32_t mine = max_lanes<WAVE>(larger(pair << 16, pair & 0xffff0000u));
+    const int wave = wave_index();
+    if (lane_index() == 0) of_waves[wave] = mine;
+    block_barrier();
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < PREPARING_WAVES; i++) largest = larger(largest, of_waves[i]);
+    const int exponent = exponent_of<A>(largest, carry);
+    const float static_scale = A == Act::fp8_static ? *x_scale : 1.0f;
+
+    uint8_t* to = prepared + static_cast<int64_t>(row / room) * tiles * room * XTile<W, 1>::BYTES;
+    const auto put = [&](const Words& eight, int piece) {
+        const int own = exponent_of<A>(largest_of_block(eight), carry);
+        if (piece >= pieces) return;
+        Codes codes = codes_of_activations<A>(eight, own, static_scale);
+        if (A != Act::fp8_static && own < exponent) codes = shifted_e4m3(codes, exponent - own);
+        *reinterpret_cast<Codes*>(to + piece / 8 * room * XTile<W, 1>::BYTES + XTile<W, 1>::place(row % room, piece % 8)) = codes;
+    };
+#pragma unroll
+    for (int u = 0; u < HELD; u++) put(held[u], u * THREADS + thread_index());
+    for (int first = HELD * THREADS; first < pieces; first += THREADS) put(load(first + thread_index()), first + thread_index());
+    if (thread_index() == 0)
+        reinterpret_cast<float*>(prepared + prepared_bytes<W>(m, k, room))[row] =
+            A == Act::fp8_static ? 1.0f : float_from_e8m0(exponent);
+}
+
 template <Weight W, Act A>
 DEVICE void prepare(const uint16_t* x, const float* x_scale, uint8_t* prepared, int64_t x_stride, int m, int k, int room,
                     int carry) {
     allow_next_launch();
-    const int blocks = ceil_div(k, Tile<W>::K) * Tile<W>::BLOCKS, unit = block_index() * PREPARING_WAVES + wave_index();
-    const int row = unit / blocks * 8 + lane_index() / 4, piece = unit % blocks * 4 + lane_index() % 4;
-    wait_for_previous_launch();
-    const float static_scale = A == Act::fp8_static ? *x_scale : 1.0f;
-    const bool real = row < m && 8 * piece < k;
-    const Words out = rounded_activations<A>(real ? load_words(x + row * x_stride + 8 * piece) : Words{}, carry, static_scale);
-    if (row >= m) return;
-    const int64_t tile = static_cast<int64_t>(row / room) * (blocks / 2) + piece / 8;
-    XTile<W, 1>::keep(prepared + tile * room * XTile<W, 1>::BYTES, row % room, piece % 8, out);
+    if constexpr (is_row(W))
+        prepare_row<W, A>(x, x_scale, prepared, x_stride, m, k, room, carry);
+    else
+        prepare_bf16<W>(x, prepared, x_stride, m, k, room);
 }
 
 /// x on its way through a block's shared memory, by stages: one chunk for each of the waves that share K.
@@ -46,6 +103,7 @@ class XRing {
     DEVICE void begin(int row_block) {
         next = reinterpret_cast<const uint8_t*>(a.x) +
                (static_cast<int64_t>(row_block) * s.tiles + s.block_first) * XTile<W, M>::BYTES;
+        factors = reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(a.x) + prepared_bytes<W>(a.m, a.k, M)) + row_block * M;
         if (wave_index() != 0) return;
         for (int i = 0; i < smaller(a.depth, stages); i++) fetch(i, i);
     }
@@ -74,6 +132,9 @@ class XRing {
         return matrix_in_lds(lds) + tile * (XTile<W, M>::BYTES / 16) + step * 2;
     }
 
+    /// What sums of row `i` are to be multiplied by, of `is_row` weights.
+    DEVICE float factor(int i) const { return factors[i]; }
+
     int stages;
 
    private:
@@ -97,6 +158,7 @@ class XRing {
     const Share& s;
     uint8_t* lds;
     const uint8_t* next;
+    const float* factors;
     uint64_t *full, *empty;
     int share, at_stage = 0, number = 0;
     uint32_t parity = 0;

@@ -1,4 +1,4 @@
-// What becomes of activations on sm_90: rounded to the scheme's format under scales that blocks of 32 share.
+// What becomes of activations on sm_90: bf16 is brought into the range of halves or left as it is, the rest becomes e4m3 codes.
 #pragma once
 
 /// Magnitude, as a float's bits, of the largest of 32 values, of which four neighbouring lanes have eight each.
@@ -11,24 +11,35 @@ DEVICE uint32_t largest_of_block(const Words& x) {
     return larger(pair << 16, pair & 0xffff0000u);
 }
 
-/// A block of 32 activations, of which four neighbouring lanes have eight each (`v`), quantized as `A`: on return v holds
-/// codes times `factor`'s inverse, that is, elements of the format, and `factor` is the block's scale.
-template <Act A>
-DEVICE void quantize_activations(const Words& x, int carry, float static_scale, float (&v)[8], float& factor) {
+/// A block of 32 bf16 activations, of which four neighbouring lanes have eight each, brought up to 2^14..2^15 for halves; `factor`
+/// undoes that. A bf16 has 8 significant bits, so what lies within 2^-28 of the largest is exact.
+DEVICE void lift_activations(const Words& x, float (&v)[8], float& factor) {
     floats_from_words(x, v);
-    const uint32_t largest = largest_of_block(x);
-    if constexpr (A == Act::bf16) {
-        // Brought up to 2^14..2^15 for halves; a bf16 has 8 significant bits, so what lies within 2^-28 of the largest is exact.
-        const int biased = smaller(larger(static_cast<int>(largest >> 23), 15), 254);
-        factor = times_power_of_two(1.0f, biased - 127 - 14);
+    const int biased = smaller(larger(static_cast<int>(largest_of_block(x) >> 23), 15), 254);
+    factor = times_power_of_two(1.0f, biased - 127 - 14);
 #pragma unroll
-        for (int i = 0; i < 8; i++) v[i] *= bits<float>(static_cast<uint32_t>(268 - biased) << 23);
-        return;
-    }
+    for (int i = 0; i < 8; i++) v[i] *= bits<float>(static_cast<uint32_t>(268 - biased) << 23);
+}
+
+/// Eight e4m3 codes.
+struct Codes {
+    uint32_t v[2];
+};
+
+/// The e8m0 exponent of a block of 32 activations, or of a row, by its largest magnitude as a float's bits; 255 for NaN.
+template <Act A>
+DEVICE int exponent_of(uint32_t largest, int carry) {
     constexpr int EMAX = A == Act::e2m1 ? 2 : 8;
-    const int exponent = largest > 0x7f800000u ? 255 : larger(static_cast<int>((largest + carry) >> 23) - EMAX, 0);
+    return largest > 0x7f800000u ? 255 : larger(static_cast<int>((largest + carry) >> 23) - EMAX, 0);
+}
+
+/// Eight activations as codes under their block's scale 2^(exponent - 127), static ones under `static_scale`; elements of e2m1 are
+/// written as e4m3.
+template <Act A>
+DEVICE Codes codes_of_activations(const Words& x, int exponent, float static_scale) {
+    float v[8];
+    floats_from_words(x, v);
     const float up = exponent >= 254 ? 0x1p-127f : bits<float>(static_cast<uint32_t>(254 - exponent) << 23);
-    factor = A == Act::fp8_static ? static_scale : float_from_e8m0(exponent);
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = A == Act::fp8_static ? v[i] / static_scale : v[i] * up;
     if constexpr (A == Act::e2m1) {
@@ -36,75 +47,22 @@ DEVICE void quantize_activations(const Words& x, int carry, float static_scale, 
         floats_from_e2m1(e2m1_from_floats(v), rounded);
 #pragma unroll
         for (int i = 0; i < 8; i++) v[i] = rounded[i];
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; i += 4) {
-            float rounded[4];
-            floats_from_e4m3(e4m3_from_floats({v[i], v[i + 1], v[i + 2], v[i + 3]}), rounded);
-#pragma unroll
-            for (int j = 0; j < 4; j++) v[i + j] = rounded[j];
-        }
     }
+    return {e4m3_from_floats({v[0], v[1], v[2], v[3]}), e4m3_from_floats({v[4], v[5], v[6], v[7]})};
 }
 
-/// What rounding needs to know of an element format: bits of the fraction, exponents of the least normal and of the largest
-/// value, and that one's fraction as bf16 has it.
-template <Act A>
-struct Element;
-template <>
-struct Element<Act::e4m3> {
-    static constexpr int FRACTION = 3, EMIN = -6, EMAX = 8, LARGEST = 0x60;  // 1.75 x 2^8
-};
-template <>
-struct Element<Act::e2m1> {
-    static constexpr int FRACTION = 1, EMIN = 0, EMAX = 2, LARGEST = 0x40;  // 1.5 x 2^2
-};
-
-/// What a block of 32 activations, laid out as for `quantize_activations`, is worth once it is quantized, exactly: bf16. Static
-/// activations are left without their scale.
-template <Act A>
-DEVICE Words rounded_as_floats(const Words& x, int carry, float static_scale) {
-    Words out;
-    float factor, v[8];
-    quantize_activations<A>(x, carry, static_scale, v, factor);
-    const float scale = A == Act::fp8_static ? 1.0f : factor;
+/// Codes times 2^-octaves, to nearest, ties to even; octaves >= 0.
+DEVICE Codes shifted_e4m3(const Codes& codes, int octaves) {
+    const uint32_t half = octaves <= 14 ? (15 - octaves) << 10 : octaves <= 24 ? 1u << (24 - octaves) : 0;  // 2^-octaves
+    Codes out;
 #pragma unroll
-    for (int p = 0; p < 4; p++) out.v[p] = bf16x2_from_floats({v[2 * p] * scale, v[2 * p + 1] * scale});
+    for (int i = 0; i < 2; i++)
+        asm("{.reg .b16 l, h;\n\t.reg .b32 x, y;\n\tmov.b32 {l, h}, %1;\n\t"
+            "cvt.rn.f16x2.e4m3x2 x, l;\n\tcvt.rn.f16x2.e4m3x2 y, h;\n\tmul.rn.f16x2 x, x, %2;\n\tmul.rn.f16x2 y, y, %2;\n\t"
+            "cvt.rn.satfinite.e4m3x2.f16x2 l, x;\n\tcvt.rn.satfinite.e4m3x2.f16x2 h, y;\n\tmov.b32 %0, {l, h};}"
+            : "=r"(out.v[i])
+            : "r"(codes.v[i]), "r"(half * 0x10001u));
     return out;
-}
-
-/// The same, out of the way.
-template <Act A>
-__device__ __noinline__ Words rounded_rarely(Words x, int carry) {
-    return rounded_as_floats<A>(x, carry, 1.0f);
-}
-
-/// The same, two values at a time: adding what puts the format's last bit where bf16 has its own rounds to it, to nearest, ties to
-/// even.
-template <Act A>
-DEVICE Words rounded_activations(const Words& x, int carry, float static_scale) {
-    if constexpr (A == Act::bf16) {
-        return x;
-    } else if constexpr (A == Act::fp8_static) {
-        return rounded_as_floats<A>(x, carry, static_scale);
-    } else {
-        using E = Element<A>;
-        const uint32_t largest = largest_of_block(x);
-        const int scale = static_cast<int>((largest + carry) >> 23) - E::EMAX;
-        constexpr int LEAST = 16, MOST = 230;  // between them, nothing here overflows or has bits that bf16 lacks
-        if (!__all_sync(0xffffffffu, largest == 0 || (scale >= LEAST && scale <= MOST))) return rounded_rarely<A>(x, carry);
-        const uint32_t in_range = static_cast<uint32_t>(larger(scale, LEAST));
-        const uint32_t normal = (in_range + E::EMIN) * 0x00800080u;
-        const Bf16x2 most = (in_range + E::EMAX) * 0x00800080u + E::LARGEST * 0x00010001u;
-        Words out;
-#pragma unroll
-        for (int p = 0; p < 4; p++) {
-            const uint32_t exponents = __vmaxu2(x.v[p] & 0x7f807f80u, normal);
-            const Bf16x2 step = exponents + (7 - E::FRACTION) * 0x00800080u + 0x00400040u;  // 1.5 x 2^..., of either sign
-            out.v[p] = clamp_bf16(minus_bf16(plus_bf16(x.v[p], step), step), most);
-        }
-        return out;
-    }
 }
 
 /// Which pieces of x, of eight values, a thread quantizes: from piece j of row i on, by steps. Known before x is.
@@ -120,11 +78,10 @@ struct Pieces {
     }
 };
 
-/// All threads: `x.keep(eight bf16, row, piece, ...)` for what the block multiplies of all rows. A thread has BATCH loads under
-/// way, and does `meanwhile()` then.
-template <Act A, int BATCH, typename X, Weight W, bool Grouped, typename Meanwhile>
+/// All threads: `x.keep(eight bf16, row, piece, whether they are wanted)` for what the block multiplies of all rows, all lanes
+/// together. A thread has BATCH loads under way, and does `meanwhile()` then.
+template <int BATCH, typename X, Weight W, bool Grouped, typename Meanwhile>
 DEVICE void stage_rows(X& x, const DecodeArgs& a, const Pieces<W>& pieces, const Rows<Grouped>& rows, Meanwhile meanwhile) {
-    const float static_scale = A == Act::fp8_static ? *a.x_scale : 1.0f;
     int i = pieces.i, j = pieces.j;
 #pragma unroll 1
     while (__any_sync(0xffffffffu, i < rows.count)) {
@@ -143,7 +100,7 @@ DEVICE void stage_rows(X& x, const DecodeArgs& a, const Pieces<W>& pieces, const
 #pragma unroll
         for (int u = 0; u < BATCH; u++) {
             const bool wanted = is[u] < rows.count;
-            if (u == 0 || __any_sync(0xffffffffu, wanted)) x.keep(eight[u], is[u], js[u], wanted, a.carry, static_scale);
+            if (u == 0 || __any_sync(0xffffffffu, wanted)) x.keep(eight[u], is[u], js[u], wanted);
         }
     }
 }

@@ -102,12 +102,13 @@ DEVICE void cluster_store(uint32_t to, const Floats<4>& floats, uint32_t barrier
 }
 // ---- wgmma: the four waves of a warpgroup, of consecutive indices from a multiple of four, multiply together
 
-/// 64 of K of a matrix in shared memory as wgmma's right operand: rows of 128 bytes, in which the sixteen bytes `i` lie at
-/// `i ^ row % 8` (PTX ISA, "Shared memory matrix layout", 128-byte swizzle), so that the eight rows that the unit reads together
-/// meet in no bank. `at` is 1024-byte aligned; a step of 16 along K is 32 bytes. The unit takes 64 bits, of which only the
-/// lower half differs from one matrix to the next: that is returned, in units of 16 bytes, and added to with 32 bits.
+/// 64 of K of a matrix in shared memory as wgmma's right operand, in bf16 (SWIZZLED_128: rows of 128 bytes) or e4m3 (SWIZZLED_64: rows
+/// of 64). Of eight rows, which the unit reads together, no two have the same sixteen bytes in the same banks: those at `i` lie at
+/// `i ^ row % 8`, or `i ^ row / 2 % 4` (PTX ISA, "Shared memory matrix layout"). `at` is aligned to eight rows; a step along K, of 16
+/// bf16 or 32 e4m3, is 32 bytes. The unit takes 64 bits, of which only the lower half differs from one matrix to the next: that is
+/// returned, in units of 16 bytes, and added to with 32 bits.
 DEVICE uint32_t matrix_in_lds(const void* at) { return (shared_address(at) & 0x3ffff) >> 4 | 1u << 16; }
-constexpr uint32_t MATRIX_ROWS_SWIZZLED = 8 * 128 >> 4 | 1u << 30;  // the upper half: eight rows apart, and the swizzle
+constexpr uint32_t SWIZZLED_128 = 8 * 128 >> 4 | 1u << 30, SWIZZLED_64 = 8 * 64 >> 4 | 2u << 30;  // the upper halves: eight rows
 
 /// The first address from `p` on that a matrix may have; up to 1023 bytes on.
 DEVICE uint8_t* matrix_aligned(uint8_t* p) { return p + (-shared_address(p) & 1023); }
@@ -125,51 +126,32 @@ DEVICE void warpgroup_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
-#define MATRIX_IN_LDS(LOW, HIGH) "{\n\t.reg .b64 b;\n\tmov.b64 b, {%" #LOW ", %" #HIGH "};\n\t"
-
-/// sum += A B, A of 64 x 16 and B of 16 x N in bf16, N being 8 times `sum`'s first dimension. Wave w of the warpgroup holds rows
-/// 16 w ... 16 w + 15 of A and of the sum, as `matrix_bf16` does (matrix.h); B is a `matrix_in_lds`.
-DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint32_t b, float (&sum)[1][4]) {
-    asm volatile(
-        MATRIX_IN_LDS(8, 9) "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3}, "
-        "{%4, %5, %6, %7}, b, 1, 1, 1, 0;\n\t}"
-        : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(MATRIX_ROWS_SWIZZLED));
-}
-DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint32_t b, float (&sum)[2][4]) {
-    asm volatile(
-        MATRIX_IN_LDS(12, 13) "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7}, "
-        "{%8, %9, %10, %11}, b, 1, 1, 1, 0;\n\t}"
-        : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
-          "+f"(sum[1][2]), "+f"(sum[1][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(MATRIX_ROWS_SWIZZLED));
-}
-DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint32_t b, float (&sum)[4][4]) {
-    asm volatile(
-        MATRIX_IN_LDS(20, 21) "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-        "{%16, %17, %18, %19}, b, 1, 1, 1, 0;\n\t}"
-        : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
-          "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]),
-          "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(MATRIX_ROWS_SWIZZLED));
-}
-DEVICE void warpgroup_matrix_bf16(const uint32_t (&a)[4], uint32_t b, float (&sum)[8][4]) {
-    asm volatile(
-        MATRIX_IN_LDS(36, 37) "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "{%32, %33, %34, %35}, b, 1, 1, 1, 0;\n\t}"
-        : "+f"(sum[0][0]), "+f"(sum[0][1]), "+f"(sum[0][2]), "+f"(sum[0][3]), "+f"(sum[1][0]), "+f"(sum[1][1]),
-          "+f"(sum[1][2]), "+f"(sum[1][3]), "+f"(sum[2][0]), "+f"(sum[2][1]), "+f"(sum[2][2]), "+f"(sum[2][3]),
-          "+f"(sum[3][0]), "+f"(sum[3][1]), "+f"(sum[3][2]), "+f"(sum[3][3]), "+f"(sum[4][0]), "+f"(sum[4][1]),
-          "+f"(sum[4][2]), "+f"(sum[4][3]), "+f"(sum[5][0]), "+f"(sum[5][1]), "+f"(sum[5][2]), "+f"(sum[5][3]),
-          "+f"(sum[6][0]), "+f"(sum[6][1]), "+f"(sum[6][2]), "+f"(sum[6][3]), "+f"(sum[7][0]), "+f"(sum[7][1]),
-          "+f"(sum[7][2]), "+f"(sum[7][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(MATRIX_ROWS_SWIZZLED));
-}
+/// sum = A B, or sum += A B if `add`: A of 64 x 16 in bf16, or 64 x 32 in e4m3, and B as many x N, N being 8 times `sum`'s first
+/// dimension. Wave w of the warpgroup holds rows 16 w ... 16 w + 15 of A and of the sum, of bf16 as `matrix_bf16` does (matrix.h), of
+/// e4m3 four neighbours along K where that has two; B is a `matrix_in_lds`.
+#define WARPGROUP_MATRIX(NAME, SETS, SHAPE, LAST, UPPER, SUMS, A0, A1, A2, A3, LOW, HIGH, ADD)                                  \
+    DEVICE void NAME(const uint32_t (&a)[4], uint32_t b, float (&sum)[SETS][4], bool add) {                                    \
+        asm volatile("{\n\t.reg .b64 b;\n\t.reg .pred p;\n\tmov.b64 b, {%" #LOW ", %" #HIGH "};\n\tsetp.ne.b32 p, %" #ADD      \
+                     ", 0;\n\twgmma.mma_async.sync.aligned." SHAPE " {" SUMS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3          \
+                     "}, b, p, 1, 1" LAST ";\n\t}"                                                                             \
+                     : SUMMED_##SETS(0)                                                                                        \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(UPPER), "r"(static_cast<int>(add)));             \
+    }
+#define SUMMED_1(i) "+f"(sum[i][0]), "+f"(sum[i][1]), "+f"(sum[i][2]), "+f"(sum[i][3])
+#define SUMMED_2(i) SUMMED_1(i), SUMMED_1(i + 1)
+#define SUMMED_4(i) SUMMED_2(i), SUMMED_2(i + 2)
+#define SUMMED_8(i) SUMMED_4(i), SUMMED_4(i + 4)
+#define REGISTERS_1 "%0, %1, %2, %3"
+#define REGISTERS_2 REGISTERS_1 ", %4, %5, %6, %7"
+#define REGISTERS_4 REGISTERS_2 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define REGISTERS_8 REGISTERS_4 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WARPGROUP_MATRICES(NAME, K, TYPES, LAST, UPPER)                                                              \
+    WARPGROUP_MATRIX(NAME, 1, "m64n8" K TYPES, LAST, UPPER, REGISTERS_1, 4, 5, 6, 7, 8, 9, 10)                       \
+    WARPGROUP_MATRIX(NAME, 2, "m64n16" K TYPES, LAST, UPPER, REGISTERS_2, 8, 9, 10, 11, 12, 13, 14)                  \
+    WARPGROUP_MATRIX(NAME, 4, "m64n32" K TYPES, LAST, UPPER, REGISTERS_4, 16, 17, 18, 19, 20, 21, 22)                \
+    WARPGROUP_MATRIX(NAME, 8, "m64n64" K TYPES, LAST, UPPER, REGISTERS_8, 32, 33, 34, 35, 36, 37, 38)
+WARPGROUP_MATRICES(warpgroup_matrix_bf16, "k16", ".f32.bf16.bf16", ", 0", SWIZZLED_128)
+WARPGROUP_MATRICES(warpgroup_matrix_e4m3, "k32", ".f32.e4m3.e4m3", "", SWIZZLED_64)
 #else
 DEVICE void wait_for_previous_launch() {}
 DEVICE void allow_next_launch() {}
