@@ -128,7 +128,12 @@ def bound(p: Problem, exact: torch.Tensor, values: torch.Tensor) -> torch.Tensor
         return p.k * 2.0**-23 * absolute + 1e-30
     least_x = exact.abs().amax(1, keepdim=True) * 2.0 ** (-17 if p.scheme.act == "e4m3" else -11)
     least_w = torch.exp2(p.scales[0].amax(1).double() - 137)
-    return 8 * 33 * 2.0**-13 * absolute + least_x * values.abs().sum(1) + exact.abs().sum(1, keepdim=True) * least_w + 1e-40
+    return (
+        8 * 33 * 2.0**-13 * absolute
+        + least_x * values.abs().sum(1)
+        + exact.abs().sum(1, keepdim=True) * least_w
+        + 1e-40
+    )
 
 
 class Reference:

@@ -56,14 +56,13 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     using X = Activations<W, A, M>;
     allow_next_launch();
     const Share s(a, Tile<W>::K, share_rank(a));
-    uint8_t* lds = dynamic_lds();
-    uint64_t* barriers = reinterpret_cast<uint64_t*>(lds);  // one of the sums, then `depth` a wave
-    lds += ceil_div(8 + a.waves_k * a.waves_n * a.depth * 8, 128) * 128;
+    uint64_t* barriers = own_barriers();
+    uint8_t* lds = dynamic_lds() + barrier_bytes(a.waves_k * a.waves_n * a.depth);
     // Routing is a launch before this one: what it wrote may be read only after the wait. Weights may be fetched before.
     if (Grouped) wait_for_previous_launch();
     const auto rows = Rows<Grouped>::template of<M>(a);
     if (rows.expert < 0 || rows.count == 0) return;
-    Stream<W, M> stream(a, s, rows.expert, lds + wave_index() * Stream<W, M>::bytes(a), barriers + 1 + wave_index() * a.depth);
+    Stream<W, M> stream(a, s, rows.expert, lds + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + wave_index() * a.depth);
     lds += a.waves_k * a.waves_n * Stream<W, M>::bytes(a);
     X x(a, s, lds);
     lds += X::bytes(a, s);
@@ -105,13 +104,12 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     const int group = s.first_group;
     s.first_group = smaller(group, s.row_groups - 1);  // groups beyond the last, which fill up clusters, read that again
     const auto rows = Rows<false>::template of<M>(a);
-    uint8_t* lds = dynamic_lds();
-    uint64_t* barriers = reinterpret_cast<uint64_t*>(lds);  // one of the sums, the ring of x, then `depth` a wave
+    uint64_t* barriers = own_barriers();
     const int waves = a.waves_k * a.waves_n;
-    uint8_t* rings = lds + ceil_div(8 + (2 + waves) * a.depth * 8, 128) * 128;
+    uint8_t* rings = dynamic_lds() + barrier_bytes((2 + waves) * a.depth);  // of x two, of what has arrived and what has been read
     uint8_t* weights = rings + XRing<W, M>::bytes(a);
-    Stream<W, M> stream(a, s, 0, weights + wave_index() * Stream<W, M>::bytes(a), barriers + 1 + (2 + wave_index()) * a.depth);
-    XRing<W, M> x(a, s, rings, barriers + 1);
+    Stream<W, M> stream(a, s, 0, weights + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + (2 + wave_index()) * a.depth);
+    XRing<W, M> x(a, s, rings, barriers + OWN_BARRIERS);
     const int reused = larger(XRing<W, M>::bytes(a) + waves * Stream<W, M>::bytes(a), PreparedSums<M>::wave_bytes(a));
     PreparedSums<M> sums(a, s, rings, rings + reused, barriers);
     sums.template look_ahead<W, A, M>(0, group);

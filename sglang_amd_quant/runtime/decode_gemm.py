@@ -82,18 +82,18 @@ def decode_gemm(
     m, k = y.shape[0], x.shape[1]
     if plan is None:
         plan = plans(scheme, m, n, k, cu_count, epilogue.activation is not None)[0]
-    launches = []
+    streamed, launches = plan.share > 0, []
     if plan.share:
         _check_prepared(scheme, plan, prepared, m, n, k)
         launches.append(_prepare(x, prepared, scheme, x_scale, carry, m, k, plan.rows))
     gemm = LaunchDescription(
-        kernel=f"{'decode_prepared' if plan.share else 'decode'}_{scheme}_m{plan.rows}",
+        kernel=f"{'decode_prepared' if streamed else 'decode'}_{scheme}_m{plan.rows}",
         grid=-(-m // plan.rows) * plan.groups * plan.split,
         block=plan.waves * 32,
         lds=plan.lds,
         args=(
-            prepared if plan.share else x, data, scales, factors, epilogue.bias, x_scale, epilogue.residual, y, None,
-            None, epilogue.row_weights, None, x.stride(0), y.stride(0), m, n, k, 1, plan.split,
+            prepared if streamed else x, data, scales, factors, epilogue.bias, x_scale, epilogue.residual, y, None,
+            None, epilogue.row_weights, None if streamed or not plan.share else prepared, x.stride(0), y.stride(0), m, n, k, 1, plan.split,
             plan.waves_k, plan.waves_n, plan.groups, plan.depth, plan.chunk, carry, out_code(y),
             ACTIVATIONS[epilogue.activation] | (INTERLEAVED if epilogue.interleaved else 0),
             epilogue.alpha, epilogue.limit or 0.0,
@@ -108,7 +108,7 @@ def _check_prepared(scheme: str, plan: DecodePlan, prepared: Any, m: int, n: int
     have = 0 if prepared is None else prepared.numel() * prepared.element_size()
     if have < (need := prepared_bytes(scheme, plan, m, k)):
         raise ShapeError(f"room for {have} bytes of a prepared x", f"{plan} leaves {need}", "make room")
-    if plan.groups * plan.waves_n * TILE_ROWS < n:
+    if plan.share > 0 and plan.groups * plan.waves_n * TILE_ROWS < n:
         raise ShapeError(f"N={n}", f"{plan} has one row group a block", "take a plan for this N")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from sglang_amd_quant.errors import ShapeError
@@ -66,6 +66,10 @@ _OF_SCHEME |= dict.fromkeys(("w4a8", "mxfp4", "w4a8_static"), _ROW_E2M1)
 _OF_SCHEME |= {f"{scheme}_g{group}": _INT4[group] for scheme in INT4_SCHEMES for group in INT4_GROUPS}
 
 
+RESIDENT = -1
+"""`DecodePlan.share` of an x that is prepared, and then held as a whole by the blocks that multiply it."""
+
+
 @dataclass(frozen=True)
 class DecodePlan:
     """A launch but for its pointers; names as in `struct DecodeArgs` (include/decode.h).
@@ -77,8 +81,8 @@ class DecodePlan:
         groups: clusters that take the row groups (waves_n tiles of 16 rows) round robin; of a prepared x, one each.
         depth, chunk: `depth` bulk copies of `chunk` tiles are under way for every wave.
         lds: bytes of shared memory a block.
-        share: 0 where every block quantizes its part of x; else a launch in front does ("prepared", see
-            decode_sm90_prepared.h), and the blocks of `share` row groups, a cluster, fetch it together.
+        share: 0 where every block quantizes its part of x; else a launch in front does: RESIDENT where every block then
+            fetches its part, or so many row groups whose blocks, a cluster, stream it together.
     """
 
     rows: int
@@ -96,6 +100,7 @@ class DecodePlan:
         """Waves of a block that multiply."""
         return self.waves_k * self.waves_n
 
+
 def prepared_bytes(scheme: str, plan: DecodePlan, m: int, k: int) -> int:
     """Bytes that the launch in front leaves of x [m, k]: values, of quantized ones also a factor a row; 0 without it."""
     w, rows = _OF_SCHEME[scheme], -(-m // plan.rows) * plan.rows
@@ -103,12 +108,16 @@ def prepared_bytes(scheme: str, plan: DecodePlan, m: int, k: int) -> int:
     return rows * (-(-k // TILE_K) * TILE_K * w.x_bytes + factors) if plan.share else 0
 
 
+def _barriers(of_rings: int) -> int:
+    return -(-(2 + of_rings) * 8 // 128) * 128
+
+
 def lds_bytes(
     w: _Weights, rows: int, tiles: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int
 ) -> int:
     """Shared memory of a block: barriers, rings, activations with their factors, row factors and partial sums."""
     waves, most, columns = waves_k * waves_n, -(-tiles // split), rows if rows < 16 else rows + 4
-    barriers = -(-(8 + waves * depth * 8) // 128) * 128
+    barriers = _barriers(waves * depth)
     ring = waves * depth * chunk * w.tile_bytes
     if w.x_bytes == 1:
         activations = 1024 + most * rows * (TILE_K + TILE_K // MX_BLOCK) + 4 * rows
@@ -126,7 +135,7 @@ def max_waves(w: _Weights, rows: int) -> int:
 
 
 Shape = tuple[int, ...]
-"""split, waves_k, waves_n, depth, chunk, and share where x is prepared."""
+"""split, waves_k, waves_n, depth, chunk, and share where x is prepared: `DecodePlan`."""
 
 
 _WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
@@ -176,7 +185,7 @@ def _distance(plan: DecodePlan, w: _Weights, wanted: Shape, row_tiles: int, cu_c
     blocks = plan.groups * plan.split
     idle = max(0.0, math.log2(min(cu_count, row_tiles * split * waves_k) / blocks) - 0.7)
     row_groups = -(-row_tiles // plan.waves_n)
-    if plan.share:  # one row group a block: as many rounds as it takes
+    if plan.share > 0:  # one row group a block: as many rounds as it takes
         places = _in_clusters(cu_count, plan.split * plan.share) * _resident(w, plan.lds, plan.rows, plan.waves)
         uneven = math.log2(-(-blocks // places) * min(1, places / blocks))
     else:
@@ -184,7 +193,7 @@ def _distance(plan: DecodePlan, w: _Weights, wanted: Shape, row_tiles: int, cu_c
     ways = abs(math.log2(plan.split * plan.waves_k / (split * waves_k))) + 0.5 * abs(math.log2(plan.split / split))
     ring = abs(math.log2(plan.depth * plan.chunk / (depth * chunk))) + 0.5 * abs(math.log2(plan.depth / depth))
     waves = abs(math.log2(plan.waves / (waves_k * waves_n))) + 0.5 * abs(math.log2(plan.waves_n / waves_n))
-    other = abs(math.log2(plan.share / share)) if plan.share and share else 2 * (plan.share != share)
+    other = abs(math.log2(plan.share / share)) if min(plan.share, share) > 0 else 2 * (plan.share != share)
     return 2 * (idle + uneven) + ways + 0.5 * (waves + ring + other)
 
 
@@ -259,7 +268,8 @@ def _enumerate(
             resident = _resident(w, lds, rows, waves)
             if resident:
                 groups = min(row_groups, max(1, _in_clusters(cu_count, split) * resident // (split * row_blocks)))
-                found.append(DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds))
+                plan = DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds)
+                found += [plan, replace(plan, share=RESIDENT)] if rows >= max(8, w.wide_from) else [plan]
     return list(dict.fromkeys(found))
 
 
@@ -267,7 +277,7 @@ def prepared_lds(w: _Weights, rows: int, split: int, waves_k: int, waves_n: int,
     """Shared memory of a block that multiplies a prepared x: barriers, rings, which partial sums of waves use again,
     row factors, and the partial sums of the blocks that share K."""
     of_rows = waves_n * TILE_ROWS * (rows + 4) * 4
-    barriers = -(-(8 + (2 + waves_k * waves_n) * depth * 8) // 128) * 128
+    barriers = _barriers((2 + waves_k * waves_n) * depth)
     rings = 1024 + depth * waves_k * chunk * (TILE_K * w.x_bytes * rows + waves_n * w.tile_bytes)
     return barriers + max(rings, waves_k * of_rows) + 8 * waves_n * TILE_ROWS // split + (of_rows if split > 1 else 0)
 

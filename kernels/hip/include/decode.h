@@ -14,6 +14,11 @@ constexpr DEVICE int group_of(Weight w) { return w == Weight::int4_g128 ? 128 : 
 /// Whether four waves multiply together, and need row tiles all of them: sm_90's wgmma.
 constexpr DEVICE bool is_wide(Weight w, int rows) { return TARGET_SM90 && (rows >= 16 || is_row(w)); }
 
+/// A block's shared memory begins with barriers: of its sums, on sm_90 of x, and then of rings.
+constexpr int OWN_BARRIERS = TARGET_SM90 ? 2 : 1;
+DEVICE uint64_t* own_barriers() { return reinterpret_cast<uint64_t*>(dynamic_lds()); }
+constexpr DEVICE int barrier_bytes(int of_rings) { return ceil_div((OWN_BARRIERS + of_rings) * 8, 128) * 128; }
+
 constexpr int TILE_ROWS = 16;  // rows of weights that a wave takes together: one side of the matrix unit, everywhere
 
 /// Entries of `DecodeArgs::out` and `::activation`; sglang_amd_quant/runtime/decode_gemm.py has the same numbers.
@@ -32,7 +37,8 @@ struct DecodeArgs {
     void* y;                       // rows y_stride apart
     const int *row_ids, *block_experts;
     const float* row_weights;      // of routed rows, or null
-    float* workspace;              // AMD with split > 1: counters that are zero between launches, then partial sums
+    float* workspace;              // AMD with split > 1: counters that are zero between launches, then partial sums; sm_90: an x that
+                                   // a launch in front has prepared, or null
     int64_t x_stride, y_stride;
     int m, n, k;                   // rows of y in all; rows of w; K
     int top_k;                     // rows of y that share a row of x

@@ -27,6 +27,31 @@ struct XTile {
     }
 };
 
+/// Bytes of `m` rows of x in `XTile`s of `room` rows, behind which factors of rows are (decode_sm90_prepared.h).
+template <Weight W>
+DEVICE int64_t prepared_bytes(int m, int k, int room) {
+    return static_cast<int64_t>(ceil_div(m, room)) * room * ceil_div(k, Tile<W>::K) * XTile<W, 1>::BYTES;
+}
+
+/// All threads, before `fetch_prepared`.
+DEVICE void expect_prepared() {
+    if (thread_index() == 0) barrier_init(own_barriers() + 1), barriers_are_ready();
+    block_barrier();
+}
+
+/// All threads: the block's part of an x that a launch in front has prepared, into shared memory. Returns when it is there.
+template <Weight W, int M>
+DEVICE void fetch_prepared(const DecodeArgs& a, const Share& s, int first_row, uint8_t* to) {
+    uint64_t* barrier = own_barriers() + 1;
+    if (thread_index() == 0) {
+        const auto from = reinterpret_cast<const uint8_t*>(a.workspace);
+        const int64_t tile = static_cast<int64_t>(first_row / M) * s.tiles + s.block_first;
+        barrier_expect(barrier, s.block_tiles * XTile<W, M>::BYTES);
+        bulk_copy(to, from + tile * XTile<W, M>::BYTES, s.block_tiles * XTile<W, M>::BYTES, barrier);
+    }
+    barrier_wait(barrier, 0);
+}
+
 /// The block's activations in shared memory, tile by tile.
 template <Weight W, Act A, int M>
 struct Activations<W, A, M, Way::MANY> {
@@ -37,12 +62,13 @@ struct Activations<W, A, M, Way::MANY> {
     uint8_t* values;
     Pieces<W> pieces;
 
-    DEVICE Activations(const DecodeArgs&, const Share& s, uint8_t* lds) : values(matrix_aligned(lds)), pieces(s) {}
+    DEVICE Activations(const DecodeArgs&, const Share& s, uint8_t* lds) : values(matrix_aligned(lds)), pieces(s) { expect_prepared(); }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::BYTES; }
 
     /// All threads: brings in the block's part of x. Visible to the block's matrix instructions after its next barrier.
     template <bool Grouped, typename Meanwhile>
-    DEVICE void stage(const DecodeArgs& a, const Share&, const Rows<Grouped>& rows, Meanwhile meanwhile) {
+    DEVICE void stage(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, Meanwhile meanwhile) {
+        if (a.workspace != nullptr) return fetch_prepared<W, M>(a, s, rows.first, values);
         stage_rows<M <= 16 ? 4 : 8>(*this, a, pieces, rows, meanwhile);
         show_to_matrix_unit();
     }

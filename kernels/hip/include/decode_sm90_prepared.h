@@ -1,4 +1,5 @@
-// Many rows of x that a launch in front of this one has brought, once for all blocks, into the order in which wgmma reads them.
+// Rows of x that a launch in front of this one has brought, once for all blocks, into the order in which wgmma reads them: how it does
+// that, and how many rows of a long K are multiplied.
 //
 // Activations stream through a ring of the block beside the weights, which have one a wave. So x need not fit in shared memory,
 // and K is split over blocks only where there are too few rows of w to occupy them. Blocks of a cluster that multiply the same
@@ -6,12 +7,6 @@
 #pragma once
 
 constexpr int PREPARING_WAVES = 8;  // of a block that prepares
-
-/// Bytes of `m` rows of x in `XTile`s of `room` rows, behind which factors of rows are.
-template <Weight W>
-DEVICE int64_t prepared_bytes(int m, int k, int room) {
-    return static_cast<int64_t>(ceil_div(m, room)) * room * ceil_div(k, Tile<W>::K) * XTile<W, 1>::BYTES;
-}
 
 /// Brings x into `XTile`s: for every `room` rows, which is the M that reads them, one after the other along K. A wave takes
 /// eight rows of an MX block, its lanes eight values each, so that both sides move whole sectors. Rows beyond m are left as they

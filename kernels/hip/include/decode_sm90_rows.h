@@ -13,7 +13,8 @@ struct Activations<W, A, M, Way::ROWS> {
     static constexpr float UNLIFT = 1.0f;
 
     uint8_t *values, *exponents;  // the latter of the MX blocks of a row, row after row
-    int* largest;                 // exponent of a row
+    int* largest;                 // exponent of a row ...
+    const float* factors = nullptr;  // ... or of all rows, what a launch in front has found
     int blocks, carry;            // blocks of a row
     float static_scale = 1;
     Pieces<W> pieces;
@@ -24,7 +25,7 @@ struct Activations<W, A, M, Way::ROWS> {
         largest = reinterpret_cast<int*>(values + tiles * XTile<W, M>::BYTES);
         exponents = reinterpret_cast<uint8_t*>(largest + M);
         if (thread_index() < M) largest[thread_index()] = 0;
-        block_barrier();
+        expect_prepared();
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) {
         return 1024 + s.most_tiles(a) * (XTile<W, M>::BYTES + M * Tile<W>::BLOCKS) + M * 4;
@@ -33,6 +34,10 @@ struct Activations<W, A, M, Way::ROWS> {
     /// All threads: quantizes the block's part of x. Visible to the block's matrix instructions after its next barrier.
     template <bool Grouped, typename Meanwhile>
     DEVICE void stage(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, Meanwhile meanwhile) {
+        if (a.workspace != nullptr) {
+            factors = a.workspace + prepared_bytes<W>(a.m, a.k, M) / 4 + rows.first;
+            return fetch_prepared<W, M>(a, s, rows.first, values);
+        }
         if (A == Act::fp8_static) static_scale = *a.x_scale;
         stage_rows<A == Act::fp8_static ? 2 : 4>(*this, a, pieces, rows, meanwhile);
         if (A != Act::fp8_static) {
@@ -54,7 +59,9 @@ struct Activations<W, A, M, Way::ROWS> {
     }
 
     /// What sums of row `i` are to be multiplied by.
-    DEVICE float factor(int i) const { return A == Act::fp8_static ? 1.0f : float_from_e8m0(largest[i]); }
+    DEVICE float factor(int i) const {
+        return factors != nullptr ? factors[i] : A == Act::fp8_static ? 1.0f : float_from_e8m0(largest[i]);
+    }
 
     /// Eight values, piece `j` along K, of row `i`.
     DEVICE void keep(const Words& x, int i, int j, bool wanted) {
