@@ -81,6 +81,9 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
         Totals<W, A, M> totals;
         if (is_wide(W, M) || group * s.waves_n + s.wave_n < s.row_tiles)
             stream.template each_tile<X::TILES>(
+                [&] {
+                    if constexpr (is_wide(W, M)) totals.look(stream, 0);
+                },
                 [&](const auto& tile, int number, auto... tiles) {
                     totals.add(stream, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, tiles...);
                 },
@@ -99,7 +102,7 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
 template <Weight W, Act A, int M>
 DEVICE void decode_prepared(const DecodeArgs& a) {
     allow_next_launch();
-    Share s(a, Tile<W>::K, cluster_rank() % a.split);
+    Share s(a, Tile<W>::K, cluster_rank() & (a.split - 1));
     s.take_turns(a);
     const int group = s.first_group;
     s.first_group = smaller(group, s.row_groups - 1);  // groups beyond the last, which fill up clusters, read that again
@@ -124,8 +127,8 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     Totals<W, A, M> totals;
     for (int i = 0, first = s.wave_first; i < x.stages; i++, first += s.wave_step) {
         if (first < s.wave_end) {
-            stream.wait(), x.wait();
-            by_turns(
+            stream.wait(), totals.look(stream, 0), x.wait();
+            by_turns<THROUGHOUT<W, M>>(
                 smaller(a.chunk, s.wave_end - first), [&](int t) { totals.add(stream, t, x, t * Tile<W>::BLOCKS, Number<1>{}); },
                 [&](auto pending) { totals.settle(pending); });
             stream.release();

@@ -53,7 +53,7 @@ _BF16 = {
     "w8a16": _Weights("e4m3", MX_BLOCK, TILE_K, 1024 + 32, waves={2: 20, 4: 20, 8: 20, 16: 28, 32: 20}),
 }
 _ROW_E2M1, _ROW_E4M3 = (
-    _Weights(kind, MX_BLOCK, TILE_K, tile_bytes, QUANTIZED_M, wide_from=1, x_bytes=1, waves={8: 32, 16: 24, 32: 20})
+    _Weights(kind, MX_BLOCK, TILE_K, tile_bytes, QUANTIZED_M, wide_from=1, x_bytes=1, waves={8: 32, 16: 20, 32: 20})
     for kind, tile_bytes in (("row_e2m1", 512 + 32), ("row_e4m3", 1024))
 )
 _INT4 = {
@@ -120,7 +120,7 @@ def lds_bytes(
     barriers = _barriers(waves * depth)
     ring = waves * depth * chunk * w.tile_bytes
     if w.x_bytes == 1:
-        activations = 1024 + most * rows * (TILE_K + TILE_K // MX_BLOCK) + 4 * rows
+        activations = 1024 + most * rows * TILE_K + 4 * rows
     elif rows < w.wide_from:
         activations = 16 + most * w.tile_k // MX_BLOCK * (rows * (2 * MX_BLOCK + 4) + 16)
     else:
@@ -154,14 +154,16 @@ _WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
     ("e4m3", 16): ((4, 1, 16, 2, 4), (8, 2, 8, 2, 2), (8, 1, 12, 2, 3), (4, 1, 16, 2, 2)),
     ("e4m3", 32): ((8, 1, 12, 2, 4), (4, 2, 4, 3, 4, 1), (8, 1, 12, 2, 3), (1, 4, 4, 3, 2, 1)),
     ("e4m3", 64): ((1, 1, 16, 4, 2, 1), (4, 2, 4, 4, 2, 1), (8, 1, 12, 4, 2, 1), (1, 4, 4, 4, 1, 1)),
-    ("row_e2m1", 8): ((8, 1, 8, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (4, 1, 8, 1, 8)),
-    ("row_e2m1", 16): ((4, 1, 16, 2, 8), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
-    ("row_e2m1", 32): ((1, 1, 16, 4, 4, 1), (8, 2, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
-    ("row_e2m1", 64): ((1, 1, 16, 3, 4, 1), (4, 2, 4, 2, 4, 1), (8, 1, 12, 3, 4, 1), (1, 2, 4, 2, 4, 1)),
-    ("row_e4m3", 8): ((8, 1, 8, 2, 8), (8, 2, 4, 2, 2), (8, 1, 8, 4, 2), (2, 2, 4, 2, 2)),
-    ("row_e4m3", 16): ((4, 1, 16, 2, 4), (8, 2, 8, 2, 2), (8, 1, 12, 2, 3), (4, 1, 16, 2, 2)),
-    ("row_e4m3", 32): ((8, 1, 12, 2, 4), (4, 2, 4, 3, 4, 1), (8, 1, 12, 2, 3), (1, 4, 4, 3, 2, 1)),
-    ("row_e4m3", 64): ((1, 1, 16, 4, 2, 1), (4, 2, 4, 4, 2, 1), (8, 1, 12, 4, 2, 1), (1, 4, 4, 4, 1, 1)),
+    ("row_e2m1", 1): ((2, 4, 4, 4, 4), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 1, 12)),
+    ("row_e2m1", 8): ((8, 1, 8, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 4)),
+    ("row_e2m1", 16): ((8, 1, 16, 2, 8), (4, 4, 4, 1, 6, -1), (4, 2, 4, 1, 12, -1), (1, 4, 4, 1, 8, 1)),
+    ("row_e2m1", 32): ((1, 1, 16, 5, 4, 1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 1, 12, -1), (1, 4, 4, 1, 8, 1)),
+    ("row_e2m1", 64): ((1, 1, 16, 4, 4, 1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 1, 12, -1), (1, 4, 4, 1, 8, 1)),
+    ("row_e4m3", 1): ((2, 4, 4, 2, 4), (8, 1, 4, 1, 12), (8, 1, 8, 1, 12), (2, 1, 8, 1, 12)),
+    ("row_e4m3", 8): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 3)),
+    ("row_e4m3", 16): ((8, 2, 8, 2, 4), (8, 1, 16, 1, 12), (8, 1, 12, 2, 6), (4, 1, 16, 2, 3)),
+    ("row_e4m3", 32): ((4, 1, 12, 2, 4, -1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 2, 6, -1), (2, 2, 4, 2, 3, -1)),
+    ("row_e4m3", 64): ((1, 1, 8, 2, 4, 1), (8, 1, 8, 1, 12, -1), (8, 1, 12, 2, 3, -1), (2, 2, 8, 2, 3, -1)),
 }
 """What measured best, or within a few percent, on an H200 or an H100, of 16 to 100 plans each for 70 dense problems
 (`python -m bench.decode --schemes w4a8,mxfp8 --explore 100`).
@@ -184,6 +186,8 @@ def _distance(plan: DecodePlan, w: _Weights, wanted: Shape, row_tiles: int, cu_c
     split, waves_k, waves_n, depth, chunk, share = (*wanted, 0)[:6]
     blocks = plan.groups * plan.split
     idle = max(0.0, math.log2(min(cu_count, row_tiles * split * waves_k) / blocks) - 0.7)
+    if (plan.split, plan.waves_k, plan.waves_n) == wanted[:3]:  # measured so
+        idle = 0.0
     row_groups = -(-row_tiles // plan.waves_n)
     if plan.share > 0:  # one row group a block: as many rounds as it takes
         places = _in_clusters(cu_count, plan.split * plan.share) * _resident(w, plan.lds, plan.rows, plan.waves)

@@ -92,8 +92,8 @@ struct Share {
         waves_n = opaque(a.waves_n), groups = opaque(a.groups);
         wave_k = quotient(wave_index(), a.waves_n), wave_n = remainder_of(wave_index(), a.waves_n);
         tiles = ceil_div(a.k, tile_k);
-        row_tiles = ceil_div(a.n, TILE_ROWS), row_groups = ceil_div(row_tiles, a.waves_n);
-        first_group = shared_by(block_index(), a.split) % a.groups;
+        row_tiles = ceil_div(a.n, TILE_ROWS), row_groups = quotient(row_tiles + a.waves_n - 1, a.waves_n);
+        first_group = remainder_of(shared_by(block_index(), a.split), a.groups);
         block_first = shared_by(tiles * rank, a.split);
         block_tiles = shared_by(tiles * (rank + 1), a.split) - block_first;
         wave_first = block_first + shared_by(block_tiles * wave_k, a.waves_k);
@@ -119,7 +119,7 @@ struct Rows {
 
     template <int Room>
     DEVICE static Rows of(const DecodeArgs& a) {
-        const int block = shared_by(block_index(), a.split) / a.groups, first = block * Room;
+        const int block = quotient(shared_by(block_index(), a.split), a.groups), first = block * Room;
         if constexpr (Grouped) {
             const bool used = lane_index() < Room && a.row_ids[first + lane_index()] < a.m;
             const int count = count_lanes(used);  // padding comes last

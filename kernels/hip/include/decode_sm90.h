@@ -53,22 +53,37 @@ template <int>
 struct Number {};
 
 /// `each(t)` for `count` tiles: while one is multiplied, the next is decoded, into other registers. `settle(n)` waits until at most
-/// n of those that `each` started are under way.
-template <typename Each, typename Settle>
+/// n of those that `each` started are under way. `Throughout`: always one, until the last; else by fours, which takes fewer registers.
+template <bool Throughout, typename Each, typename Settle>
 DEVICE void by_turns(int count, Each each, Settle settle) {
     constexpr Number<1> one{};
     constexpr Number<0> none{};
     int t = 0;
+    if constexpr (Throughout) {
+        each(t++);
 #pragma unroll 1
-    for (; t + 3 < count; t += 4) {
-        each(t), each(t + 1), settle(one);
-        each(t + 2), settle(one);
-        each(t + 3), settle(none);
+        for (; t + 1 < count; t += 2) {
+            each(t), settle(one);
+            each(t + 1), settle(one);
+        }
+        if (t < count) each(t);
+        settle(none);
+    } else {
+#pragma unroll 1
+        for (; t + 3 < count; t += 4) {
+            each(t), each(t + 1), settle(one);
+            each(t + 2), settle(one);
+            each(t + 3), settle(none);
+        }
+#pragma unroll 1
+        for (; t + 1 < count; t += 2) each(t), each(t + 1), settle(none);
+        if (t < count) each(t), settle(none);
     }
-#pragma unroll 1
-    for (; t + 1 < count; t += 2) each(t), each(t + 1), settle(none);
-    if (t < count) each(t), settle(none);
 }
+
+/// Where registers suffice to multiply throughout.
+template <Weight W, int M>
+constexpr bool THROUGHOUT = is_row(W) && M >= 16;
 
 /// A wave's weights, chunk by chunk, through a ring in shared memory. From WIDE_FROM on, waves that have no row
 /// tile of their own read the last one again, because the others cannot multiply without them.
@@ -97,9 +112,9 @@ class Stream {
     DEVICE static int bytes(const DecodeArgs& a) { return a.depth * a.chunk * (Tile<W>::BYTES + Tile<W>::SCALES); }
 
     /// `each(t, number along K, Number of tiles)` for all tiles of the next row group, one or `Together` at a time; t is the
-    /// first one's place in its chunk. `settle`: as in `by_turns`.
-    template <int Together, typename Each, typename Settle>
-    DEVICE void each_tile(Each each, Settle settle) {
+    /// first one's place in its chunk. `begin()` when a chunk has come. `settle`: as in `by_turns`.
+    template <int Together, typename Begin, typename Each, typename Settle>
+    DEVICE void each_tile(Begin begin, Each each, Settle settle) {
         for (int first = s.wave_first; first < s.wave_end; first += s.wave_step) {
             const int count = smaller(a.chunk, s.wave_end - first);
             wait();
@@ -109,7 +124,8 @@ class Stream {
                 for (; t + Together <= count; t += Together) each(t, first + t, Number<Together>{});
                 if (Together > 1 && t < count) each(t, first + t, Number<1>{});
             } else {
-                by_turns(count, [&](int t) { each(t, first + t, Number<1>{}); }, settle);
+                begin();
+                by_turns<THROUGHOUT<W, M>>(count, [&](int t) { each(t, first + t, Number<1>{}); }, settle);
             }
             release();
         }

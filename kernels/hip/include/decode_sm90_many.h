@@ -121,6 +121,9 @@ struct Totals<W, A, M, Way::MANY> {
         for (int i = 0; i < M / 2; i++) sum[i / 4][i % 4] = 0;
     }
 
+    template <typename Tiles>
+    DEVICE void look(const Tiles&, int) {}
+
     /// Starts adding tile `t` of what `stream` has at hand; `block` is its first MX block in the activations `x`.
     template <typename Tiles, typename Columns>
     DEVICE void add(const Tiles& stream, int t, const Columns& x, int block, Number<1>) {

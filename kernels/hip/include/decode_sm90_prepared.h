@@ -14,12 +14,12 @@ constexpr int PREPARING_WAVES = 8;  // of a block that prepares
 template <Weight W>
 DEVICE void prepare_bf16(const uint16_t* x, uint8_t* prepared, int64_t x_stride, int m, int k, int room) {
     const int blocks = ceil_div(k, Tile<W>::K) * Tile<W>::BLOCKS, unit = block_index() * PREPARING_WAVES + wave_index();
-    const int row = unit / blocks * 8 + lane_index() / 4, piece = unit % blocks * 4 + lane_index() % 4;
+    const int row = quotient(unit, blocks) * 8 + lane_index() / 4, piece = remainder_of(unit, blocks) * 4 + lane_index() % 4;
     wait_for_previous_launch();
     if (row >= m) return;
     const Words out = 8 * piece < k ? load_words(x + row * x_stride + 8 * piece) : Words{};
-    const int64_t tile = static_cast<int64_t>(row / room) * (blocks / 2) + piece / 8;
-    XTile<W, 1>::keep(prepared + tile * room * XTile<W, 1>::BYTES, row % room, piece % 8, out);
+    const int64_t tile = static_cast<int64_t>(shared_by(row, room)) * (blocks / 2) + piece / 8;
+    XTile<W, 1>::keep(prepared + tile * room * XTile<W, 1>::BYTES, row & (room - 1), piece % 8, out);
 }
 
 /// Quantizes a row of x, which a block takes, under the largest scale of its MX blocks.
@@ -51,13 +51,12 @@ DEVICE void prepare_row(const uint16_t* x, const float* x_scale, uint8_t* prepar
     const int exponent = exponent_of<A>(largest, carry);
     const float static_scale = A == Act::fp8_static ? *x_scale : 1.0f;
 
-    uint8_t* to = prepared + static_cast<int64_t>(row / room) * tiles * room * XTile<W, 1>::BYTES;
+    uint8_t* to = prepared + static_cast<int64_t>(shared_by(row, room)) * tiles * room * XTile<W, 1>::BYTES;
     const auto put = [&](const Words& eight, int piece) {
         const int own = exponent_of<A>(largest_of_block(eight), carry);
         if (piece >= pieces) return;
-        Codes codes = codes_of_activations<A>(eight, own, static_scale);
-        if (A != Act::fp8_static && own < exponent) codes = shifted_e4m3(codes, exponent - own);
-        *reinterpret_cast<Codes*>(to + piece / 8 * room * XTile<W, 1>::BYTES + XTile<W, 1>::place(row % room, piece % 8)) = codes;
+        uint8_t* place = to + piece / 8 * room * XTile<W, 1>::BYTES + XTile<W, 1>::place(row & (room - 1), piece % 8);
+        *reinterpret_cast<Codes*>(place) = row_codes<A>(eight, own, exponent, static_scale);
     };
 #pragma unroll
     for (int u = 0; u < HELD; u++) put(held[u], u * THREADS + thread_index());
@@ -85,8 +84,8 @@ class XRing {
    public:
     /// `barriers`: `depth` that say what has arrived, and `depth` for what has been read.
     DEVICE XRing(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barriers)
-        : a(a), s(s), lds(matrix_aligned(lds)), full(barriers), empty(barriers + a.depth), share(cluster_blocks() / a.split) {
-        stages = ceil_div(s.block_tiles, a.waves_k * a.chunk);
+        : a(a), s(s), lds(matrix_aligned(lds)), full(barriers), empty(barriers + a.depth), share(shared_by(cluster_blocks(), a.split)) {
+        stages = quotient(s.block_tiles + a.waves_k * a.chunk - 1, a.waves_k * a.chunk);
         if (thread_index() != 0) return;
         for (int i = 0; i < a.depth; i++) barrier_init(full + i), barrier_init(empty + i, share * s.threads / WAVE);
         barriers_are_ready();
@@ -99,7 +98,7 @@ class XRing {
         next = reinterpret_cast<const uint8_t*>(a.x) +
                (static_cast<int64_t>(row_block) * s.tiles + s.block_first) * XTile<W, M>::BYTES;
         factors = reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(a.x) + prepared_bytes<W>(a.m, a.k, M)) + row_block * M;
-        if (wave_index() != 0) return;
+        if (wave != 0) return;
         for (int i = 0; i < smaller(a.depth, stages); i++) fetch(i, i);
     }
 
@@ -112,7 +111,7 @@ class XRing {
         // What nobody will fill again need not be given back, and the blocks that would be told may have ended.
         if (number + a.depth < stages && lane_index() < share)
             barrier_arrive_in(address_in(empty + at_stage, lane_index() * a.split + s.rank));
-        if (wave_index() == 0 && number > 0 && number - 1 + a.depth < stages) {
+        if (wave == 0 && number > 0 && number - 1 + a.depth < stages) {
             const int before = at_stage == 0 ? a.depth - 1 : at_stage - 1;
             barrier_wait(empty + before, at_stage == 0 ? parity ^ 1 : parity);
             fetch(number - 1 + a.depth, before);
@@ -137,14 +136,14 @@ class XRing {
     DEVICE void fetch(int i, int place) {
         if (lane_index() != 0) return;
         const int tiles = a.waves_k * a.chunk, bytes = smaller(tiles, s.block_tiles - i * tiles) * XTile<W, M>::BYTES;
-        const int mine = cluster_rank() / a.split * (bytes / share), offset = place * tiles * XTile<W, M>::BYTES + mine;
+        const int mine = shared_by(cluster_rank(), a.split) * shared_by(bytes, share), offset = place * tiles * XTile<W, M>::BYTES + mine;
         barrier_expect(full + place, bytes);
         if (share == 1) {
             bulk_copy(lds + offset, next, bytes, full + place);
         } else {
             int blocks = 0;
             for (int j = 0; j < share; j++) blocks |= 1 << (j * a.split + s.rank);
-            bulk_copy_to(blocks, lds + offset, next + mine, bytes / share, full + place);
+            bulk_copy_to(blocks, lds + offset, next + mine, shared_by(bytes, share), full + place);
         }
         next += bytes;
     }
@@ -155,6 +154,7 @@ class XRing {
     const uint8_t* next;
     const float* factors;
     uint64_t *full, *empty;
+    const int wave = wave_index();
     int share, at_stage = 0, number = 0;
     uint32_t parity = 0;
 };
@@ -190,14 +190,15 @@ class PreparedSums : public OwnedRows {
         const int quads = ceil_div(columns, COLUMNS), first_rank = cluster_rank() - s.rank;
         if (thread_index() == 0) barrier_expect(barrier, a.split * owned * quads * COLUMNS * 4);
         for (int j = thread_index(); j < rows * quads; j += s.threads) {
-            const int row = j % rows, column = j / rows * COLUMNS, owner = first_rank + row / owned;
+            const int set = quotient(j, rows), row = j - set * rows, column = set * COLUMNS, owned_by = quotient(row, owned);
+            const int owner = first_rank + owned_by;
             Floats<COLUMNS> total = {};
             for (int i = 0; i < a.waves_k; i++) {
                 const auto part = *reinterpret_cast<const Floats<COLUMNS>*>(of_waves + (i * rows + row) * PITCH + column);
 #pragma unroll
                 for (int c = 0; c < COLUMNS; c++) total.v[c] += part.v[c];
             }
-            float* to = of_blocks + (s.rank * owned + row % owned) * PITCH + column;
+            float* to = of_blocks + (s.rank * owned + row - owned_by * owned) * PITCH + column;
             cluster_store(address_in(to, owner), total, address_in(barrier, owner));
         }
         barrier_wait(barrier, 0);

@@ -65,7 +65,21 @@ DEVICE Codes shifted_e4m3(const Codes& codes, int octaves) {
     return out;
 }
 
-/// Which pieces of x, of eight values, a thread quantizes: from piece j of row i on, by steps. Known before x is.
+/// `codes_of_activations` whose block has exponent `own`, under the exponent `of_row`.
+template <Act A>
+DEVICE Codes row_codes(const Words& x, int own, int of_row, float static_scale) {
+    const Codes codes = codes_of_activations<A>(x, own, static_scale);
+    return A != Act::fp8_static && own < of_row ? shifted_e4m3(codes, of_row - own) : codes;
+}
+
+/// Pieces of x, of eight values: which rows of the block they are of, and where along K.
+template <int COUNT>
+struct Batch {
+    Words eight[COUNT];
+    int i[COUNT], j[COUNT];
+};
+
+/// Which pieces of what a block multiplies of all rows a thread takes: from piece j of row i on, by steps. Known before x is.
 template <Weight W>
 struct Pieces {
     int count, base, i, j, step_i, step_j;
@@ -76,31 +90,43 @@ struct Pieces {
         i = quotient(thread_index(), count), j = thread_index() - i * count;
         step_i = quotient(s.threads, count), step_j = s.threads - step_i * count;
     }
+
+    /// Whether a lane of the wave has any left.
+    template <bool Grouped>
+    DEVICE bool any(const Rows<Grouped>& rows) const { return __any_sync(0xffffffffu, i < rows.count); }
+
+    /// Asks for the next; zeros where there is none.
+    template <int COUNT, bool Grouped>
+    DEVICE Batch<COUNT> next(const DecodeArgs& a, const Rows<Grouped>& rows) {
+        Batch<COUNT> batch;
+#pragma unroll
+        for (int u = 0; u < COUNT; u++) {
+            batch.i[u] = i, batch.j[u] = j, batch.eight[u] = {};
+            if (i < rows.count && base + 8 * j < a.k) batch.eight[u] = load_words(a.x + rows.in(i) * a.x_stride + base + 8 * j);
+            i += step_i, j += step_j;
+            if (j >= count) j -= count, i++;
+        }
+        return batch;
+    }
 };
 
-/// All threads: `x.keep(eight bf16, row, piece, whether they are wanted)` for what the block multiplies of all rows, all lanes
-/// together. A thread has BATCH loads under way, and does `meanwhile()` then.
+/// All lanes of a wave: `each(eight, row, piece, whether there is one)` for pieces of which any lane has one.
+template <int COUNT, bool Grouped, typename Each>
+DEVICE void each_piece(const Batch<COUNT>& batch, const Rows<Grouped>& rows, Each each) {
+#pragma unroll
+    for (int u = 0; u < COUNT; u++) {
+        const bool wanted = batch.i[u] < rows.count;
+        if (u == 0 || __any_sync(0xffffffffu, wanted)) each(batch.eight[u], batch.i[u], batch.j[u], wanted);
+    }
+}
+
+/// All threads: `x.keep` as `each_piece` does, for all rows. A thread has BATCH loads under way, and does `meanwhile()` then.
 template <int BATCH, typename X, Weight W, bool Grouped, typename Meanwhile>
-DEVICE void stage_rows(X& x, const DecodeArgs& a, const Pieces<W>& pieces, const Rows<Grouped>& rows, Meanwhile meanwhile) {
-    int i = pieces.i, j = pieces.j;
+DEVICE void stage_rows(X& x, const DecodeArgs& a, Pieces<W> pieces, const Rows<Grouped>& rows, Meanwhile meanwhile) {
 #pragma unroll 1
-    while (__any_sync(0xffffffffu, i < rows.count)) {
-        Words eight[BATCH];
-        int is[BATCH], js[BATCH];
-#pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-            is[u] = i, js[u] = j;
-            eight[u] = {};
-            if (i < rows.count && pieces.base + 8 * j < a.k)
-                eight[u] = load_words(a.x + rows.in(i) * a.x_stride + pieces.base + 8 * j);
-            i += pieces.step_i, j += pieces.step_j;
-            if (j >= pieces.count) j -= pieces.count, i++;
-        }
+    while (pieces.any(rows)) {
+        const auto batch = pieces.template next<BATCH>(a, rows);
         meanwhile();
-#pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-            const bool wanted = is[u] < rows.count;
-            if (u == 0 || __any_sync(0xffffffffu, wanted)) x.keep(eight[u], is[u], js[u], wanted);
-        }
+        each_piece(batch, rows, [&](const Words& eight, int i, int j, bool wanted) { x.keep(eight, i, j, wanted); });
     }
 }

@@ -12,24 +12,19 @@ struct Activations<W, A, M, Way::ROWS> {
     static constexpr int ROOM = M, TILES = 1;
     static constexpr float UNLIFT = 1.0f;
 
-    uint8_t *values, *exponents;  // the latter of the MX blocks of a row, row after row
-    int* largest;                 // exponent of a row ...
-    const float* factors = nullptr;  // ... or of all rows, what a launch in front has found
-    int blocks, carry;            // blocks of a row
+    uint8_t* values;
+    uint32_t* largest;               // magnitude in a row, as a float's bits ...
+    const float* factors = nullptr;  // ... or what a launch in front has found
+    int carry;
     float static_scale = 1;
     Pieces<W> pieces;
 
-    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : carry(a.carry), pieces(s) {
-        const int tiles = s.most_tiles(a);
-        values = matrix_aligned(lds), blocks = tiles * Tile<W>::BLOCKS;
-        largest = reinterpret_cast<int*>(values + tiles * XTile<W, M>::BYTES);
-        exponents = reinterpret_cast<uint8_t*>(largest + M);
+    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : values(matrix_aligned(lds)), carry(a.carry), pieces(s) {
+        largest = reinterpret_cast<uint32_t*>(values + s.most_tiles(a) * XTile<W, M>::BYTES);
         if (thread_index() < M) largest[thread_index()] = 0;
         expect_prepared();
     }
-    DEVICE static int bytes(const DecodeArgs& a, const Share& s) {
-        return 1024 + s.most_tiles(a) * (XTile<W, M>::BYTES + M * Tile<W>::BLOCKS) + M * 4;
-    }
+    DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::BYTES + M * 4; }
 
     /// All threads: quantizes the block's part of x. Visible to the block's matrix instructions after its next barrier.
     template <bool Grouped, typename Meanwhile>
@@ -39,17 +34,20 @@ struct Activations<W, A, M, Way::ROWS> {
             return fetch_prepared<W, M>(a, s, rows.first, values);
         }
         if (A == Act::fp8_static) static_scale = *a.x_scale;
-        stage_rows<A == Act::fp8_static ? 2 : 4>(*this, a, pieces, rows, meanwhile);
-        if (A != Act::fp8_static) {
+        const auto look_at = [&](const Words& eight, int i, int, bool wanted) {
+            const uint32_t of_block = largest_of_block(eight);
+            if (wanted && lane_index() % 4 == 0) atomicMax(largest + i, of_block);
+        };
+        const auto take = [&](const Words& eight, int i, int j, bool wanted) { keep(eight, i, j, wanted); };
+        const auto held = pieces.template next<A == Act::fp8_static ? 2 : 4>(a, rows);  // the others are loaded twice
+        meanwhile();
+        if constexpr (A != Act::fp8_static) {
+            each_piece(held, rows, look_at);
+            for (Pieces<W> rest = pieces; rest.any(rows);) each_piece(rest.template next<1>(a, rows), rows, look_at);
             block_barrier();
-            for (int i = pieces.i, j = pieces.j; i < rows.count;) {
-                const int octaves = largest[i] - exponents[i * blocks + j / 4];
-                Codes* codes = reinterpret_cast<Codes*>(at_piece(i, j));
-                if (octaves > 0) *codes = shifted_e4m3(*codes, octaves);
-                i += pieces.step_i, j += pieces.step_j;
-                if (j >= pieces.count) j -= pieces.count, i++;
-            }
         }
+        each_piece(held, rows, take);
+        while (pieces.any(rows)) each_piece(pieces.template next<1>(a, rows), rows, take);
         show_to_matrix_unit();
     }
 
@@ -60,27 +58,35 @@ struct Activations<W, A, M, Way::ROWS> {
 
     /// What sums of row `i` are to be multiplied by.
     DEVICE float factor(int i) const {
-        return factors != nullptr ? factors[i] : A == Act::fp8_static ? 1.0f : float_from_e8m0(largest[i]);
-    }
-
-    /// Eight values, piece `j` along K, of row `i`.
-    DEVICE void keep(const Words& x, int i, int j, bool wanted) {
-        const int exponent = A == Act::fp8_static ? 0 : exponent_of<A>(largest_of_block(x), carry);
-        if (!wanted) return;
-        *reinterpret_cast<Codes*>(at_piece(i, j)) = codes_of_activations<A>(x, exponent, static_scale);
-        if (A == Act::fp8_static || j % 4 != 0) return;
-        exponents[i * blocks + j / 4] = static_cast<uint8_t>(exponent);
-        atomicMax(largest + i, exponent);
+        if (factors != nullptr) return factors[i];
+        return A == Act::fp8_static ? 1.0f : float_from_e8m0(exponent_of<A>(largest[i], carry));
     }
 
    private:
-    DEVICE uint8_t* at_piece(int i, int j) const { return values + j / 8 * XTile<W, M>::BYTES + XTile<W, M>::place(i, j % 8); }
+    /// Eight values, piece `j` along K, of row `i`.
+    DEVICE void keep(const Words& x, int i, int j, bool wanted) {
+        const uint32_t of_block = largest_of_block(x);
+        if (!wanted) return;
+        Codes& codes = *reinterpret_cast<Codes*>(values + j / 8 * XTile<W, M>::BYTES + XTile<W, M>::place(i, j % 8));
+        codes = row_codes<A>(x, exponent_of<A>(of_block, carry), exponent_of<A>(largest[i], carry), static_scale);
+    }
 };
 
-/// e4m3 of the magnitudes 0, .5, 1, 1.5 and 2, 3, 4, 6, times 2^(step - 5), of 0 <= step < 12.
+/// Bytes of two words by the four nibbles in the lower half of `selector`, each below 8. As __byte_perm, which would make sure of that
+/// by one more instruction.
+DEVICE uint32_t look_up(uint32_t low, uint32_t high, uint32_t selector) {
+    uint32_t bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+    return bytes;
+}
+
+/// e4m3 of the magnitudes 0, .5, 1, 1.5 and 2, 3, 4, 6, times 2^(step - 5), 0 <= step < 12 being byte `i` of a word.
 struct MagnitudesE4m3 {
     uint32_t low, high;
-    DEVICE explicit MagnitudesE4m3(uint32_t step) : low(step * 0x08080800u + 0x14100800u), high(step * 0x08080808u + 0x24201c18u) {}
+    DEVICE MagnitudesE4m3(uint32_t steps, int i) {
+        const uint32_t step = look_up(steps, 0, 0x4440 + i);
+        low = step * 0x08080800u + 0x14100800u, high = step * 0x08080808u + 0x24201c18u;
+    }
 };
 
 /// What a wave sums up for one row tile: rows g and g + 8 (g = l / 4) times the columns 2 q and 2 q + 1 of every eight.
@@ -88,17 +94,39 @@ template <Weight W, Act A, int M>
 struct Totals<W, A, M, Way::ROWS> {
     float sum[M / 8][4], part[M / 8][4];  // part: what the matrix unit has added up, of a few tiles
     bool begun = false;
+    Words ahead;  // e2m1: codes and scales of the tile that is next
+    uint32_t steps_ahead;
 
     DEVICE Totals() {
 #pragma unroll
         for (int i = 0; i < M / 2; i++) sum[i / 4][i % 4] = 0;
     }
 
-    /// Starts adding tile `t` of what `stream` has at hand; `block` is its first MX block in the activations `x`.
+    /// e2m1: loads tile `t` of what `stream` has at hand.
+    template <typename Tiles>
+    DEVICE void look(const Tiles& stream, int t) {
+        if constexpr (W == Weight::row_e2m1) {
+            ahead = load_words(stream.codes(t) + lane_index() * 16);
+            steps_ahead = stream.scale_words(t)[lane_index() / 4];
+        }
+    }
+
+    /// Starts adding tile `t`, which of e2m1 `look` has loaded; loads the next, or what lies behind the last. `block` is its first MX
+    /// block in the activations `x`.
     template <typename Tiles, typename Columns>
     DEVICE void add(const Tiles& stream, int t, const Columns& x, int block, Number<1>) {
         uint32_t fragments[2][4];  // of two MX blocks: rows g and g + 8 by turns, lower K first
-        load(stream, t, fragments);
+        if constexpr (W == Weight::row_e2m1) {
+            decode(fragments);
+            look(stream, t + 1);
+        } else {
+#pragma unroll
+            for (int b = 0; b < 2; b++) {
+                const Words words = load_words(stream.codes(t) + b * (TILE_ROWS * MX_BLOCK) + lane_index() * 16);
+#pragma unroll
+                for (int i = 0; i < 4; i++) fragments[b][i] = words.v[i];
+            }
+        }
         warpgroup_fence();
         warpgroup_matrix_e4m3(fragments[0], x.at(block, 0), part, begun);
         warpgroup_matrix_e4m3(fragments[1], x.at(block, 1), part, true);
@@ -140,30 +168,16 @@ struct Totals<W, A, M, Way::ROWS> {
     }
 
    private:
-    template <typename Tiles>
-    DEVICE static void load(const Tiles& stream, int t, uint32_t (&fragments)[2][4]) {
-        const uint8_t* codes = stream.codes(t) + lane_index() * 16;
-        if constexpr (W == Weight::row_e4m3) {
+    /// A word has four codes of either block: their magnitudes in its lower and upper half, signs where they fit.
+    DEVICE void decode(uint32_t (&fragments)[2][4]) const {
 #pragma unroll
-            for (int b = 0; b < 2; b++) {
-                const Words words = load_words(codes + b * (TILE_ROWS * MX_BLOCK));
+        for (int row = 0; row < 2; row++) {
+            const MagnitudesE4m3 first(steps_ahead, 2 * row), second(steps_ahead, 2 * row + 1);
 #pragma unroll
-                for (int i = 0; i < 4; i++) fragments[b][i] = words.v[i];
-            }
-        } else {  // a word has four codes of either block: their magnitudes in its lower and upper half, signs where they fit
-            const uint32_t steps = stream.scale_words(t)[lane_index() / 4];
-            const Words words = load_words(codes);
-#pragma unroll
-            for (int row = 0; row < 2; row++) {
-                const MagnitudesE4m3 first(steps >> 16 * row & 0xff), second(row ? steps >> 24 : steps >> 8 & 0xff);
-#pragma unroll
-                for (int i = row; i < 4; i += 2) {
-                    const uint32_t word = words.v[i];
-                    uint32_t magnitudes;  // of all eight by one instruction, which the compiler would make two of
-                    asm("and.b32 %0, %1, 0x77777777;" : "=r"(magnitudes) : "r"(word));
-                    fragments[0][i] = __byte_perm(first.low, first.high, magnitudes) | (word & 0x80808080u);
-                    fragments[1][i] = __byte_perm(second.low, second.high, magnitudes >> 16) | (word << 4 & 0x80808080u);
-                }
+            for (int i = row; i < 4; i += 2) {
+                const uint32_t word = ahead.v[i], magnitudes = word & 0x77777777u;
+                fragments[0][i] = look_up(first.low, first.high, magnitudes) | (word & 0x80808080u);
+                fragments[1][i] = look_up(second.low, second.high, magnitudes >> 16) | (word << 4 & 0x80808080u);
             }
         }
     }
