@@ -119,21 +119,17 @@ def bound(p: Problem, exact: torch.Tensor, values: torch.Tensor) -> torch.Tensor
     costs at most an ulp of the running sum, which |x| |w|^T bounds.
 
     Quantized ones are e4m3, whose products the matrix unit adds in groups of 32 and the sum before, all cut off 13 bits
-    below the largest (DeepSeek-V3 Technical Report, 3.3.2): 33 x 2^-13 of the running sum a group, 24 groups
-    (12 tiles of 64) before sums are added as floats. Elements under a row's one scale are off by half of e4m3's least, 2^-10: of x, whose largest is
-    at least 2^7 (e2m1: 2) of that, and of w.
+    below the largest (DeepSeek-V3 Technical Report, 3.3.2): 33 x 2^-13 of the running sum a group, 24 groups (12 tiles
+    of 64) before sums are added as floats. Elements under a row's one scale are off by half of e4m3's least, 2^-10: of
+    x, whose largest is at least 2^7 (e2m1: 2) of that, and of w.
     """
     absolute = exact.abs() @ values.abs().T
     if p.scheme.act == "bf16":
         return p.k * 2.0**-23 * absolute + 1e-30
     least_x = exact.abs().amax(1, keepdim=True) * 2.0 ** (-17 if p.scheme.act == "e4m3" else -11)
     least_w = torch.exp2(p.scales[0].amax(1).double() - 137)
-    return (
-        24 * 33 * 2.0**-13 * absolute
-        + least_x * values.abs().sum(1)
-        + exact.abs().sum(1, keepdim=True) * least_w
-        + 1e-40
-    )
+    operands = least_x * values.abs().sum(1) + exact.abs().sum(1, keepdim=True) * least_w
+    return 24 * 33 * 2.0**-13 * absolute + operands + 1e-40
 
 
 class Reference:

@@ -58,8 +58,4 @@ def _laid_out(weight: MxTensor, layout: TensorLayout, problem: GemmProblem) -> W
 
         arch = current_arch()
         return decode_weights(weight, arch if canonical(arch) == problem.arch else ARCHES[problem.arch].device)
-    if layout.value == "mma_tile":  # from 16 rows on its codes become bf16 by their bits, of which none is NaN
-        from sglang_amd_quant.ops.decode_weights import nan_by_scale
-
-        weight = nan_by_scale(weight)
     return pack(weight, layout, problem) if layout.packed else weight.to_layout(layout)

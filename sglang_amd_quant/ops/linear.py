@@ -65,7 +65,9 @@ KERNELS: dict[str, LinearKernel] = {
     "triton_mx_gemm": LinearKernel(triton_mx.run_mx_gemm, ANY_FLOAT),
     "triton_int4_gemm": LinearKernel(triton_int4.run_int4_gemm, ANY_FLOAT),
     "triton_hopper_bf16": LinearKernel(triton_hopper.run_hopper_gemm, ANY_FLOAT),
+    "triton_hopper_e4m3": LinearKernel(triton_hopper.run_hopper_gemm, ANY_FLOAT),
     "hip_decode": LinearKernel(hip.run_decode),
+    "hip_decode_e4m3": LinearKernel(hip.run_decode),
     "hip_decode_int4": LinearKernel(hip.run_decode),
     **{f"hip_decode_{arch}_{w}": LinearKernel(hip.run_decode_amd) for arch, w in AMD_DECODE_LAYOUTS},
 }

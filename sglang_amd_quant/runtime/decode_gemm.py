@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.kernels.hip.manifest import QUANTIZED_SCHEMES
-from sglang_amd_quant.runtime.decode_plans import TILE_K, TILE_ROWS, DecodePlan, plans, prepared_bytes
+from sglang_amd_quant.runtime.decode_plans import RESIDENT, TILE_K, TILE_ROWS, DecodePlan, plans, prepared_bytes
 from sglang_amd_quant.runtime.launch import LaunchDescription
 from sglang_amd_quant.schemes import MX_BLOCK
 
@@ -83,6 +83,7 @@ def decode_gemm(
     if plan is None:
         plan = plans(scheme, m, n, k, cu_count, epilogue.activation is not None)[0]
     streamed, launches = plan.share > 0, []
+    held = prepared if plan.share == RESIDENT else None
     if plan.share:
         _check_prepared(scheme, plan, prepared, m, n, k)
         launches.append(_prepare(x, prepared, scheme, x_scale, carry, m, k, plan.rows))
@@ -93,7 +94,7 @@ def decode_gemm(
         lds=plan.lds,
         args=(
             prepared if streamed else x, data, scales, factors, epilogue.bias, x_scale, epilogue.residual, y, None,
-            None, epilogue.row_weights, None if streamed or not plan.share else prepared, x.stride(0), y.stride(0), m, n, k, 1, plan.split,
+            None, epilogue.row_weights, held, x.stride(0), y.stride(0), m, n, k, 1, plan.split,
             plan.waves_k, plan.waves_n, plan.groups, plan.depth, plan.chunk, carry, out_code(y),
             ACTIVATIONS[epilogue.activation] | (INTERLEAVED if epilogue.interleaved else 0),
             epilogue.alpha, epilogue.limit or 0.0,

@@ -102,7 +102,7 @@ class DecodePlan:
 
 
 def prepared_bytes(scheme: str, plan: DecodePlan, m: int, k: int) -> int:
-    """Bytes that the launch in front leaves of x [m, k]: values, of quantized ones also a factor a row; 0 without it."""
+    """Bytes that the launch in front leaves of x [m, k]: values, and a factor a row of quantized ones. 0 without it."""
     w, rows = _OF_SCHEME[scheme], -(-m // plan.rows) * plan.rows
     factors = 4 if w.x_bytes == 1 else 0
     return rows * (-(-k // TILE_K) * TILE_K * w.x_bytes + factors) if plan.share else 0

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
-from sglang_amd_quant.kernels.hip.manifest import AMD_MOE_DECODE_M
+from sglang_amd_quant.kernels.hip.manifest import AMD_MOE_DECODE_M, QUANTIZED_SCHEMES
 from sglang_amd_quant.selection import families  # noqa: F401  registers first, whoever imports this: plans depend on order
 from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.buckets import routed_block_m
@@ -73,16 +74,20 @@ def _grouped_tile(problem: GemmProblem) -> Config:
 
 def _decode_lds(problem: GemmProblem, config: Config) -> int:
     """Shared memory of a plan that `runtime/decode_plans.py` always tries. Up to 8 rows: eight blocks share K, four
-    waves along K their part of it, with rings of a quarter of what a wave reads. Beyond: x streams through by two.
+    waves along K (of quantized activations along N) their part of it, with rings of a quarter of what a wave reads.
+    Beyond: x streams through by two.
     """
-    rows, e4m3 = next((r for r in (2, 4, 8, 16, 32) if problem.m <= r), 64), problem.weight_bits == 8
-    scales = 4096 // problem.group if problem.scheme == "int4_w4a16" else 32
-    tile = (1024 if e4m3 else 512) + scales  # 16 rows x 64 of K; four waves, a tile each
+    quantized, int4 = problem.act != "bf16", problem.scheme == "int4_w4a16"
+    rows = next((r for r in (8, 16, 32) if problem.m <= r and (quantized or r > 8 or problem.m > 4)), 64)
+    rows = next((r for r in (2, 4) if problem.m <= r and not quantized), rows)
+    scales = 4096 // problem.group if int4 else 0 if problem.weight_bits == 8 else 32
+    tile = problem.weight_bits * 128 + scales  # 16 rows x 64 of K; four waves, a tile each
     if rows > 8:
-        return 1280 + max(2 * (128 * rows + 4 * tile), 4 * 16 * (rows + 4) * 4) + 8 * 4 * 16
+        return 1280 + max(2 * (64 * rows * (1 if quantized else 2) + 4 * tile), 4 * 16 * (rows + 4) * 4) + 8 * 4 * 16
     tiles = -(-problem.k // 512)  # of 64 along K, of one block
-    ring = 4 * 4 * min(12, max(1, -(-tiles // 64))) * tile
-    return 256 + ring + 16 + tiles * 2 * (rows * 68 + 16) + 16 + 4 * 4 * 16 * rows
+    ring = 4 * 4 * min(12, max(1, -(-tiles // (16 if quantized else 64)))) * tile
+    x = 1024 + tiles * rows * 64 if quantized else 16 + tiles * 2 * (rows * 68 + 16)
+    return 256 + ring + x + 4 * rows + 16 + 4 * 4 * 16 * rows
 
 
 def _mx_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ("strided",)) -> KernelSpec:
@@ -219,14 +224,14 @@ def _hopper_lds(x_bytes: int) -> Callable[[GemmProblem, Config], int]:
     return need
 
 
-def _hopper(x_format: str, schemes: tuple[str, ...], acts: tuple[str, ...], ops: tuple[str, ...] = ()) -> KernelSpec:
+def _hopper(x_format: str, schemes: tuple[str, ...], acts: tuple[str, ...]) -> KernelSpec:
     return KernelSpec(
         f"triton_hopper_{x_format}",
         SHIPPED,
         "kernels/triton/hopper_moe.py",
         archs=("sm_90",),
         schemes=schemes,
-        ops=("moe_gate_up", "moe_down", *ops),
+        ops=("linear", "moe_gate_up", "moe_down"),
         layouts=(f"hopper_{x_format}",),
         space={
             "block_m": (16, 32, 64, 128, 256),
@@ -300,6 +305,15 @@ def _amd_moe_decode(arch: str, weight: str) -> KernelSpec:
     )
 
 
+_SM90_DECODE: dict[str, Any] = {
+    "out_dtypes": ("bf16", "fp16", "fp32"),
+    "fuses": ("quantize_input", "bias"),
+    "x_dtypes": ("bf16",),
+    "lds": _decode_lds,
+    "m_max": 64,
+    "k_multiple": 32,
+}
+
 SHIPPED_KERNELS = (
     KernelSpec(
         "gemv_mxfp4",
@@ -320,17 +334,24 @@ SHIPPED_KERNELS = (
         SHIPPED,
         "kernels/hip/decode_gemm.hip",
         archs=("sm_90",),
-        schemes=("mxfp8", "w4a8", "mxfp4", "w4a16"),
+        schemes=("w4a16",),
         ops=("linear",),
-        layouts=("hopper_bf16", "mma_tile+mma_scale"),
-        acts=("e4m3", "e2m1", "bf16", "fp8_static"),
-        out_dtypes=("bf16", "fp16", "fp32"),
-        fuses=("quantize_input", "bias"),
-        x_dtypes=("bf16",),
-        lds=_decode_lds,
-        code_objects=tuple(f"decode_{s}" for s in ("mxfp8", "w4a8", "mxfp4", "w4a16", "mxfp8_static", "w4a8_static")),
-        m_max=64,
-        k_multiple=32,
+        layouts=("hopper_bf16",),
+        acts=("bf16",),
+        code_objects=("decode_w4a16",),
+        **_SM90_DECODE,
+    ),
+    KernelSpec(
+        "hip_decode_e4m3",
+        SHIPPED,
+        "kernels/hip/decode_gemm.hip",
+        archs=("sm_90",),
+        schemes=("mxfp8", "w4a8", "mxfp4"),
+        ops=("linear",),
+        layouts=("hopper_e4m3",),
+        acts=("e4m3", "e2m1", "fp8_static"),
+        code_objects=tuple(f"decode_{scheme}" for scheme in QUANTIZED_SCHEMES),
+        **_SM90_DECODE,
     ),
     KernelSpec(
         "hip_decode_int4",
@@ -360,7 +381,7 @@ SHIPPED_KERNELS = (
     _mx_gemm("triton_mx_moe", ("moe_gate_up", "moe_down")),
     _int4_gemm("triton_int4_gemm", ("linear",)),
     _int4_gemm("triton_int4_moe", ("moe_gate_up", "moe_down"), _read(AMD_MOE_DECODE_LAYOUTS, "int4")),
-    _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1"), ("linear",)),
+    _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1")),
     _hopper("e4m3", ("mxfp8", "w4a8", "mxfp4"), ("e4m3", "e2m1", "fp8_static")),
 )
 

@@ -17,7 +17,7 @@ def device(arch, needs):
     """The GPU with the kernels of a scheme loaded: `device(scheme)`."""
     if arch != "sm_90":
         pytest.skip(f"plans of this file are sm_90's, not {arch}'s")
-    needs("hip_decode")
+    needs("hip_decode_e4m3")
     from sglang_amd_quant.kernels.hip.manifest import find
 
     from sglang_amd_quant.runtime.device import gpu
@@ -105,7 +105,7 @@ def test_the_same_bits_each_time(device):
 
 
 def every_way(scheme, m, n, k, cu_count, pairs=False):
-    """A plan that quantizes x in every block, and where a launch in front does, one that holds it and one that streams."""
+    """A plan that quantizes x in every block, and of those where a launch does, one that holds x and one that streams."""
     from sglang_amd_quant.runtime.decode_plans import RESIDENT, plans
 
     found = plans(scheme, m, n, k, cu_count, pairs)

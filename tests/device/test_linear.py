@@ -51,29 +51,41 @@ def as_loaded(plain):
     return layer
 
 
+def close(layer, got, exact, k):
+    """As `assert_close`, but for rows of e4m3, whose products the matrix unit adds with 13 bits (bench/decode.py,
+    `bound`): there the whole result may be off by 2.5e-3, as measured for K 8192 where sums are never added as floats,
+    and by the rounding to bf16, at most 2^-9 of each element, which is half an ulp."""
+    if layer.weight.layout.name == "hopper_e4m3":
+        assert got.isfinite().all()
+        assert (got.double() - exact[0]).norm() <= (2.5e-3 + 2.0**-9) * exact[0].norm()
+    else:
+        assert_close(got, exact, k)
+
+
 @pytest.mark.parametrize("scheme", MX)
 @pytest.mark.parametrize(("n", "k"), [(16, 32), (48, 2080), (1536, 6144), (6144, 2048)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_as_loaded(device_linear, needs, scheme, n, k, biased):
     """Decode and prefill kernels on the one layout that both read, at every M."""
-    needs("hip_decode")
+    needs("hip_decode_e4m3")
     plain = device_linear(scheme, n, k)
     layer, bias = as_loaded(plain), torch.randn(n, device="cuda").bfloat16() if biased else None
-    assert layer.weight.layout.name == ("mma_tile+mma_scale" if scheme == "mxfp8" else "hopper_bf16")
+    assert layer.weight.layout.name == ("hopper_bf16" if scheme == "w4a16" else "hopper_e4m3")
     for m in (1, 2, 3, 5, 8, 13, 16, 31, 32, 33, 64, 300):
-        assert (kernel_of(layer, m) == "hip_decode") == (m <= (64 if scheme == "mxfp8" or k >= 4096 > n else 32))
+        most = 64 if scheme != "w4a16" or k >= 4096 > n else 32
+        assert kernel_of(layer, m).startswith("hip_decode") == (m <= most)
         for x in (
             torch.randn(m, k, device="cuda").bfloat16(),
             torch.randn(m, k + 9, device="cuda").bfloat16()[:, 3:-6],
         ):
-            assert_close(layer(x, bias), exact_linear(plain, x, bias), k)
+            close(layer, layer(x, bias), exact_linear(plain, x, bias), k)
 
 
 @pytest.mark.parametrize("scheme", MX)
 @pytest.mark.parametrize("m", [1, 8, 32, 100])
 def test_as_loaded_in_a_graph(device_linear, captured, needs, scheme, m):
     """Several launches in a row, each fed by the one before, as in a model: they may overlap, and must not race."""
-    needs("hip_decode")
+    needs("hip_decode_e4m3")
     plain = device_linear(scheme, 512, 512)
     layer, x = as_loaded(plain), torch.randn(m, 512, device="cuda").bfloat16()
 
@@ -90,17 +102,17 @@ def test_as_loaded_in_a_graph(device_linear, captured, needs, scheme, m):
         assert torch.equal(out, run())
     y = x
     for _ in range(4):
-        assert_close(layer(y), exact_linear(plain, y), 512)
+        close(layer, layer(y), exact_linear(plain, y), 512)
         y = layer(y) * 0.05
 
 
 def test_static_fp8_decode(device_linear, needs):
-    needs("hip_decode")
+    needs("hip_decode_e4m3")
     plain = device_linear("mxfp8", 256, 512, static=True)
     layer = as_loaded(plain)
     for m in (1, 20, 100):
         x = torch.randn(m, 512, device="cuda").bfloat16()
-        assert_close(layer(x), exact_linear(plain, x), 512 + 2)
+        close(layer, layer(x), exact_linear(plain, x), 512 + 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -303,7 +303,7 @@ def test_weights_that_a_kernel_packs(make_config, rank, as_gpu, monkeypatch):
     for module in (linear_method, layout, operand):
         monkeypatch.setattr(module, "current_arch", lambda: "sm_90")
     for module in (layout, linear):
-        monkeypatch.setattr(module, "launchable", lambda arch: frozenset({"hip_decode", "triton_hopper_bf16"}))
+        monkeypatch.setattr(module, "launchable", lambda arch: frozenset({"hip_decode_e4m3", "triton_hopper_e4m3"}))
     linear.bound.cache_clear()
     with rank():
         layer = ReplicatedLinear(
@@ -312,7 +312,7 @@ def test_weights_that_a_kernel_packs(make_config, rank, as_gpu, monkeypatch):
     for weight in (torch.randn(64, 128), torch.randn(64, 128)):
         layer.weight.weight_loader(layer.weight, weight)
         layer.quant_method.process_weights_after_loading(layer)
-        assert layer.amd_mx.weight.layout.name == "hopper_bf16"
+        assert layer.amd_mx.weight.layout.name == "hopper_e4m3"
         assert [p.data_ptr() for p in (layer.weight, layer.weight_scale)] == [
             t.data_ptr() for t in layer.amd_mx.weight.tensors[:2]
         ]

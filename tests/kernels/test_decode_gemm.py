@@ -317,10 +317,5 @@ def test_int4_on_hopper_is_for_few_rows(group: int) -> None:
         found = decode_plans.plans(scheme, m, 200, 640, 132)
         assert all(p.split <= tiles and not p.share and p.lds <= arch_facts("sm_90").lds_bytes for p in found)
         manifest.find(f"decode_{scheme}_m{found[0].rows}", "sm_90")
-    for block_m in manifest.INT4_MOE_DECODE_M:
-        plan = decode_plans.grouped_plan(scheme, block_m, 9, 96, 640, 132)
-        manifest.find(f"moe_decode_{scheme}_m{plan.rows}", "sm_90")
     with pytest.raises(ShapeError, match="made for M <= 8"):
         decode_plans.plans(scheme, 9, 200, 640, 132)
-    with pytest.raises(ShapeError, match="blocks of 16 routed rows"):
-        decode_plans.grouped_plan(scheme, 16, 9, 96, 640, 132)

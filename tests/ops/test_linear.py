@@ -130,16 +130,17 @@ def laid_out(layer):
     return replace(layer, weight=lay_out(layer.weight, layer.problem))
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "mxfp4"])
+@pytest.mark.parametrize("scheme", MX)
 @pytest.mark.parametrize("m", [1, 70])
 def test_hopper_launcher(hopper_twins, scheme, m):
     plain = make_linear(scheme, N, K, arch="sm_90")
     layer = laid_out(plain)
-    assert layer.weight.layout.name == "hopper_bf16"
+    x_format = "bf16" if scheme == "w4a16" else "e4m3"
+    assert layer.weight.layout.name == f"hopper_{x_format}"
     for bias in (None, torch.randn(N).bfloat16()):
         x = torch.randn(m, 2 * K).bfloat16()[:, ::2]
         assert_close(layer(x, bias), exact_linear(plain, x, bias), K)
-    assert hopper_twins == ["bf16", "bf16"]
+    assert hopper_twins == [x_format, x_format]
     assert layer(torch.empty(0, K).bfloat16()).shape == (0, N)
 
 
@@ -154,41 +155,26 @@ def test_decode_is_launched_on_what_it_reads(monkeypatch, scheme, static):
     started = []
     device = type("Device", (), {"arch_name": "sm_90", "cu_count": 132, "start": lambda self, d: started.append(d)})()
     monkeypatch.setattr(hip, "device_of", lambda x: device)
-    launchable = frozenset({"hip_decode", "triton_hopper_bf16", "triton_mx_gemm"})
+    hopper = {"triton_hopper_bf16", "triton_hopper_e4m3"}
+    launchable = frozenset({"hip_decode", "hip_decode_e4m3", "triton_mx_gemm", *hopper})
     for module in (layout, linear):
         monkeypatch.setattr(module, "launchable", lambda arch: launchable)
     for module in (layout, operand):
         monkeypatch.setattr(module, "current_arch", lambda: "sm_90")
     layer = make_linear(scheme, 64, 128, "sm_90", static)
-    if not (static and scheme == "w4a8"):  # no prefill kernel reads packed weights with static fp8: they stay strided
-        layer = laid_out(layer)
-        assert layer.weight.layout.name == ("mma_tile+mma_scale" if scheme == "mxfp8" else "hopper_bf16")
-        x, bias = torch.randn(5, 128).bfloat16(), torch.randn(64).bfloat16()
-        layer(x, bias)
-        (d,) = started
-        assert d.kernel == f"decode_{scheme}{'_static' if static else ''}_m8"
-        named = dict(zip([p.partition(":")[0] for p in find(d.kernel)[1].params], d.args, strict=True))
-        assert (named["m"], named["n"], named["k"]) == (5, 64, 128)
-        assert named["w"] is layer.weight.tensors[0]
-        assert (named["factors"] is None) == (scheme == "mxfp8")
-        assert named["bias"] is bias
-        assert (named["carry"] == 0) == (static or scheme == "w4a16")
-    else:
-        assert laid_out(layer).weight.layout.name == "strided"
-
-
-def test_a_nan_code_makes_its_block_nan_for_kernels_that_look_at_scales(monkeypatch):
-    for module in (layout, linear):
-        monkeypatch.setattr(module, "launchable", lambda arch: frozenset({"hip_decode", "triton_mx_gemm"}))
-    for module in (layout, operand):
-        monkeypatch.setattr(module, "current_arch", lambda: "sm_90")
-    plain = make_linear("mxfp8", 32, 128, "sm_90")
-    plain.weight.data.view(torch.uint8)[5, 70] = 0xFF
-    weight = laid_out(plain).weight
-    assert weight.layout.name == "mma_tile+mma_scale"
-    nan = weight.dequantize().isnan()
-    assert nan[5, 64:96].all()
-    assert nan.sum() == 32
+    layer = laid_out(layer)
+    assert layer.weight.layout.name == ("hopper_bf16" if scheme == "w4a16" else "hopper_e4m3")
+    x, bias = torch.randn(5, 128).bfloat16(), torch.randn(64).bfloat16()
+    layer(x, bias)
+    *before, d = started
+    assert d.kernel == f"decode_{scheme}{'_static' if static else ''}_m8"
+    assert all(launch.kernel.startswith("prepare_") for launch in before)
+    named = dict(zip([p.partition(":")[0] for p in find(d.kernel, "sm_90")[1].params], d.args, strict=True))
+    assert (named["m"], named["n"], named["k"]) == (5, 64, 128)
+    data, factors, *scales = layer.weight.tensors
+    assert (named["w"], named["factors"], named["scales"]) == (data, factors, scales[0] if scales else None)
+    assert named["bias"] is bias
+    assert (named["carry"] == 0) == (static or scheme == "w4a16")
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "mxfp4", "mxfp8"])

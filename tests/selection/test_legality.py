@@ -150,13 +150,13 @@ def test_gfx942_has_no_scaled_matrix_unit_to_lose():
 @pytest.mark.parametrize(
     ("scheme", "layout", "group"),
     [
-        ("w4a16", "hopper_bf16", 0), ("mxfp8", "mma_tile+mma_scale", 0),
+        ("w4a16", "hopper_bf16", 0), ("mxfp8", "hopper_e4m3", 0), ("w4a8", "hopper_e4m3", 0),
         *(("int4_w4a16", "mma_int4+tile_group", group) for group in (32, 64, 128)),
     ],
 )  # fmt: skip
 def test_decode_is_legal_only_where_it_has_a_plan(scheme, layout, group):
     """Shared memory holds the activations of a cluster's share of K: legality knows without the planner."""
-    spec, name = kernel("hip_decode"), scheme
+    spec, name = kernel("hip_decode" if scheme == "w4a16" else "hip_decode_e4m3"), scheme
     if group:
         spec, name = kernel("hip_decode_int4"), f"{scheme}_g{group}"
     for m in (1, 2, 3, 8, 9, 16, 17, 32, 64):

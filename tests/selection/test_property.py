@@ -33,7 +33,7 @@ ON = {
     "triton_mx_moe": ("gfx950", "gfx942", "gfx11", "sm_90"),
 }
 ON |= {"triton_hopper_bf16": ("sm_90",), "triton_hopper_e4m3": ("sm_90",)}
-ON["hip_decode"] = ("sm_90",)
+ON |= {"hip_decode": ("sm_90",), "hip_decode_e4m3": ("sm_90",)}
 DECODE_LAYOUT = {
     "hip_decode_gfx950_e2m1": "preshuffle+tile_scale",
     "hip_decode_gfx950_e4m3": "mxfp8_lane+tile_scale",
@@ -129,6 +129,11 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["layout"] * (choice.layout != "mma_int4+tile_group")
         out += ["x is bf16 or fp16"] * (p.out_dtype == "fp32")
         out += ["activations of an eighth of K, as halves"] * (2 * p.m * p.k / 8 > LDS["sm_90"])
+    elif choice.kernel == "hip_decode_e4m3":
+        out += ["op"] * (p.op != "linear" or p.scheme not in ("mxfp8", "w4a8", "mxfp4") or not 1 <= p.m <= 64)
+        out += ["layout"] * (choice.layout != "hopper_e4m3")
+        out += ["x is quantized from bf16"] * (p.act == "bf16" or p.out_dtype in ("fp16", "fp32"))
+        out += ["activations of an eighth of K, as bytes, of 8 rows; more stream"] * (p.m <= 8 and p.k > LDS["sm_90"])
     elif choice.kernel.startswith("hip_decode_"):
         out += ["op"] * (p.op != "linear" or not 1 <= p.m <= 64)
         out += ["layout"] * (choice.layout != DECODE_LAYOUT[choice.kernel])
@@ -146,8 +151,8 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["activation"] * (e.activation is not None and not bare)
         out += ["activation and bias are its own"] * bool({"activation", "bias"} & set(choice.unfused))
     if choice.kernel == "hip_decode":
-        out += ["op"] * (p.op != "linear" or p.scheme == "int4_w4a16" or not 1 <= p.m <= 64)
-        out += ["layout"] * (choice.layout != ("mma_tile+mma_scale" if p.scheme == "mxfp8" else "hopper_bf16"))
+        out += ["op"] * (p.op != "linear" or p.scheme != "w4a16" or not 1 <= p.m <= 64)
+        out += ["layout"] * (choice.layout != "hopper_bf16")
         out += ["x is bf16"] * (p.out_dtype in ("fp16", "fp32"))
         rows = next(r for r in (2, 4, 8, 16, 32, 64) if p.m <= r)
         out += ["activations of an eighth of K, in bf16"] * (min(rows, 32) * 2 * p.k / 8 > LDS["sm_90"])
@@ -170,7 +175,6 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["e4m3 weights"] * (choice.kernel == "triton_hopper_bf16" and p.scheme == "mxfp8")
         out += ["unquantized x in e4m3"] * (choice.kernel == "triton_hopper_e4m3" and p.act == "bf16")
         out += ["one scale for x in bf16"] * (choice.kernel == "triton_hopper_bf16" and p.act == "fp8_static")
-        out += ["op"] * (p.op == "linear" and choice.kernel != "triton_hopper_bf16")
         out += ["rows"] * bool(p.n % 16)
         out += ["dtype"] * (p.out_dtype in ("fp16", "fp32"))
         out += ["activation"] * (e.activation not in (None, "silu", "swigluoai") or not e.gated)
