@@ -139,7 +139,7 @@ Shape = tuple[int, ...]
 
 
 _WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
-    # kind, rows: many row groups a block; long K with few row tiles, or more; short K
+    # kind, most rows of x: many row groups a block; long K with few row tiles, or more; short K
     ("e2m1", 1): ((2, 2, 2, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (2, 2, 4, 1, 8)),
     ("e2m1", 2): ((2, 1, 8, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (2, 2, 4, 1, 8)),
     ("e2m1", 4): ((2, 1, 8, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (2, 2, 4, 1, 8)),
@@ -154,19 +154,22 @@ _WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
     ("e4m3", 16): ((4, 1, 16, 2, 4), (8, 2, 8, 2, 2), (8, 1, 12, 2, 3), (4, 1, 16, 2, 2)),
     ("e4m3", 32): ((8, 1, 12, 2, 4), (4, 2, 4, 3, 4, 1), (8, 1, 12, 2, 3), (1, 4, 4, 3, 2, 1)),
     ("e4m3", 64): ((1, 1, 16, 4, 2, 1), (4, 2, 4, 4, 2, 1), (8, 1, 12, 4, 2, 1), (1, 4, 4, 4, 1, 1)),
-    ("row_e2m1", 1): ((2, 4, 4, 4, 4), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 1, 12)),
-    ("row_e2m1", 8): ((8, 1, 8, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 4)),
-    ("row_e2m1", 16): ((8, 1, 16, 2, 8), (4, 4, 4, 1, 6, -1), (4, 2, 4, 1, 12, -1), (1, 4, 4, 1, 8, 1)),
-    ("row_e2m1", 32): ((1, 1, 16, 5, 4, 1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 1, 12, -1), (1, 4, 4, 1, 8, 1)),
-    ("row_e2m1", 64): ((1, 1, 16, 4, 4, 1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 1, 12, -1), (1, 4, 4, 1, 8, 1)),
+    ("row_e2m1", 1): ((2, 4, 4, 4, 4), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
+    ("row_e2m1", 4): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
+    ("row_e2m1", 8): ((8, 1, 16, 4, 4), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 4)),
+    ("row_e2m1", 16): ((8, 1, 16, 2, 8), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 1, 8, 1)),
+    ("row_e2m1", 32): ((1, 1, 8, 2, 8, 1), (4, 2, 4, 2, 6, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 1, 8, 1)),
+    ("row_e2m1", 64): ((1, 1, 16, 4, 4, 1), (4, 2, 4, 2, 6, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 1, 8, 1)),
     ("row_e4m3", 1): ((2, 4, 4, 2, 4), (8, 1, 4, 1, 12), (8, 1, 8, 1, 12), (2, 1, 8, 1, 12)),
-    ("row_e4m3", 8): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 3)),
-    ("row_e4m3", 16): ((8, 2, 8, 2, 4), (8, 1, 16, 1, 12), (8, 1, 12, 2, 6), (4, 1, 16, 2, 3)),
-    ("row_e4m3", 32): ((4, 1, 12, 2, 4, -1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 2, 6, -1), (2, 2, 4, 2, 3, -1)),
-    ("row_e4m3", 64): ((1, 1, 8, 2, 4, 1), (8, 1, 8, 1, 12, -1), (8, 1, 12, 2, 3, -1), (2, 2, 8, 2, 3, -1)),
+    ("row_e4m3", 4): ((8, 1, 12, 2, 8), (8, 1, 12, 1, 12), (8, 1, 8, 1, 12), (4, 1, 8, 1, 6)),
+    ("row_e4m3", 8): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 2)),
+    ("row_e4m3", 16): ((8, 2, 8, 2, 4), (8, 1, 16, 1, 12), (8, 1, 12, 4, 3), (4, 1, 8, 2, 3)),
+    ("row_e4m3", 32): ((2, 2, 4, 2, 4, -1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 2, 3, -1)),
+    ("row_e4m3", 64): ((1, 1, 8, 2, 4, 1), (8, 1, 8, 1, 12, -1), (4, 1, 8, 2, 3, -1), (1, 4, 4, 3, 2, 1)),
 }
-"""What measured best, or within a few percent, on an H200 or an H100, of 16 to 100 plans each for 70 dense problems
-(`python -m bench.decode --schemes w4a8,mxfp8 --explore 100`).
+"""What measured best, or within a few percent, of 16 to 400 plans each for 70 dense problems (`python -m bench.decode
+--schemes w4a8,mxfp8 --explore 100`), on an H100; `e2m1` and `e4m3`, which are for bf16 activations, with kernels for
+quantized ones that worked as theirs do.
 
 K is shared by more blocks the longer it is and the more activations each would have to quantize, and few enough tiles
 remain to a wave that its ring holds all of them, or half; where every block has many row groups to take, K is shared by
@@ -175,10 +178,12 @@ to do.
 """
 
 
-def _wanted(w: _Weights, rows: int, m: int, tiles: int, row_tiles: int, cu_count: int) -> Shape:
+def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int) -> Shape:
     large, long = row_tiles >= 8 * cu_count, tiles >= 64
     which = 0 if large else 3 if not long else 1 if row_tiles <= cu_count else 2
-    return _WANTED[w.kind, 1 if m == 1 and (w.kind, 1) in _WANTED else rows][which]
+    return next(_WANTED[kind, most] for most in (1, 2, 4, 8, 16, 32, 64) if m <= most and (kind, most) in _WANTED)[
+        which
+    ]
 
 
 def _distance(plan: DecodePlan, w: _Weights, wanted: Shape, row_tiles: int, cu_count: int) -> float:
@@ -222,15 +227,13 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
         if rows >= 16:
             found += _enumerate_prepared(w, rows, n, k, pairs)
         if found:
-            return _sorted(found, w, rows, min(m, rows), n, k, cu_count)
+            return _sorted(found, w, min(m, rows), n, k, cu_count)
     raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
 
 
-def _sorted(
-    found: list[DecodePlan], w: _Weights, rows: int, m: int, n: int, k: int, cu_count: int
-) -> tuple[DecodePlan, ...]:
+def _sorted(found: list[DecodePlan], w: _Weights, m: int, n: int, k: int, cu_count: int) -> tuple[DecodePlan, ...]:
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
-    wanted = _wanted(w, rows, m, tiles, row_tiles, cu_count)
+    wanted = _wanted(w.kind, m, tiles, row_tiles, cu_count)
     return tuple(sorted(found, key=lambda p: _distance(p, w, wanted, row_tiles, cu_count)))
 
 
