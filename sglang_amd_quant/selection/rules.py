@@ -196,7 +196,7 @@ _CDNA_GROUPS = (
 )  # fmt: skip
 """Strided weights take the first of two, `cdna_int4`, whose tiles are 128 of K, the second."""
 
-_MOE = "kernels/triton/moe.py: compiles without spills, untuned"
+_MOE = "static: compiles without spills, with biases and in fp16 too (tests/selection/test_tile_rules.py), untuned"
 
 # fmt: off
 TILE_RULES: tuple[TileRule, ...] = (
@@ -221,8 +221,9 @@ TILE_RULES: tuple[TileRule, ...] = (
     TileRule("triton_moe_w4a16", "gfx11", _ONE_M, 32, n_ladder=((None, 64),), block_k=64),
     *_moe("gfx950", (64, 256), (128, 256), (16, 32, 64, 128)),
     *_moe("gfx942", (32, 64), (64, 64), (16, 32, 64), stages=1),
-    *_moe("gfx11", (32, 64), (32, 64), (16, 32), stages=1),
-    *_moe("sm_90", (64, 64), (64, 64), (16, 32, 64), stages=3),
+    # Two blocks of K a step spill on gfx11: with a bias, or a tail of K, static.
+    *_moe("gfx11", (32, 32), (32, 32), (16, 32), stages=1),
+    *_moe("sm_90", (64, 64), (64, 64), (16, 32, 64), stages=4),
     *_groups("gfx950", *_CDNA_GROUPS),
     *_groups("gfx942", *_CDNA_GROUPS),
     *_groups("gfx11", (16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (None, 64, 64, 64, 8), num_stages=1),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
@@ -12,6 +14,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it
 
 from sglang_amd_quant.kernels.triton.group_gemm import GroupGemmConfig
 from sglang_amd_quant.kernels.triton.manifest import SCHEMES, GroupVariant, Variant
+from sglang_amd_quant.kernels.triton.moe_gemm import PLAIN, Epilogue, moe_gemm, moe_gemm_kernel
+from sglang_amd_quant.kernels.triton.routing import route_torch
 
 from sglang_amd_quant.layouts.names import TensorLayout
 from sglang_amd_quant.ops.triton_mx import launch_options, tile_of
@@ -20,7 +24,7 @@ from sglang_amd_quant.selection.legality import lds_need
 from sglang_amd_quant.selection.rules import LAYOUT_RULES
 from sglang_amd_quant.selection.shipped_kernels import AMD_DECODE_LAYOUTS, GPUS
 from sglang_amd_quant.selection.specs import kernel
-from sglang_amd_quant.toolchain.triton_aot import compile_variant
+from sglang_amd_quant.toolchain.triton_aot import call, compile_variant
 
 MEMBER = {"gfx11": "gfx1100"}
 
@@ -82,8 +86,8 @@ def test_layouts_of_decode_kernels_compile_without_spills(arch, scheme, layout, 
 
 
 def group_problems(arch):
-    """int4 experts, by the height that routing gives, on strided weights: dense tiles are among theirs. int4 linears, on
-    weights that lie as decode kernels read them, in models of fp16. And MX linears and experts in these, whose
+    """int4 experts, by the height that routing gives, on strided weights: dense tiles are among theirs. int4 linears,
+    on weights that lie as decode kernels read them, in models of fp16. And MX linears and experts in these, whose
     activations are not quantized."""
     shape, experts = {"n": 1536, "k": 2048}, {"e_local": 64, "e_total": 64, "top_k": 8, "layout": "strided"}
     for group in (32, 128):  # 64 is between
@@ -123,3 +127,50 @@ def test_group_tiles_compile_without_spills_in_the_lds_that_is_estimated(problem
     )  # fmt: skip
     assert made.report.problems == []
     assert made.lds <= lds_need(problem, kernel(choice.kernel), config)
+
+
+def moe_tiles():
+    """(arch, scheme, op, tile) of experts in the MoE GEMM, by the height that routing gives."""
+    here = Selector(available={"triton_moe"})
+    for arch in GPUS:
+        for scheme in SCHEMES:
+            for op in ("moe_gate_up", "moe_down"):
+                problem = GemmProblem(op, scheme, arch, 64, 1536, 2048, 0, 64, 64, 8, layout="strided")
+                choices = [here.decide(replace(problem, block_m=block_m)) for block_m in (16, 32, 64, 128)]
+                for config in dict.fromkeys(c.config for c in choices if c.source == "heuristic"):
+                    name = f"{arch}-{scheme}-{op}-{'x'.join(map(str, config.tile))}"
+                    yield pytest.param(arch, scheme, op, config, id=name)
+
+
+@pytest.mark.parametrize(("arch", "scheme", "op", "config"), moe_tiles())
+def test_moe_tiles_compile_without_spills_with_all_that_gpt_oss_has(arch, scheme, op, config):
+    """Biases, gates and ups that alternate and are clamped, and MX blocks as output, in a model of fp16."""
+    x_format, w_format = SCHEMES[scheme]
+    paired, quantized, arch = op == "moe_gate_up", x_format != "bf16", MEMBER.get(arch, arch)
+    epilogue = PLAIN
+    if paired:
+        epilogue = Epilogue("swigluoai", True, 7.0, out=x_format if quantized else None, half=quantized)
+    experts, k, columns = 2, 2 * config.block_k, 64
+    n, pack = columns * (2 if paired else 1), {"e2m1": 2, "e4m3": 1, "bf16": 1}
+    dtypes = {"e2m1": torch.uint8, "e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}
+
+    def operand(element, *shape):
+        codes = torch.zeros(*shape, k // pack[element], dtype=torch.uint8 if element != "bf16" else torch.bfloat16)
+        scales = torch.zeros(*shape, k // 32, dtype=torch.uint8)
+        return codes.view(dtypes[element]), None if element == "bf16" else scales
+
+    y = torch.zeros(8, columns // (pack[epilogue.out or "bf16"]), dtype=torch.uint8 if epilogue.out else torch.float16)
+    y_scales = torch.zeros(8, columns // 32, dtype=torch.uint8) if epilogue.out else None
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(moe_gemm_kernel), "run",
+            lambda kernel, *args, grid, warmup=False, **named: made.append(call(kernel, arch, *args, **named)[0]),
+        )  # fmt: skip
+        moe_gemm(
+            *operand(x_format, 4 if paired else 8), *operand(w_format, experts, n), y, y_scales,
+            route_torch(torch.zeros(4, 2, dtype=torch.int32), experts, config.block_m), tile_of(config), arch,
+            top_k=2 if paired else 1, bias=torch.zeros(experts, n), epilogue=epilogue,
+            row_weights=None if paired else torch.zeros(8),
+        )  # fmt: skip
+    assert compile_variant(made[0]).report.problems == []
