@@ -164,7 +164,8 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     for module in (linear_method, moe_method, layout, operand):
         monkeypatch.setattr(module, "current_arch", lambda: "gfx950")
     for module in (layout, linear, moe):
-        kernels = frozenset({"gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe", "triton_int4_gemm", "triton_int4_moe"})
+        gemms = {f"triton_{w}_{op}" for w in ("mx", "int4", "fp16") for op in ("gemm", "moe")}
+        kernels = frozenset({"gemv_mxfp4", *gemms})
         monkeypatch.setattr(module, "launchable", lambda arch, kernels=kernels: kernels)
     for module in (linear_method, moe_method):
         monkeypatch.setattr(module, "cu_count", lambda: 256)
