@@ -6,10 +6,10 @@ Triton versions: 3.6.0 is what the tests run with; see docs/toolchain.md for new
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .int4_gemm import Int4GemmConfig, int4_gemm_kernel
+from .group_gemm import GroupGemmConfig, group_gemm_kernel
 from .mx_gemm import MxGemmConfig, mx_gemm_kernel
 from .tiles import STRIDED, TileConfig, layout_constants
 
@@ -92,12 +92,13 @@ class Variant(Promises):
 
 
 @dataclass(frozen=True)
-class Int4Variant(Promises):
-    """One specialization of `int4_gemm_kernel`.
+class GroupVariant(Promises):
+    """One specialization of `group_gemm_kernel`.
 
     Attributes:
         name, arch, config, grouped, claims, layout: as of a `Variant`.
         x_format: `bf16` or `fp16`, the output's too.
+        w_format: `int4`, or for fp16 `e2m1` or `e4m3`.
         group: elements that share a scale.
         even_k: steps end where K does.
     """
@@ -105,8 +106,9 @@ class Int4Variant(Promises):
     name: str
     arch: str
     x_format: str
+    w_format: str
     group: int
-    config: Int4GemmConfig
+    config: GroupGemmConfig
     grouped: bool
     even_k: bool
     claims: tuple[str, ...]
@@ -115,20 +117,21 @@ class Int4Variant(Promises):
     @property
     def kernel(self) -> Any:
         """The `triton.jit` function."""
-        return int4_gemm_kernel
+        return group_gemm_kernel
 
     @property
     def signature(self) -> dict[str, str]:
         """Triton type of each argument that is no constexpr; pointers that are None are left out."""
         element = _ELEMENT[self.x_format]
-        pointers = {"x": element, "w": "*i32", "w_scales": "*i32"} | ({"bias": "*bf16"} if self.grouped else {})
+        codes, scales = ("*u8" if self.w_format == "e4m3" else "*i32"), ("*i32" if self.w_format == "int4" else "*u8")
+        pointers = {"x": element, "w": codes, "w_scales": scales} | ({"bias": "*bf16"} if self.grouped else {})
         return pointers | {"y": element} | (_ROUTING if self.grouped else {}) | _SIZES
 
     @property
     def constants(self) -> dict[str, object]:
         """The constexpr arguments, among them the pointers that are None."""
         k = self.config.block_k * (1 if self.even_k else 2) - (0 if self.even_k else self.group)
-        given = self.config.constants(self.group, 2 if self.grouped else 1, k, self.arch)
+        given = self.config.constants(self.w_format, self.group, 2 if self.grouped else 1, k, self.arch)
         optional = ("bias", *_ROUTING)
         return {name: None for name in optional if name not in self.signature} | given | layout_constants(self.layout)
 
@@ -159,28 +162,34 @@ def mx_variants() -> Iterator[Variant]:
                 yield Variant(name, arch, x_format, w_format, config, grouped, not grouped, claims)
 
 
-_INT4_TILES = {
-    "gfx950": (Int4GemmConfig(16, 64, 128, nonkdim=16), Int4GemmConfig(128, 128, 128, num_warps=8, nonkdim=16)),
-    "gfx942": (Int4GemmConfig(16, 64, 128, nonkdim=16), Int4GemmConfig(128, 128, 128, num_warps=8, nonkdim=16)),
-    "gfx1100": (Int4GemmConfig(16, 64, 64, num_stages=1), Int4GemmConfig(64, 64, 64, num_stages=1)),
-    "sm_90": (Int4GemmConfig(16, 64, 128, num_stages=3), Int4GemmConfig(128, 64, 64, num_warps=8, num_stages=3)),
+_GROUP_TILES = {
+    "gfx950": (GroupGemmConfig(16, 64, 128, nonkdim=16), GroupGemmConfig(128, 128, 128, num_warps=8, nonkdim=16)),
+    "gfx942": (GroupGemmConfig(16, 64, 128, nonkdim=16), GroupGemmConfig(128, 128, 128, num_warps=8, nonkdim=16)),
+    "gfx1100": (GroupGemmConfig(16, 64, 64, num_stages=1), GroupGemmConfig(64, 64, 64, num_stages=1)),
+    "sm_90": (GroupGemmConfig(16, 64, 128, num_stages=3), GroupGemmConfig(128, 64, 64, num_warps=8, num_stages=3)),
 }
 
 INT4_VALUES = {"gfx950": "cdna_int4", "gfx942": "cdna_int4", "gfx1100": "rdna_int4", "sm_90": "mma_int4"}
 """Arch -> layout of values that its decode kernels read."""
 
 
-def int4_variants() -> Iterator[Int4Variant]:
-    """What is compiled: with small tiles, grouped, strided weights in groups of 32, and a tail of K; with large ones,
-    dense, what decode kernels read, in groups of 128 and a model in fp16."""
+def group_variants() -> Iterator[GroupVariant]:
+    """What is compiled: of int4, with small tiles, grouped, strided weights in groups of 32, and a tail of K; with
+    large ones, dense, what decode kernels read, in groups of 128 and a model in fp16. Of MX formats, which are for
+    models in fp16, strided weights both ways."""
     for arch in TRITON_ARCHS:
-        few, many = _INT4_TILES[arch]
+        few, many = _GROUP_TILES[arch]
+        plain = replace(many, block_k=64)  # strided weights need more registers
         decode = INT4_VALUES[arch], "tile_group"
-        yield Int4Variant("int4_gemm_grouped", arch, "bf16", 32, few, True, False, ("matrix",))
-        yield Int4Variant("int4_gemm_dense", arch, "fp16", 128, many, False, True, ("matrix",), decode)
+        yield GroupVariant("group_gemm_int4_grouped", arch, "bf16", "int4", 32, few, True, False, ("matrix",))
+        yield GroupVariant("group_gemm_int4_dense", arch, "fp16", "int4", 128, many, False, True, ("matrix",), decode)
+        yield GroupVariant("group_gemm_e2m1_grouped", arch, "fp16", "e2m1", 32, few, True, False, ("matrix",))
+        yield GroupVariant("group_gemm_e2m1_dense", arch, "fp16", "e2m1", 32, plain, False, True, ("matrix",))
+        yield GroupVariant("group_gemm_e4m3_grouped", arch, "fp16", "e4m3", 32, few, True, True, ("matrix",))
+        yield GroupVariant("group_gemm_e4m3_dense", arch, "fp16", "e4m3", 32, plain, False, False, ("matrix",))
 
 
-def variants() -> Iterator[Variant | Int4Variant]:
+def variants() -> Iterator[Variant | GroupVariant]:
     """All that is compiled ahead of time."""
     yield from mx_variants()
-    yield from int4_variants()
+    yield from group_variants()

@@ -44,7 +44,7 @@ def fused_moe_triton(
     No host read of device data: may be captured in a graph and replayed with other routings.
 
     Args:
-        x: [M, H] bf16; contiguous, like all that follow.
+        x: [M, H] bf16, or fp16 where it is quantized; contiguous, like all that follow.
         topk_ids: [M, top_k] int32 or int64: local expert ids; any other id drops its slot.
         topk_weights: [M, top_k] fp32.
         w13: [E, 2 I, H] float8_e4m3fn or [E, 2 I, H/2] uint8 (e2m1); I a multiple of 32.
@@ -65,7 +65,7 @@ def fused_moe_triton(
     routing = route(topk_ids, experts, first.block_m)
     element, native = ACTIVATIONS[scheme], arch in ("gfx950", "sm_90")
     left, left_scales = (x, None) if element is None else quant_mx(x, element, "mx", mode, native=native)
-    epilogue = Epilogue(activation, interleaved, limit, alpha, beta, element, mode)
+    epilogue = Epilogue(activation, interleaved, limit, alpha, beta, element, mode, x.dtype == torch.float16)
     hidden, hidden_scales = _hidden(rows, inter, element, x)
     moe_gemm(
         left, left_scales, w13, w13_scales, hidden, hidden_scales, routing, first, arch,

@@ -97,6 +97,7 @@ def moe_gemm_kernel(
     M, N, K, tiles_m, alpha, limit, beta,
     X_FORMAT: tl.constexpr, W_FORMAT: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
     INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr, OUT: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, XCDS: tl.constexpr,
     SCALED: tl.constexpr, NATIVE: tl.constexpr, EVEN_K: tl.constexpr,
     VALUES: tl.constexpr = "strided", SCALES: tl.constexpr = "strided", PAD: tl.constexpr = 1,
@@ -105,8 +106,9 @@ def moe_gemm_kernel(
     """BLOCK_M routed rows and BLOCK_N columns of the result; see `moe_gemm` for the arguments.
 
     M: routed rows. N: columns of the result, so half the weights' rows with an activation. OUT: `e4m3`, `e2m1` or
-        `none`: y is what it is. EVEN_K: BLOCK_K divides K; else the last step stands behind the loop, with masks.
-        VALUES, SCALES, PAD, SCALE_PAD: as in `mx_gemm_kernel`.
+        `none`: y is what it is. HALF: what is quantized is rounded to fp16 before, else to bf16. EVEN_K: BLOCK_K
+        divides K; else the last step stands behind the loop, with masks. VALUES, SCALES, PAD, SCALE_PAD: as in
+        `mx_gemm_kernel`.
     """
     PAIRED: tl.constexpr = ACTIVATION != "none"
     W_PACK: tl.constexpr = 2 if W_FORMAT == "e2m1" else 1
@@ -169,7 +171,7 @@ def moe_gemm_kernel(
     if OUT == "none":
         tl.store(y + wide * N + columns[None, :], first.to(y.dtype.element_ty), mask=x_inside & (columns < N)[None, :])
     else:
-        blocks = first.to(tl.bfloat16).to(tl.float32).reshape(BLOCK_M, BLOCK_N // 32, 32)
+        blocks = first.to(tl.float16 if HALF else tl.bfloat16).to(tl.float32).reshape(BLOCK_M, BLOCK_N // 32, 32)
         scale = scale_byte(largest_bits(blocks, 2), CARRY, EMAX)
         small = (blocks * power_of_two((254 - scale) & 0xFF)[:, :, None]).reshape(BLOCK_M, BLOCK_N)
         s_columns = tile_n * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)[None, :]
@@ -192,8 +194,9 @@ class Epilogue:
         activation: `none`, `silu` or `swigluoai`: halves the columns.
         interleaved: gate and up rows of the weights alternate; else all gates come first.
         limit, alpha, beta: as `ops.activation.Activation` has them.
-        out: None: y as it is; `e4m3` or `e2m1`: MX blocks of the result rounded to bf16.
+        out: None: y as it is; `e4m3` or `e2m1`: MX blocks of the result rounded to the model's dtype.
         mode: scale rounding of these; None: the format's default.
+        half: that dtype is fp16, not bf16.
     """
 
     activation: str = "none"
@@ -203,6 +206,7 @@ class Epilogue:
     beta: float = 1.0
     out: str | None = None
     mode: str | None = None
+    half: bool = False
 
     def constants(self) -> dict[str, object]:
         """The kernel's constexpr arguments."""
@@ -213,6 +217,7 @@ class Epilogue:
             "OUT": self.out or "none",
             "CARRY": CARRY[self.out][self.mode or DEFAULT_MODE[self.out]] if self.out else 0,
             "EMAX": 2 if self.out == "e2m1" else 8,
+            "HALF": self.half,
         }
 
 
@@ -246,7 +251,7 @@ def moe_gemm(
         x_scales: [R / top_k, K/32] uint8 e8m0; None for bf16 and for static fp8.
         w: [E, N, K] float8_e4m3fn or [E, N, K/2] uint8 (e2m1).
         w_scales: [E, N, K/32] uint8 e8m0.
-        y: [R, N] bf16 or fp32, N halved by an activation; or the codes of `epilogue.out`.
+        y: [R, N] bf16, fp16 or fp32, N halved by an activation; or the codes of `epilogue.out`.
         y_scales: [R, N/32] uint8 for these.
         routing: of `config.block_m`.
         config: tile and launch options; block_n counts columns of y, at least 32 with `epilogue.out`.
@@ -310,5 +315,6 @@ def moe_gemm_torch(
     if row_weights is not None:
         values = values * row_weights.to(dtype)[:, None]
     if epilogue.out:
-        return quant_mx_torch(values.bfloat16(), epilogue.out, "mx", epilogue.mode)
+        rounded = values.to(torch.float16 if epilogue.half else torch.bfloat16)
+        return quant_mx_torch(rounded, epilogue.out, "mx", epilogue.mode)
     return values, None

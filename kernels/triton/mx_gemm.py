@@ -175,7 +175,7 @@ def mx_gemm(
         x_scales: [M / top_k, K/32] uint8 e8m0; None for bf16.
         w: [N, K] float8_e4m3fn or [N, K/2] uint8 (e2m1); with a leading E when grouped.
         w_scales: [N, K/32] uint8 e8m0; with a leading E when grouped.
-        y: [M, N] bf16 or fp32.
+        y: [M, N] bf16, fp16 or fp32.
         config: tile and launch options.
         arch: what it is compiled for.
         bias: [N], [E, N] when grouped.
@@ -218,11 +218,11 @@ def mx_gemm_torch(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The twin of `mx_gemm` in plain torch: the same arguments, the result [M, N] in `dtype` (fp64 as an oracle)."""
-    left, right = _values(x, x_scales, dtype).repeat_interleave(top_k, 0), _values(w, w_scales, dtype)
+    left, right = values_torch(x, x_scales, dtype).repeat_interleave(top_k, 0), values_torch(w, w_scales, dtype)
     return gemm_torch(left, right, bias, row_ids, block_experts, row_weights)
 
 
-def _values(data: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def values_torch(data: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Codes and scales -> values [..., K]."""
     if data.dtype == torch.uint8:
         table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=dtype, device=data.device)

@@ -1,4 +1,4 @@
-"""Quantize bf16 along K to MXFP8 or MXFP4 in one pass, with an activation or RMSNorm in front.
+"""Quantize bf16 or fp16 along K to MXFP8 or MXFP4 in one pass, with an activation or RMSNorm in front.
 
 Bit for bit what `sglang_amd_quant.formats.quantize_mx` gives. Besides codes and scales it can emit what kernels without
 MX hardware multiply: the quantized values as bf16, or as e4m3 under one power of two a row (`hopper_moe.py`).
@@ -206,7 +206,8 @@ def quant_mx(
     """Quantize rows of x. No host read of device data.
 
     Args:
-        x: [M, K] bf16, [M, 2 K] for an activation in front; contiguous; K a multiple of 32.
+        x: [M, K] bf16 or fp16, [M, 2 K] for an activation in front, whose result is rounded to x's dtype; contiguous; K
+            a multiple of 32. fp16 is not rounded to bf16 first.
         element: `e4m3` or `e2m1`; None with `out` `bf16` or `row`: no MX round trip.
         out: `mx`: codes and e8m0 scales. `bf16`: the values that these stand for. `row`: the values as e4m3 under one
             power of two a row, RCEIL; those below 2^-14 of the row's largest lose bits, at most 2^-17 of it.
@@ -220,10 +221,13 @@ def quant_mx(
     """
     gated = front.kind in ("silu", "swigluoai")
     m, k = x.shape[0], x.shape[1] // (2 if gated else 1)
-    if k % 32 or x.dtype != torch.bfloat16 or front.kind not in FRONTS or (out == "mx" and element is None):
+    lossy = x.dtype != torch.bfloat16 and (out, element) == ("bf16", None)
+    known = x.dtype in (torch.bfloat16, torch.float16) and front.kind in FRONTS and not lossy
+    if k % 32 or not known or (out == "mx" and element is None):
         raise ValueError(
-            f"quantizing {x.dtype} {list(x.shape)} to {element}, {out}, after {front.kind}: takes bf16 with whole "
-            f"blocks of 32, a format for mx, and {', '.join(FRONTS)} in front; use formats.quantize_mx"
+            f"quantizing {x.dtype} {list(x.shape)} to {element}, {out}, after {front.kind}: takes bf16 and fp16 with "
+            f"whole blocks of 32, a format for mx and for fp16 as bf16, and {', '.join(FRONTS)} in front; use "
+            "formats.quantize_mx"
         )
     device = x.device
     shape, dtype = ((m, k // 2), torch.uint8) if (out, element) == ("mx", "e2m1") else ((m, k), torch.uint8)
@@ -274,7 +278,7 @@ def constants_of(
 def quant_mx_torch(
     x: torch.Tensor, element: str | None, out: str = "mx", mode: str | None = None, front: Front = NO_FRONT
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The twin of `quant_mx` in plain torch, with the same result bit for bit where `front` gives the same bf16."""
+    """The twin of `quant_mx` in plain torch, with the same result bit for bit where `front` gives the same."""
     values = front(x)
     data: torch.Tensor = values
     scales = None

@@ -18,7 +18,7 @@ def decode_weights(weights: MxTensor, arch: str) -> MxTensor:
 
     Args:
         weights: strided [N, K] or [E, N, K]; int4 with words.
-        arch: `gfx950`, `gfx942`, `gfx1100` or `gfx1151`.
+        arch: `gfx950`, `gfx942`, `gfx1100` or `gfx1151`, or `gfx11` for what these have in common.
 
     Raises:
         ShapeError, SchemeError: the layout cannot hold them.

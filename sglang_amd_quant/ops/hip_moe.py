@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_amd_quant.ops import hip, triton_int4, triton_moe
+from sglang_amd_quant.ops import hip, triton_group, triton_moe
 from sglang_amd_quant.ops.packed import Weight
 from sglang_amd_quant.ops.quantize import quantize_activation
 from sglang_amd_quant.ops.reference import ActQuant
@@ -45,13 +45,13 @@ def run_triton_then_decode(call: MoeCall) -> torch.Tensor:
 def run_decode_then_int4(call: MoeCall) -> torch.Tensor:
     """Gate_up by the decode kernel, down by `triton_int4_moe`."""
     routing = _route(call)
-    return triton_int4.down(call, routing, _gate_up(call, routing))
+    return triton_group.down(call, routing, _gate_up(call, routing))
 
 
 def run_int4_then_decode(call: MoeCall) -> torch.Tensor:
     """The other way round."""
     routing = _route(call)
-    return _down(call, routing, triton_int4.gate_up(call, routing))
+    return _down(call, routing, triton_group.gate_up(call, routing))
 
 
 def _route(call: MoeCall) -> Routing:

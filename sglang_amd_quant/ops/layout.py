@@ -9,7 +9,7 @@ from sglang_amd_quant.ops import linear, moe
 from sglang_amd_quant.ops.packed import Weight, pack
 from sglang_amd_quant.runtime.detect import current_arch, launchable
 from sglang_amd_quant.selection import GemmProblem, KernelChoice, Selector, choose_layout
-from sglang_amd_quant.selection.arch import ARCHES, canonical
+from sglang_amd_quant.selection.arch import canonical
 from sglang_amd_quant.selection.choose import REFERENCE, process_selector
 from sglang_amd_quant.selection.layout_choice import SAMPLE_MS
 from sglang_amd_quant.selection.shipped_kernels import AMD_DECODE_LAYOUTS
@@ -57,5 +57,5 @@ def _laid_out(weight: MxTensor, layout: TensorLayout, problem: GemmProblem) -> W
         from sglang_amd_quant.ops.decode_weights import decode_weights
 
         arch = current_arch()
-        return decode_weights(weight, arch if canonical(arch) == problem.arch else ARCHES[problem.arch].device)
+        return decode_weights(weight, arch if canonical(arch) == problem.arch else problem.arch)
     return pack(weight, layout, problem) if layout.packed else weight.to_layout(layout)

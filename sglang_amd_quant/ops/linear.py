@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.ops import hip, reference, triton_hopper, triton_int4, triton_mx
+from sglang_amd_quant.ops import hip, reference, triton_group, triton_hopper, triton_mx
 from sglang_amd_quant.ops.operand import Operand, dtype_name
 from sglang_amd_quant.ops.packed import Weight, unpacked
 from sglang_amd_quant.ops.reference import ActQuant
@@ -63,7 +63,8 @@ ANY_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
 KERNELS: dict[str, LinearKernel] = {
     "gemv_mxfp4": LinearKernel(hip.run_gemv_mxfp4),
     "triton_mx_gemm": LinearKernel(triton_mx.run_mx_gemm, ANY_FLOAT),
-    "triton_int4_gemm": LinearKernel(triton_int4.run_int4_gemm, ANY_FLOAT),
+    "triton_int4_gemm": LinearKernel(triton_group.run_group_gemm, ANY_FLOAT),
+    "triton_fp16_gemm": LinearKernel(triton_group.run_group_gemm, ANY_FLOAT),
     "triton_hopper_bf16": LinearKernel(triton_hopper.run_hopper_gemm, ANY_FLOAT),
     "triton_hopper_e4m3": LinearKernel(triton_hopper.run_hopper_gemm, ANY_FLOAT),
     "hip_decode": LinearKernel(hip.run_decode),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.ops import hip, hip_moe, reference, triton_hopper, triton_int4, triton_moe, triton_mx
+from sglang_amd_quant.ops import hip, hip_moe, reference, triton_group, triton_hopper, triton_moe, triton_mx
 from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.ops.operand import Operand, dtype_name
 from sglang_amd_quant.ops.packed import Weight, unpacked
@@ -59,7 +59,8 @@ KERNELS: dict[tuple[str, str], MoeKernel] = {
     ("triton_moe", "triton_moe"): triton_moe.run_moe,
     ("triton_mx_moe", "triton_moe"): triton_moe.run_mx_then_moe,
     ("triton_mx_moe", "triton_mx_moe"): triton_mx.run_mx_moe,
-    ("triton_int4_moe", "triton_int4_moe"): triton_int4.run_int4_moe,
+    ("triton_int4_moe", "triton_int4_moe"): triton_group.run_group_moe,
+    ("triton_fp16_moe", "triton_fp16_moe"): triton_group.run_group_moe,
     ("triton_hopper_bf16", "triton_hopper_bf16"): triton_hopper.run_hopper_moe,
     ("triton_hopper_e4m3", "triton_hopper_e4m3"): triton_hopper.run_hopper_moe,
 }

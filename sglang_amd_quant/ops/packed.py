@@ -13,7 +13,7 @@ from sglang_amd_quant.layouts.names import PACKED_LAYOUTS, TensorLayout
 from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import Scheme
 from sglang_amd_quant.selection import GemmProblem, KernelChoice
-from sglang_amd_quant.selection.arch import ARCHES, canonical
+from sglang_amd_quant.selection.arch import canonical
 from sglang_amd_quant.tensor import MxTensor, PadPlan
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def _decode(weight: MxTensor, problem: GemmProblem) -> list[torch.Tensor]:
         order = row_order(weight.n, pairs).to(weight.device)
         data = weight.data.view(torch.uint8).index_select(-2, order).view(weight.data.dtype)
         weight = replace(weight, data=data, scales=weight.scales.index_select(-2, order))
-    return decode_weights(weight, here if canonical(here) == problem.arch else ARCHES[problem.arch].device).tensors
+    return decode_weights(weight, here if canonical(here) == problem.arch else problem.arch).tensors
 
 
 PACKERS: dict[str, Callable[[MxTensor, GemmProblem], list[torch.Tensor]]] = {

@@ -34,7 +34,7 @@ class Quantized(NamedTuple):
 
 def quantize(x: torch.Tensor, element: str, mode: ScaleMode) -> tuple[torch.Tensor, torch.Tensor]:
     """x[M, K] to codes and e8m0 scales, the bits of `formats.quantize_mx`: by one kernel where there is one."""
-    if has_triton(x) and x.dtype == torch.bfloat16:
+    if has_triton(x) and x.dtype in (torch.bfloat16, torch.float16):
         from sglang_amd_quant.kernels.triton.quant_mx import quant_mx
 
         data, scales = quant_mx(x.contiguous(), element, mode=mode.value, native=_native_fp8(x.get_device()))

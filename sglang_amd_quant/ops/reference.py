@@ -34,13 +34,15 @@ class ActQuant:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Quantize and dequantize x[..., K]: the values that the matmul sees.
 
-        In x's dtype, which holds an MX value exactly; in fp32 for static fp8, where a product with the scale needs it.
+        In bf16 for x of bf16, which holds an MX value exactly; else in fp32. fp16 has no 65536, to which its largest
+        numbers may be rounded, and a product with the scale of static fp8 needs it.
         """
         if self.scale is not None:
             return formats.quantize_fp8_static(x, self.scale).float() * self.scale
         if self.scheme.act == "bf16":
             return x
-        return formats.fake_quantize_mx(x, self.scheme.act, self.mode)
+        wide = x.float() if x.dtype == torch.float16 else x
+        return formats.fake_quantize_mx(wide, self.scheme.act, self.mode)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, act: ActQuant, bias: torch.Tensor | None = None) -> torch.Tensor:

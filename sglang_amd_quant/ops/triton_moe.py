@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def run_moe(call: MoeCall) -> torch.Tensor:
-    """Gate_up with activation and quantization in its epilogue, then down; products are rounded to bf16."""
+    """Gate_up with activation and quantization in its epilogue, then down; products are rounded to x's dtype."""
     p = call.problem
     routing = route(call.topk_ids, p.num_experts, tile_of(call.config13).block_m)
     element = None if p.act2.scale is not None or p.act2.scheme.act == "bf16" else p.act2.scheme.act
@@ -34,7 +34,7 @@ def gate_up(call: MoeCall, routing: Routing, element: str | None) -> tuple[torch
 
     p, f, x = call.problem, call.problem.activation, weighted_input(call)
     mode = None if p.act2.mode is None else p.act2.mode.value
-    epilogue = Epilogue(f.kind, f.interleaved, f.limit, f.alpha, f.beta, element, mode)
+    epilogue = Epilogue(f.kind, f.interleaved, f.limit, f.alpha, f.beta, element, mode, x.dtype == torch.float16)
     hidden, scales = _hidden(routing.rows, f.columns(call.w13.n), element, x)
     _gemm(quantize_activation(x, p.act13), call.w13, hidden, scales, routing, call.config13, call.gate_up.arch,
           top_k=call.topk_ids.shape[1], bias=call.b13, epilogue=epilogue)  # fmt: skip

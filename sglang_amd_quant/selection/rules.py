@@ -173,10 +173,10 @@ def _moe(
     )  # fmt: skip
 
 
-def _int4(
+def _groups(
     arch: str, *tiles: tuple[int | None, int, int, int, int], num_stages: int | None = None
 ) -> tuple[TileRule, ...]:
-    """Tiles of the int4 GEMM: most rows where it is dense, BLOCK_M (what routing gives where it is grouped), BLOCK_N,
+    """Tiles of the group GEMM: most rows where it is dense, BLOCK_M (what routing gives where it is grouped), BLOCK_N,
     BLOCK_K, warps; the last takes all more rows."""
     return tuple(
         TileRule(
@@ -184,17 +184,18 @@ def _int4(
             rows=None if grouped else (0, most), routed=grouped and most is not None,
         )
         for most, block_m, block_n, block_k, num_warps in tiles
-        for kernel, grouped in (("triton_int4_gemm", False), ("triton_int4_moe", True))
+        for weights in ("int4", "fp16")
+        for kernel, grouped in ((f"triton_{weights}_gemm", False), (f"triton_{weights}_moe", True))
     )  # fmt: skip
 
 
-_CDNA_INT4 = (
+_CDNA_GROUPS = (
     (16, 16, 64, 128, 4), (32, 32, 64, 64, 4), (32, 32, 64, 128, 4), (1023, 64, 128, 64, 8), (1023, 64, 128, 128, 8),
     (None, 128, 128, 64, 8), (None, 128, 128, 128, 8),
 )  # fmt: skip
 """Strided weights take the first of two, `cdna_int4`, whose tiles are 128 of K, the second."""
 
-_MOE = "kernels/triton/moe.py: compiles without spills, untuned"
+_MOE = "static: compiles without spills, with biases and in fp16 too (tests/selection/test_tile_rules.py), untuned"
 
 # fmt: off
 TILE_RULES: tuple[TileRule, ...] = (
@@ -219,12 +220,13 @@ TILE_RULES: tuple[TileRule, ...] = (
     TileRule("triton_moe_w4a16", "gfx11", _ONE_M, 32, n_ladder=((None, 64),), block_k=64),
     *_moe("gfx950", (64, 256), (128, 256), (16, 32, 64, 128)),
     *_moe("gfx942", (32, 64), (64, 64), (16, 32, 64), stages=1),
-    *_moe("gfx11", (32, 64), (32, 64), (16, 32), stages=1),
-    *_moe("sm_90", (64, 64), (64, 64), (16, 32, 64), stages=3),
-    *_int4("gfx950", *_CDNA_INT4),
-    *_int4("gfx942", *_CDNA_INT4),
-    *_int4("gfx11", (16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (None, 64, 64, 64, 4), num_stages=1),
-    *_int4("sm_90", (16, 16, 64, 128, 4), (32, 32, 128, 64, 8), (1023, 64, 64, 64, 8), (None, 128, 64, 64, 8),
+    # Two blocks of K a step spill on gfx11: with a bias, or a tail of K, static.
+    *_moe("gfx11", (32, 32), (32, 32), (16, 32), stages=1),
+    *_moe("sm_90", (64, 64), (64, 64), (16, 32, 64), stages=4),
+    *_groups("gfx950", *_CDNA_GROUPS),
+    *_groups("gfx942", *_CDNA_GROUPS),
+    *_groups("gfx11", (16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (None, 64, 64, 64, 8), num_stages=1),
+    *_groups("sm_90", (16, 16, 64, 128, 4), (32, 32, 128, 64, 8), (1023, 64, 64, 64, 8), (None, 128, 64, 64, 8),
            num_stages=3),
     *_few("gfx950", 64, 256),
     TileRule("triton_mx_moe", "gfx950", _AOT, 32, routed=True),

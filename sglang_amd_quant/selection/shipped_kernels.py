@@ -112,7 +112,7 @@ def _mx_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ("strid
     )
 
 
-def _int4_tile(problem: GemmProblem) -> Config:
+def _group_tile(problem: GemmProblem) -> Config:
     """On CDNA with 16 x 16 matrix instructions at every height: those of 32 x 32 want more registers here (static)."""
     dense = next((rows for rows in (16, 32) if problem.m <= rows), 64)
     block_m = routed_block_m(problem) if problem.moe else dense
@@ -120,37 +120,50 @@ def _int4_tile(problem: GemmProblem) -> Config:
     return Config(block_m, 64, 128 if cdna else 64, num_warps=4, num_stages=2, nonkdim=16 if cdna else None)
 
 
-def _int4_lds(problem: GemmProblem, config: Config) -> int:
+def _group_lds(problem: GemmProblem, config: Config) -> int:
     """On AMD x of a whole step in every stage but one, which is in registers, or of one product in a single stage; and
-    the weights of one product, dequantized. On NVIDIA x and words of a whole step in every stage, and its weights."""
+    the weights of one product, dequantized. On NVIDIA x, codes and scales of a whole step in every stage, and its
+    weights."""
     block_m, block_n, block_k = config.tile
     step, depth, stages = max(block_k, problem.group), min(block_k, problem.group), config.num_stages or 1
-    x, w = block_m * step * 2, block_n * (step // 2 + 4 * step // problem.group)
+    scale = 4 if problem.scheme == "int4_w4a16" else 1
+    x, w = block_m * step * 2, block_n * (step * problem.weight_bits // 8 + scale * step // problem.group)
     if problem.arch == "sm_90":
         return stages * (x + w) + block_n * step * 2
     return max((stages - 1) * x, block_m * depth * 2) + block_n * depth * 2
 
 
-def _int4_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ()) -> KernelSpec:
+def _group_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
     return KernelSpec(
         name,
         SHIPPED,
-        "kernels/triton/int4_gemm.py",
+        "kernels/triton/group_gemm.py",
         archs=GPUS,
-        schemes=("int4_w4a16",),
         ops=ops,
-        layouts=("strided", *INT4_LAYOUTS, *layouts),
         space=_TILE | {"block_k": (32, 64, 128)},
-        configure=_int4_tile,
+        configure=_group_tile,
         triton=True,
         acts=("bf16",),
-        groups=(32, 64, 128),
         out_dtypes=("bf16", "fp16", "fp32"),
         fuses=("bias",),
-        x_dtypes=("bf16", "fp16"),
-        lds=_int4_lds,
+        lds=_group_lds,
         k_multiple=32,
     )
+
+
+def _int4_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ()) -> KernelSpec:
+    return replace(
+        _group_gemm(name, ops),
+        schemes=("int4_w4a16",),
+        layouts=("strided", *INT4_LAYOUTS, *layouts),
+        groups=(32, 64, 128),
+        x_dtypes=("bf16", "fp16"),
+    )
+
+
+def _fp16_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
+    """MX weights in a model of fp16 whose activations are not quantized; bf16 ones are `_mx_gemm`'s."""
+    return replace(_group_gemm(name, ops), schemes=("w4a16", "mxfp8"), layouts=("strided",), x_dtypes=("fp16",))
 
 
 def _moe_tile(problem: GemmProblem) -> Config:
@@ -175,10 +188,11 @@ _MOE = KernelSpec(
     schemes=("mxfp8", "w4a8", "mxfp4", "w4a16"),
     ops=("moe_gate_up", "moe_down"),
     layouts=("strided", *_read(AMD_MOE_DECODE_LAYOUTS, "e2m1", "e4m3")),
-    space=_TILE,
+    space=_TILE | {"block_k": (32, 64, 128, 256, 512)},
     configure=_moe_tile,
     triton=True,
     acts=("e4m3", "e2m1", "bf16", "fp8_static"),
+    out_dtypes=("bf16", "fp16"),
     fuses=("bias", "activation"),
     activations=("silu", "swigluoai"),
     x_dtypes=("bf16",),
@@ -381,6 +395,8 @@ SHIPPED_KERNELS = (
     _mx_gemm("triton_mx_moe", ("moe_gate_up", "moe_down")),
     _int4_gemm("triton_int4_gemm", ("linear",)),
     _int4_gemm("triton_int4_moe", ("moe_gate_up", "moe_down"), _read(AMD_MOE_DECODE_LAYOUTS, "int4")),
+    _fp16_gemm("triton_fp16_gemm", ("linear",)),
+    _fp16_gemm("triton_fp16_moe", ("moe_gate_up", "moe_down")),
     _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1")),
     _hopper("e4m3", ("mxfp8", "w4a8", "mxfp4"), ("e4m3", "e2m1", "fp8_static")),
 )

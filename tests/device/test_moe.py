@@ -34,12 +34,13 @@ def close(got, want, scheme):
 @pytest.mark.parametrize("scheme", MX)
 @pytest.mark.parametrize("m", [1, 7, 64, 300])
 @pytest.mark.parametrize("activation", [Activation(), GPT_OSS], ids=lambda a: a.kind)
-def test_every_scheme(device_moe, needs, scheme, m, activation):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_scheme(device_moe, needs, scheme, m, activation, dtype):
     needs("triton_moe")
     layer = device_moe(scheme, E, H, INTER, TOP_K, activation=activation, biases=activation is GPT_OSS)
     layer.prepare()
-    given = cuda(tokens(m, H, E, TOP_K, dropped=0.2))
-    assert "reference" not in bound(layer.text).pair(m, torch.bfloat16).kernels
+    given = cuda(tokens(m, H, E, TOP_K, dtype, dropped=0.2))
+    assert "reference" not in bound(layer.text).pair(m, dtype).kernels
     close(layer(*given), as_served_on_a_cpu(layer)(*given), scheme)
 
 

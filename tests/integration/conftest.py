@@ -134,8 +134,8 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         loaded: entry points that were asked for ahead.
     """
     pytest.importorskip("triton")
-    from sglang_amd_quant.kernels.triton import int4_gemm, mx_gemm
-    from triton_twin import int4_gemm_twin, mx_gemm_twin
+    from sglang_amd_quant.kernels.triton import group_gemm, mx_gemm
+    from triton_twin import group_gemm_twin, mx_gemm_twin
 
     from sglang_amd_quant.integration import linear as linear_method
     from sglang_amd_quant.integration import moe as moe_method
@@ -157,19 +157,20 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         gpu.calls.append(arch)
         return y.copy_(mx_gemm_twin(x, x_scales, w, w_scales, y.shape[1], **options))
 
-    def int4_twin(x, w, words, y, config, arch, **options):  # type: ignore[no-untyped-def]
+    def group_twin(x, w, scales, y, config, arch, **options):  # type: ignore[no-untyped-def]
         gpu.calls.append(arch)
-        return y.copy_(int4_gemm_twin(x, w, words, y.shape[1], **options))
+        return y.copy_(group_gemm_twin(x, w, scales, y.shape[1], **options))
 
     for module in (linear_method, moe_method, layout, operand):
         monkeypatch.setattr(module, "current_arch", lambda: "gfx950")
     for module in (layout, linear, moe):
-        kernels = frozenset({"gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe", "triton_int4_gemm", "triton_int4_moe"})
+        gemms = {f"triton_{w}_{op}" for w in ("mx", "int4", "fp16") for op in ("gemm", "moe")}
+        kernels = frozenset({"gemv_mxfp4", *gemms})
         monkeypatch.setattr(module, "launchable", lambda arch, kernels=kernels: kernels)
     for module in (linear_method, moe_method):
         monkeypatch.setattr(module, "cu_count", lambda: 256)
     monkeypatch.setattr(mx_gemm, "mx_gemm", twin)
-    monkeypatch.setattr(int4_gemm, "int4_gemm", int4_twin)
+    monkeypatch.setattr(group_gemm, "group_gemm", group_twin)
     monkeypatch.setattr(hip, "device_of", lambda x: gpu)
     linear.bound.cache_clear()
     moe.bound.cache_clear()

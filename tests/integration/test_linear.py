@@ -9,6 +9,7 @@ import torch
 
 from sglang_amd_quant.errors import CheckpointError, ShapeError
 from sglang_amd_quant.formats import dequantize_int4, dequantize_mx, fake_quantize_mx, quantize_int4, quantize_mx
+from sglang_amd_quant.ops.linear import bound
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES
 from sglang_amd_quant.tensor import quantized
@@ -38,11 +39,12 @@ def expected(x: torch.Tensor, weight: torch.Tensor, scheme, bias=None) -> torch.
     return out if bias is None else out + bias.double()
 
 
-def close(got: torch.Tensor, want: torch.Tensor, k: int) -> None:
-    """fp32 accumulation of K products errs by at most K * 2^-24 of the sum of magnitudes, then one rounding to bf16
-    adds 2^-9 of the value; with K <= 256 and operands of similar size both are below 2^-8 of the largest output."""
+def close(got: torch.Tensor, want: torch.Tensor, k: int, bits: int = 8) -> None:
+    """fp32 accumulation of K products errs by at most K * 2^-24 of the sum of magnitudes, then one rounding to bf16,
+    of 8 bits, adds 2^-9 of the value, to fp16, of 11, 2^-12; with K <= 256 and operands of similar size both are below
+    2^-bits of the largest output."""
     assert torch.isfinite(got).all()
-    assert (got.double() - want).abs().max() <= want.abs().max() * 2**-8
+    assert (got.double() - want).abs().max() <= want.abs().max() * 2**-bits
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
@@ -238,7 +240,8 @@ def test_reload_replaces_kept_copies(make_config, rank, scheme):
         close(layer.quant_method.apply(layer, x), expected(x, weight, scheme), 64)
 
 
-def test_on_a_gpu_the_layer_calls_its_kernel_on_packed_weights(make_config, rank, as_gpu):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu_the_layer_calls_its_kernel_on_packed_weights(make_config, rank, as_gpu, dtype):
     """No kept copies, weights in the layout that selection picked, kernels loaded; Triton's run as their twins."""
     from sglang.srt.layers.linear import ColumnParallelLinear
 
@@ -248,11 +251,11 @@ def test_on_a_gpu_the_layer_calls_its_kernel_on_packed_weights(make_config, rank
                 128,
                 48,
                 bias=True,
-                params_dtype=torch.bfloat16,
+                params_dtype=dtype,
                 quant_config=make_config(recipe(scheme)),
                 prefix="a.q_proj",
             )
-        weight, bias, x = torch.randn(48, 128).bfloat16(), torch.randn(48).bfloat16(), torch.randn(5, 128).bfloat16()
+        weight, bias, x = (torch.randn(shape).to(dtype) for shape in ((48, 128), (48,), (5, 128)))
         layer.weight.weight_loader(layer.weight, weight)
         layer.bias.weight_loader(layer.bias, bias)
         layer.quant_method.process_weights_after_loading(layer)
@@ -260,9 +263,11 @@ def test_on_a_gpu_the_layer_calls_its_kernel_on_packed_weights(make_config, rank
         assert layer.amd_mx.problem.arch == "gfx950"
         assert layer.amd_mx.weight.data.data_ptr() == layer.weight.data.data_ptr()
         as_gpu.calls.clear()
-        close(layer(x)[0], expected(x, weight, scheme, bias), 128)
+        close(layer(x)[0], expected(x, weight, scheme, bias), 128, 8 if dtype == torch.bfloat16 else 11)
         assert as_gpu.calls == ["gfx950"]
         assert scheme.weight != "int4" or layer.amd_mx.weight.layout.name == "cdna_int4+tile_group"
+        kernel = bound(layer.amd_mx.text).plan(5, dtype).choice.kernel
+        assert (kernel == "triton_fp16_gemm") == (scheme.name == "w4a16" and dtype == torch.float16)
     assert as_gpu.loaded >= {"gemv_mxfp4_bf16_m1", "gemv_mxfp4_f32_m4"}
 
 

@@ -14,9 +14,9 @@ pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it is not said
 
 from emulated_triton import emulated_triton
+from sglang_amd_quant.kernels.triton.group_gemm import GroupGemmConfig, group_gemm, group_gemm_torch
 from sglang_amd_quant.kernels.triton.hopper_pack import row_order
-from sglang_amd_quant.kernels.triton.int4_gemm import Int4GemmConfig, int4_gemm, int4_gemm_torch
-from sglang_amd_quant.kernels.triton.manifest import Int4Variant, int4_variants
+from sglang_amd_quant.kernels.triton.manifest import GroupVariant, group_variants
 
 from sglang_amd_quant.formats import dequantize_int4, group_words
 from sglang_amd_quant.layouts.names import TensorLayout
@@ -30,6 +30,7 @@ DECODE = {
 }  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXPERTS, TOP_K = 3, 2
+VARIANTS = [v for v in group_variants() if v.w_format == "int4"]
 
 
 @dataclass
@@ -55,13 +56,13 @@ class Problem:
         return self.x.shape[0] * self.options.get("top_k", 1)
 
     def run(
-        self, config: Int4GemmConfig, arch: str, layout: str, out: torch.dtype, pairs: str | None = None
+        self, config: GroupGemmConfig, arch: str, layout: str, out: torch.dtype, pairs: str | None = None
     ) -> torch.Tensor:
         """`pairs`: the rows of the weights are put into the order of gates and ups first."""
         lies, order = TensorLayout.parse(layout), row_order(self.codes.shape[-2], pairs).to(self.codes.device)
         w, words = (t.index_select(-2, order) for t in (self.codes, self.words))
         y = torch.full((self.rows, self.codes.shape[-2]), torch.nan, dtype=out, device=self.x.device)
-        return int4_gemm(
+        return group_gemm(
             self.x, value_layout(lies.value).pack(w), scale_layout(lies.scale).pack(words), y, config, arch,
             group=self.group, layout=(lies.value, lies.scale), pairs=pairs, **self.options,
         )  # fmt: skip
@@ -127,7 +128,7 @@ def whole(block_k: int, layout: str) -> int:
 
 
 def executed(
-    p: Problem, config: Int4GemmConfig, arch: str, layout: str, out: str = "fp32", pairs: str | None = None
+    p: Problem, config: GroupGemmConfig, arch: str, layout: str, out: str = "fp32", pairs: str | None = None
 ) -> None:
     with emulated_triton(arch) as made:
         y = p.run(config, arch, layout, DTYPES[out], pairs)
@@ -139,8 +140,8 @@ def executed(
     assert_close(y, p)
 
 
-@pytest.mark.parametrize("variant", list(int4_variants()), ids=lambda v: f"{v.arch}-{v.name}")
-def test_variants_compile_without_spills_and_keep_their_claims(variant: Int4Variant) -> None:
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.arch}-{v.name}")
+def test_variants_compile_without_spills_and_keep_their_claims(variant: GroupVariant) -> None:
     assert compile_variant(variant).report.problems == []
 
 
@@ -150,7 +151,7 @@ def test_variants_compile_without_spills_and_keep_their_claims(variant: Int4Vari
 def test_layouts_are_read_where_they_lie(arch: str, lies: str, group: int, block_k: int, x: str) -> None:
     """K of an odd number of groups: where two are a step, the last has one."""
     layout = "strided" if lies == "strided" else DECODE[arch]
-    config = Int4GemmConfig(16, 32, whole(block_k, layout), nonkdim=16, num_stages=1)
+    config = GroupGemmConfig(16, 32, whole(block_k, layout), nonkdim=16, num_stages=1)
     executed(problem(20, 40, 3 * group, group, x), config, arch, layout)
 
 
@@ -158,7 +159,7 @@ def test_layouts_are_read_where_they_lie(arch: str, lies: str, group: int, block
 @pytest.mark.parametrize("grouped", [0, 16], ids=["dense", "grouped"])
 def test_every_layout_is_read(layout: str, grouped: int) -> None:
     """sm_90's too, whose own machine code is not executed here."""
-    config = Int4GemmConfig(32 if grouped == 0 else 16, 32, whole(64, layout), num_stages=1)
+    config = GroupGemmConfig(32 if grouped == 0 else 16, 32, whole(64, layout), num_stages=1)
     executed(problem(20, 72, 160, 32, grouped=grouped), config, "gfx1100", layout)
 
 
@@ -167,7 +168,7 @@ def test_every_layout_is_read(layout: str, grouped: int) -> None:
 def test_experts(arch: str, lies: str, x: str, out: str) -> None:
     """N is no multiple of 16, so experts are padded in tiles; some rows are another rank's, and become zero."""
     layout = "strided" if lies == "strided" else DECODE[arch]
-    config = Int4GemmConfig(16, 32, whole(64, layout), nonkdim=16, num_stages=2)
+    config = GroupGemmConfig(16, 32, whole(64, layout), nonkdim=16, num_stages=2)
     p = problem(11, 40, 160, 32, x, grouped=16, bias=True)
     assert int(p.options["block_experts"].min()) == -1
     executed(p, config, arch, layout, out)
@@ -177,7 +178,7 @@ def test_experts(arch: str, lies: str, x: str, out: str) -> None:
 @pytest.mark.parametrize("pairs", ["halves", "interleaved"])
 def test_gates_and_ups_that_alternate_in_the_weights_are_where_they_belong(arch: str, pairs: str) -> None:
     """In the result, and in the bias."""
-    config = Int4GemmConfig(16, 32, whole(64, DECODE[arch]), nonkdim=16, num_stages=1)
+    config = GroupGemmConfig(16, 32, whole(64, DECODE[arch]), nonkdim=16, num_stages=1)
     executed(problem(11, 48, 128, 64, grouped=16, bias=True), config, arch, DECODE[arch], pairs=pairs)
 
 
@@ -185,7 +186,7 @@ def test_gates_and_ups_that_alternate_in_the_weights_are_where_they_belong(arch:
 @pytest.mark.parametrize(("m", "n", "x", "out"), [(1, 1, "bf16", "bf16"), (70, 130, "fp16", "fp32")])
 def test_any_m_and_n(arch: str, m: int, n: int, x: str, out: str) -> None:
     """One row and column; and several tiles each way, of which the last are in part outside."""
-    config = Int4GemmConfig(32, 64, whole(64, DECODE[arch]), num_stages=1, nonkdim=16)
+    config = GroupGemmConfig(32, 64, whole(64, DECODE[arch]), num_stages=1, nonkdim=16)
     executed(problem(m, n, 256, 128, x, bias=m == 1), config, arch, DECODE[arch], out)
 
 
@@ -193,7 +194,7 @@ def test_any_m_and_n(arch: str, m: int, n: int, x: str, out: str) -> None:
 def test_a_nan_scale_is_nan_in_its_column_and_nowhere_else(arch: str) -> None:
     p = problem(3, 20, 256, 64)
     p.scales[7, 1] = torch.nan
-    config = Int4GemmConfig(16, 32, whole(64, DECODE[arch]), nonkdim=16, num_stages=1)
+    config = GroupGemmConfig(16, 32, whole(64, DECODE[arch]), nonkdim=16, num_stages=1)
     with emulated_triton(arch):
         y = p.run(config, arch, DECODE[arch], torch.float32)
     assert y.isnan().nonzero().tolist() == [[0, 7], [1, 7], [2, 7]]
@@ -204,14 +205,14 @@ def test_groups_are_scaled_in_fp32() -> None:
     p = problem(16, 32, 128, 32)
     p.codes.fill_(0xFF), p.zeros.zero_(), p.scales.fill_(1 + 2.0**-7), p.x.fill_(1.0)
     with emulated_triton("gfx942"):
-        y = p.run(Int4GemmConfig(16, 32, 64, nonkdim=16, num_stages=1), "gfx942", "strided", torch.float32)
+        y = p.run(GroupGemmConfig(16, 32, 64, nonkdim=16, num_stages=1), "gfx942", "strided", torch.float32)
     assert torch.equal(y, torch.full_like(y, 128 * 15 * (1 + 2.0**-7)))
 
 
 @pytest.mark.parametrize("grouped", [0, 16])
 def test_the_twin_agrees(grouped: int) -> None:
     p = problem(11, 40, 160, 32, grouped=grouped, bias=True)
-    got = int4_gemm_torch(p.x, p.codes, p.words, **p.options, dtype=torch.float64)
+    got = group_gemm_torch(p.x, p.codes, p.words, **p.options, dtype=torch.float64)
     torch.testing.assert_close(got, p.exact()[0], rtol=1e-12, atol=1e-9)
 
 
@@ -220,10 +221,10 @@ def _sm90() -> bool:
 
 
 @pytest.mark.skipif(not _sm90(), reason="no sm_90 GPU")
-@pytest.mark.parametrize("variant", [v for v in int4_variants() if v.arch == "sm_90"], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.arch == "sm_90"], ids=lambda v: v.name)
 @pytest.mark.parametrize("layout", ["strided", "mma_int4+tile_group"])
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_agrees_on_the_gpu(variant: Int4Variant, layout: str, group: int) -> None:
+def test_agrees_on_the_gpu(variant: GroupVariant, layout: str, group: int) -> None:
     p = problem(
         75, 200, 5 * group, group, variant.x_format, variant.config.block_m if variant.grouped else 0, bias=True
     )

@@ -166,6 +166,24 @@ def test_gate_up(arch: str, scheme: str, epilogue: Epilogue) -> None:
     assert codes_equal > 0.98, codes_equal  # likewise next to where codes step: 2^-9 of 2^-4 or 2^-2 wide
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("element", ["e4m3", "e2m1"])
+@pytest.mark.parametrize("half", [False, True], ids=["bf16", "fp16"])
+def test_what_is_quantized_is_rounded_to_the_models_dtype(arch: str, element: str, half: bool) -> None:
+    """Weights are zero, so sums are the bias: next to the middle of two codes, on which bf16 would round it; and beyond
+    fp16, where it is infinite. Bit for bit."""
+    p = problem("w4a8", 96, 64, seed=13)
+    p["w"].zero_()
+    p["bias"] = torch.full((EXPERTS, 96), 1 + 2.0 ** {"e2m1": -2, "e4m3": -4}[element] + 2.0**-10)
+    p["bias"][:, 0], p["bias"][:, 40] = {"e2m1": 4.0, "e4m3": 256.0}[element], 70000.0
+    y, y_scales, twin, _ = run(arch, p, Epilogue(out=element, half=half), weighted=False)
+    operands, here = twin.pop("operands"), p["ids"].flatten() >= 0
+    data, scales = moe_gemm_torch(*operands, twin.pop("routing"), **twin)
+    assert torch.equal(y[here], data.view(torch.uint8)[here])
+    assert torch.equal(y_scales[here], scales[here])
+    assert bool(scales[here][0, 1] > 240) == half  # of infinity
+
+
 @pytest.mark.parametrize(
     ("arch", "scheme", "values"),
     [

@@ -18,6 +18,7 @@ from sglang_amd_quant.kernels.triton import hopper, hopper_pack, quant_mx, routi
 from sglang_amd_quant.kernels.triton.manifest import TRITON_ARCHS, variants
 from triton.runtime.jit import JITFunction
 
+from sglang_amd_quant.formats import quantize_mx
 from sglang_amd_quant.toolchain.triton_aot import call, compile_variant
 
 ARCHS = ("gfx950", "gfx942", "gfx1100")
@@ -66,12 +67,13 @@ def test_routing(arch: str, tokens: int, top_k: int, experts: int, block_m: int)
     assert torch.equal(made.row_ids, twin.row_ids)
 
 
-def rows_of(m: int, k: int, seed: int) -> torch.Tensor:
-    """bf16 with blocks far apart in size, zeros, and one block each with infinity and NaN."""
+def rows_of(m: int, k: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Blocks far apart in size (of fp16 some are subnormal), zeros, and one block each with infinity and NaN."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k // 32, 32, generator=g) * torch.exp2(torch.randint(-20, 20, (m, k // 32, 1), generator=g))
+    x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     x[0, 1], x[1, 0, 3], x[2, 2, 5] = 0, torch.inf, torch.nan
-    return x.flatten(1).bfloat16()
+    return x.flatten(1).to(dtype)
 
 
 def assert_same_codes(data: torch.Tensor, scales: torch.Tensor, expected: tuple) -> None:
@@ -86,8 +88,9 @@ def assert_same_codes(data: torch.Tensor, scales: torch.Tensor, expected: tuple)
 
 @pytest.mark.parametrize("element", ["e2m1", "e4m3"])
 @pytest.mark.parametrize("out", ["mx", "bf16", "row"])
-def test_quantization(arch: str, element: str, out: str) -> None:
-    x = rows_of(7, 160, 3)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_quantization(arch: str, element: str, out: str, dtype: torch.dtype) -> None:
+    x = rows_of(7, 160, 3, dtype)
     data, scales = quant_mx.quant_mx(x, element, out, native=arch in ("gfx950", "sm_90"))
     if not runs(arch):
         return
@@ -96,6 +99,26 @@ def test_quantization(arch: str, element: str, out: str) -> None:
         torch.testing.assert_close(data, expected[0], rtol=0, atol=0, equal_nan=True)
     else:
         assert_same_codes(data, scales, expected)
+
+
+@pytest.mark.parametrize("element", ["e2m1", "e4m3"])
+def test_fp16_is_not_rounded_to_bf16_first(arch: str, element: str) -> None:
+    """1 + 2^-k + 2^-10 is nearer to the code above the middle 1 + 2^-k, where the nearest bf16 is, and even the one
+    below. What the formats give, which are the reference's."""
+    x = torch.full((1, 32), 1 + 2.0 ** {"e2m1": -2, "e4m3": -4}[element] + 2.0**-10)
+    x[0, 0] = {"e2m1": 4.0, "e4m3": 256.0}[element]  # whose scale is 1
+    data, scales = quant_mx.quant_mx(x.half(), element, native=arch in ("gfx950", "sm_90"))
+    if runs(arch):
+        want, want_scales = quantize_mx(x.half(), element)
+        assert torch.equal(scales, want_scales)
+        assert torch.equal(data.view(torch.uint8), want.view(torch.uint8))
+        assert not torch.equal(quantize_mx(x.bfloat16(), element)[0].view(torch.uint8), want.view(torch.uint8))
+
+
+def test_what_would_lose_bits_is_refused() -> None:
+    for x, element, out in ((torch.ones(1, 32).half(), None, "bf16"), (torch.ones(1, 32), "e4m3", "mx")):
+        with pytest.raises(ValueError, match="takes bf16 and fp16 .* use formats.quantize_mx"):
+            quant_mx.quant_mx(x, element, out)
 
 
 @pytest.mark.parametrize("mode", ["floor", "rceil", "ceil", "even"])
@@ -118,6 +141,16 @@ def test_fronts(arch: str, kind: str) -> None:
     data, _ = quant_mx.quant_mx(x, None, "bf16", front=front)
     if runs(arch):
         torch.testing.assert_close(data.double(), front(x.double()), rtol=2.0**-8 + 2.0**-18, atol=1e-30)
+
+
+def test_an_activation_in_fp16_is_rounded_to_it(arch: str) -> None:
+    """Below silu's result are 11 bits; exp is good to a few ulps of fp32, so hardly a code falls the other way."""
+    x = torch.randn(5, 192, generator=torch.Generator().manual_seed(7)).mul(2).half()
+    data, scales = quant_mx.quant_mx(x, "e4m3", front=quant_mx.Front("silu"), native=arch in ("gfx950", "sm_90"))
+    if runs(arch):
+        want, want_scales = quant_mx.quant_mx_torch(x, "e4m3", front=quant_mx.Front("silu"))
+        assert torch.equal(scales, want_scales)
+        assert (data.view(torch.uint8) == want.view(torch.uint8)).float().mean() > 0.99
 
 
 @pytest.mark.parametrize(("element", "w_format", "x_format"), [(None, "e2m1", "bf16"), ("e4m3", "e2m1", "e4m3")])

@@ -103,11 +103,16 @@ def test_an_activation_that_it_has_not_is_tritons(served, emulated, moe_twins):
     assert len(moe_twins) == 1
 
 
-def test_a_model_in_fp16_is_refused_or_laid_out_otherwise(served, emulated):
+def test_a_model_in_fp16_is_tritons_refused_or_laid_out_otherwise(served, emulated, moe_twins):
+    """Quantized activations are read by Triton where the weights lie; others only as no kernel here reads them."""
+    given = tokens(2, H, E, TOP_K, dtype=torch.float16)
     plain = make_moe("mxfp4", E, H, INTER, TOP_K, emulated.arch_name)
-    x, ids, weights = tokens(2, H, E, TOP_K, dtype=torch.float16)
+    close(served(plain)(*given), as_served_on_a_cpu(plain)(*given), "mxfp4")
+    assert [call["layout"][1] for call in moe_twins] == ["tile_scale"] * 2
+    assert launched(emulated) == []
+    plain = make_moe("w4a16", E, H, INTER, TOP_K, emulated.arch_name)
     with pytest.raises(UnsupportedError, match="their kernel does not run this call.*fp16"):
-        served(plain)(x, ids, weights)
+        served(plain)(*given)
     gemms = {side: replace(getattr(plain, side), out_dtype="fp16") for side in ("gate_up", "down")}
     assert served(replace(plain, **gemms)).w13.layout.name == "strided"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sglang_amd_quant.kernels.triton.group_gemm import group_gemm_torch
 from sglang_amd_quant.kernels.triton.hopper_pack import row_order
-from sglang_amd_quant.kernels.triton.int4_gemm import int4_gemm_torch
 from sglang_amd_quant.kernels.triton.mx_gemm import element_of, mx_gemm_torch
 from sglang_amd_quant.kernels.triton.tiles import STRIDED
 
@@ -27,18 +27,18 @@ def mx_gemm_twin(
     return mx_gemm_torch(x, x_scales, *strided(w, w_scales, n, k, layout), **options)
 
 
-def int4_gemm_twin(
+def group_gemm_twin(
     x: torch.Tensor,
     w: torch.Tensor,
-    words: torch.Tensor,
+    w_scales: torch.Tensor,
     n: int,
     group: int,
     layout: tuple[str, str] = STRIDED,
     pairs: str | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """`int4_gemm_torch` after `w` and `words` are brought back to [N, K] from `layout`."""
-    return int4_gemm_torch(x, *strided(w, words, n, x.shape[-1], layout, pairs, group), **options)
+    """`group_gemm_torch` after `w` and `w_scales` are brought back to [N, K] from `layout`."""
+    return group_gemm_torch(x, *strided(w, w_scales, n, x.shape[-1], layout, pairs, group), **options)
 
 
 def strided(

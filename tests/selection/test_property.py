@@ -51,6 +51,8 @@ ON |= {name: (name.split("_")[3],) for name in MOE_DECODE_LAYOUT}
 INT4 = ("triton_int4_gemm", "triton_int4_moe")
 INT4_LAYOUTS = ("cdna_int4+tile_group", "rdna_int4+tile_group", "mma_int4+tile_group")
 ON |= dict.fromkeys(INT4, ("gfx950", "gfx942", "gfx11", "sm_90"))
+FP16 = ("triton_fp16_gemm", "triton_fp16_moe")
+ON |= dict.fromkeys(FP16, ("gfx950", "gfx942", "gfx11", "sm_90"))
 HOPPER = ("triton_hopper_bf16", "triton_hopper_e4m3")
 OWN = ("gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe")
 
@@ -75,12 +77,13 @@ def hopper_bytes(kernel, scheme, c):
     return c.num_stages * c.block_k * (x + w)
 
 
-def int4_bytes(p, c):
-    """x of every stage, on AMD of all but one, with codes and words of weights on NVIDIA; and dequantized weights, on
+def group_bytes(p, c):
+    """x of every stage, on AMD of all but one, with codes and scales of weights on NVIDIA; and dequantized weights, on
     AMD of one product."""
     step, depth = max(c.block_k, p.group), min(c.block_k, p.group)
     if p.arch == "sm_90":
-        x = 2 * c.block_m * step + c.block_n * step // 2 + 4 * c.block_n * step // p.group
+        scale = 4 if p.scheme == "int4_w4a16" else 1
+        x = 2 * c.block_m * step + c.block_n * step * WEIGHT_BITS[p.scheme] // 8 + scale * c.block_n * step // p.group
         return c.num_stages * x + 2 * c.block_n * step
     return max((c.num_stages - 1) * 2 * c.block_m * step, 2 * c.block_m * depth) + 2 * c.block_n * depth
 
@@ -123,6 +126,15 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["tiles of the layout"] * (
             c.block_k < {"cdna": 128, "mma_": 64}.get(choice.layout.removeprefix("decode_")[:4], 32)
         )
+    if choice.kernel in FP16:
+        out += ["op"] * ((p.op == "linear") != (choice.kernel == "triton_fp16_gemm"))
+        out += ["operands"] * (p.scheme not in ("w4a16", "mxfp8") or p.act != "bf16")
+        out += ["x is fp16"] * (p.out_dtype in ("bf16", "fp32"))
+        out += ["layout read"] * (choice.layout != "strided")
+        out += ["activation and quantization are the op's"] * (
+            bool(p.epilogue.activation) != ("activation" in choice.unfused)
+            or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
+        )
     weights = {"mxfp8": "e4m3", "int4_w4a16": "int4"}.get(p.scheme, "e2m1")
     if choice.kernel == "hip_decode_int4":
         out += ["op"] * (p.op != "linear" or p.scheme != "int4_w4a16" or not 1 <= p.m <= 8)
@@ -164,7 +176,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             ("mxfp8" in choice.layout and p.scheme != "mxfp8") or ("e2m1" in choice.layout and p.scheme == "mxfp8")
         )
         out += ["op or scheme"] * (p.op == "linear" or p.scheme == "int4_w4a16")
-        out += ["dtype"] * (p.out_dtype in ("fp16", "fp32"))
+        out += ["dtype"] * (p.out_dtype in ("fp32", "fp16" if p.act == "bf16" else ""))
         out += ["activation"] * (e.activation not in (None, "silu", "swigluoai") or not e.gated)
         out += ["whole blocks of output"] * bool(p.n % 32)
         out += ["activation and bias are its own"] * bool({"activation", "bias"} & set(choice.unfused))
@@ -219,7 +231,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             pairs = choice.kernel == "triton_moe" and p.op == "moe_gate_up" and p.epilogue.activation
             tile = c._replace(block_n=2 * c.block_n) if pairs else c  # gate and up of every column
             need = hopper_bytes(choice.kernel, p.scheme, c) if hopper else lds(p.arch, tile, *bits)
-            need = int4_bytes(p, c) if choice.kernel in INT4 else need
+            need = group_bytes(p, c) if choice.kernel in (*INT4, *FP16) else need
             out += ["LDS"] * (need > LDS[p.arch])
     return out
 
@@ -260,7 +272,7 @@ def random_problem(rng: random.Random, arch: str) -> GemmProblem:
         Epilogue(rng.random() < 0.3, rng.choice((None, "silu", "swigluoai")), beta=rng.choice((None, None, 1.0, 0.5))),
         rng.choice(("bf16",) * 7 + ("fp16", "fp32", "mxfp8", "mxfp4")),
         rng.choice((None, None, "strided", rng.choice(others), "hopper_bf16" if int4 else rng.choice(packed))),
-        group, "fp8_static" if scheme == "w4a8" and rng.random() < 0.2 else "",
+        group, {"w4a8": "fp8_static", "mxfp8": "bf16"}.get(scheme, "") if rng.random() < 0.2 else "",
         rng.choice((0,) * 6 + (16, 32, 64, 128)), rng.random() < 0.5,
     )  # fmt: skip
 

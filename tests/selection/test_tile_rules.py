@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it is not said
 
-from sglang_amd_quant.kernels.triton.int4_gemm import Int4GemmConfig
-from sglang_amd_quant.kernels.triton.manifest import SCHEMES, Int4Variant, Variant
+from sglang_amd_quant.kernels.triton.group_gemm import GroupGemmConfig
+from sglang_amd_quant.kernels.triton.manifest import SCHEMES, GroupVariant, Variant
+from sglang_amd_quant.kernels.triton.moe_gemm import PLAIN, Epilogue, moe_gemm, moe_gemm_kernel
+from sglang_amd_quant.kernels.triton.routing import route_torch
 
 from sglang_amd_quant.layouts.names import TensorLayout
 from sglang_amd_quant.ops.triton_mx import launch_options, tile_of
@@ -20,7 +24,7 @@ from sglang_amd_quant.selection.legality import lds_need
 from sglang_amd_quant.selection.rules import LAYOUT_RULES
 from sglang_amd_quant.selection.shipped_kernels import AMD_DECODE_LAYOUTS, GPUS
 from sglang_amd_quant.selection.specs import kernel
-from sglang_amd_quant.toolchain.triton_aot import compile_variant
+from sglang_amd_quant.toolchain.triton_aot import call, compile_variant
 
 MEMBER = {"gfx11": "gfx1100"}
 
@@ -81,33 +85,92 @@ def test_layouts_of_decode_kernels_compile_without_spills(arch, scheme, layout, 
     assert compile_variant(variant).report.problems == []
 
 
-def int4_tiles():
-    """(problem, tile): what int4 experts get, by the height that routing gives, on strided weights; dense tiles are
-    among them. And what linears get, on weights that lie as decode kernels read them, in models of fp16."""
-    for arch in GPUS:
-        for group in (32, 128):  # 64 is between
-            shared = {"scheme": "int4_w4a16", "arch": arch, "n": 1536, "k": 2048, "group": group}
-            experts = {"e_local": 64, "e_total": 64, "top_k": 8, "layout": "strided"}
-            problems = [GemmProblem("moe_gate_up", m=64, block_m=b, **shared, **experts) for b in (16, 32, 64, 128)]
-            dense = {"layout": AMD_DECODE_LAYOUTS.get((arch, "int4"), "mma_int4+tile_group"), "out_dtype": "fp16"}
-            problems += [GemmProblem("linear", m=m, **shared, **dense) for m in (32, 64, 4096)]
-            for problem in problems:
-                name = "triton_int4_moe" if problem.moe else "triton_int4_gemm"
-                choice = Selector(available={name}).decide(problem)
-                if choice.source == "heuristic":  # no rule of gfx11's is as high as 128
-                    tile = "x".join(map(str, choice.config.tile))
-                    yield pytest.param(problem, choice, id=f"{arch}-{problem.op}-{group}-{tile}")
+def group_problems(arch):
+    """int4 experts, by the height that routing gives, on strided weights: dense tiles are among theirs. int4 linears,
+    on weights that lie as decode kernels read them, in models of fp16. And MX linears and experts in these, whose
+    activations are not quantized."""
+    shape, experts = {"n": 1536, "k": 2048}, {"e_local": 64, "e_total": 64, "top_k": 8, "layout": "strided"}
+    for group in (32, 128):  # 64 is between
+        shared = shape | {"scheme": "int4_w4a16", "arch": arch, "group": group}
+        dense = {"layout": AMD_DECODE_LAYOUTS.get((arch, "int4"), "mma_int4+tile_group"), "out_dtype": "fp16"}
+        yield from (GemmProblem("moe_gate_up", m=64, block_m=b, **shared, **experts) for b in (16, 32, 64, 128))
+        yield from (GemmProblem("linear", m=m, **shared, **dense) for m in (32, 64, 4096))
+    for scheme in ("w4a16", "mxfp8"):
+        shared = shape | {"scheme": scheme, "arch": arch, "act": "bf16", "out_dtype": "fp16"}
+        yield from (GemmProblem("moe_gate_up", m=64, block_m=b, **shared, **experts) for b in (16, 32, 64, 128))
+        yield from (GemmProblem("linear", m=m, **shared, layout="strided") for m in (16, 32, 64, 4096))
 
 
-@pytest.mark.parametrize(("problem", "choice"), int4_tiles())
-def test_int4_tiles_compile_without_spills_in_the_lds_that_is_estimated(problem, choice):
+def group_tiles():
+    """(problem, choice) of each tile that they get."""
+    for problem in (problem for arch in GPUS for problem in group_problems(arch)):
+        name = f"triton_{'int4' if problem.scheme == 'int4_w4a16' else 'fp16'}_{'moe' if problem.moe else 'gemm'}"
+        choice = Selector(available={name}).decide(problem)
+        if choice.source == "heuristic":  # no rule of gfx11's is as high as 128
+            tile = "x".join(map(str, choice.config.tile))
+            yield pytest.param(
+                problem, choice, id=f"{problem.arch}-{problem.scheme}-{problem.op}-{problem.group}-{tile}"
+            )
+
+
+@pytest.mark.parametrize(("problem", "choice"), group_tiles())
+def test_group_tiles_compile_without_spills_in_the_lds_that_is_estimated(problem, choice):
     config, lies = choice.config, TensorLayout.parse(problem.layout)
+    even = problem.group >= (config.block_k or 0)
+    weights = {"int4_w4a16": "int4", "w4a16": "e2m1", "mxfp8": "e4m3"}[problem.scheme]
     made = compile_variant(
-        Int4Variant(
-            f"{config}", MEMBER.get(problem.arch, problem.arch), "bf16" if problem.moe else "fp16", problem.group,
-            Int4GemmConfig(*config.tile, **launch_options(config)), problem.moe, problem.group >= (config.block_k or 0),
+        GroupVariant(
+            f"{config}", MEMBER.get(problem.arch, problem.arch), problem.out_dtype, weights, problem.group,
+            GroupGemmConfig(*config.tile, **launch_options(config)), problem.moe, even,
             claimed(problem.arch, "bf16"), (lies.value, lies.scale),
         )
     )  # fmt: skip
     assert made.report.problems == []
     assert made.lds <= lds_need(problem, kernel(choice.kernel), config)
+
+
+def moe_tiles():
+    """(arch, scheme, op, tile) of experts in the MoE GEMM, by the height that routing gives."""
+    here = Selector(available={"triton_moe"})
+    for arch in GPUS:
+        for scheme in SCHEMES:
+            for op in ("moe_gate_up", "moe_down"):
+                problem = GemmProblem(op, scheme, arch, 64, 1536, 2048, 0, 64, 64, 8, layout="strided")
+                choices = [here.decide(replace(problem, block_m=block_m)) for block_m in (16, 32, 64, 128)]
+                for config in dict.fromkeys(c.config for c in choices if c.source == "heuristic"):
+                    name = f"{arch}-{scheme}-{op}-{'x'.join(map(str, config.tile))}"
+                    yield pytest.param(arch, scheme, op, config, id=name)
+
+
+@pytest.mark.parametrize(("arch", "scheme", "op", "config"), moe_tiles())
+def test_moe_tiles_compile_without_spills_with_all_that_gpt_oss_has(arch, scheme, op, config):
+    """Biases, gates and ups that alternate and are clamped, and MX blocks as output, in a model of fp16."""
+    x_format, w_format = SCHEMES[scheme]
+    paired, quantized, arch = op == "moe_gate_up", x_format != "bf16", MEMBER.get(arch, arch)
+    epilogue = PLAIN
+    if paired:
+        epilogue = Epilogue("swigluoai", True, 7.0, out=x_format if quantized else None, half=quantized)
+    experts, k, columns = 2, 2 * config.block_k, 64
+    n, pack = columns * (2 if paired else 1), {"e2m1": 2, "e4m3": 1, "bf16": 1}
+    dtypes = {"e2m1": torch.uint8, "e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}
+
+    def operand(element, *shape):
+        codes = torch.zeros(*shape, k // pack[element], dtype=torch.uint8 if element != "bf16" else torch.bfloat16)
+        scales = torch.zeros(*shape, k // 32, dtype=torch.uint8)
+        return codes.view(dtypes[element]), None if element == "bf16" else scales
+
+    y = torch.zeros(8, columns // (pack[epilogue.out or "bf16"]), dtype=torch.uint8 if epilogue.out else torch.float16)
+    y_scales = torch.zeros(8, columns // 32, dtype=torch.uint8) if epilogue.out else None
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(moe_gemm_kernel), "run",
+            lambda kernel, *args, grid, warmup=False, **named: made.append(call(kernel, arch, *args, **named)[0]),
+        )  # fmt: skip
+        moe_gemm(
+            *operand(x_format, 4 if paired else 8), *operand(w_format, experts, n), y, y_scales,
+            route_torch(torch.zeros(4, 2, dtype=torch.int32), experts, config.block_m), tile_of(config), arch,
+            top_k=2 if paired else 1, bias=torch.zeros(experts, n), epilogue=epilogue,
+            row_weights=None if paired else torch.zeros(8),
+        )  # fmt: skip
+    assert compile_variant(made[0]).report.problems == []

@@ -1,4 +1,5 @@
-"""Launchers of the Triton GEMM of int4 groups (`kernels/triton/int4_gemm.py`); activations are not quantized."""
+"""Launchers of the Triton GEMM of scaled groups (`kernels/triton/group_gemm.py`): int4 in models of bf16 and fp16, MX
+weights in those of fp16. Activations are not quantized."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
     from sglang_amd_quant.ops.moe import MoeCall
 
 
-def run_int4_gemm(call: LinearCall) -> None:
+def run_group_gemm(call: LinearCall) -> None:
     """Dense."""
     _gemm(call.x.contiguous(), call.weight, call.y, call.config, call.problem, bias=call.bias)
 
 
-def run_int4_moe(call: MoeCall) -> torch.Tensor:
+def run_group_moe(call: MoeCall) -> torch.Tensor:
     """Grouped, twice."""
     return two_gemms(call, _grouped)
 
@@ -55,12 +56,12 @@ def _grouped(
 
 
 def _gemm(x: torch.Tensor, w: Weight, y: torch.Tensor, config: Config, problem: GemmProblem, **options: object) -> None:
-    from sglang_amd_quant.kernels.triton.int4_gemm import Int4GemmConfig, int4_gemm
+    from sglang_amd_quant.kernels.triton.group_gemm import GroupGemmConfig, group_gemm
 
-    data, words = w.tensors
+    data, scales = w.tensors
     values, packed = w.layout.value.removeprefix("decode_"), w.layout.packed
-    int4_gemm(
-        x, data, words, y, Int4GemmConfig(*config.tile, **launch_options(config)), problem.arch, group=w.scheme.block,
+    group_gemm(
+        x, data, scales, y, GroupGemmConfig(*config.tile, **launch_options(config)), problem.arch, group=w.scheme.block,
         layout=(values, "tile_group" if packed else w.layout.scale), pairs=pairs_of(problem) if packed else None,
         **options,  # type: ignore[arg-type]
     )  # fmt: skip

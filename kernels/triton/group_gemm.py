@@ -1,12 +1,14 @@
-"""Dense and grouped GEMM of int4 weights: y = x w^T for prefill, in the scheme int4_w4a16.
+"""Dense and grouped GEMM of weights that are scaled group by group: y = x w^T for prefill.
 
-x is bf16 or fp16; w is (q - z) * s: codes q of 0 to 15, and for each group of 32, 64 or 128 along K one word that holds
-scale s and zero point z (`formats.group_words`). q - z is exact in x's dtype. Its products are summed within a group in
-fp32, and the group's scale is applied to that sum in fp32, so nothing is rounded but sums.
+x is bf16 or fp16, not quantized; w is int4 in groups of 32, 64 or 128 along K (the scheme int4_w4a16), or, for fp16 x,
+e2m1 or e4m3 in MX blocks of 32 (w4a16, and MXFP8 with activations as they are). A weight without its group's scale is
+exact in x's dtype. Its products are summed within a group in fp32, and the group's scale is applied to that sum in
+fp32: nothing is rounded but sums, and scales may be beyond what fp16 holds.
 
-Codes come as int32 words of eight: in sequence, as in a checkpoint's bytes, or paired as the decode kernels of a target
-read them. Grouped (mixture of experts) as in `mx_gemm.py`; experts lie one after the other, each padded by itself. Of
-gate_up weights as decode kernels read them 8 gates and 8 ups alternate (`decode_*` layouts): results and biases do not.
+Codes of 4 bits come as int32 words of eight: in sequence, as in a checkpoint's bytes, or of int4 paired as the decode
+kernels of a target read them; e4m3 as bytes. Grouped (mixture of experts) as in `mx_gemm.py`; experts lie one after the
+other, each padded by itself. Of gate_up weights as decode kernels read them 8 gates and 8 ups alternate (`decode_*`
+layouts): results and biases do not.
 """
 
 from __future__ import annotations
@@ -17,82 +19,33 @@ import torch
 import triton
 import triton.language as tl
 
+from .group_values import blocks_of, scale_of, values_of
+from .mx_gemm import values_torch
 from .tiles import STRIDED, TileConfig, column_offsets, gemm_torch, layout_constants, row_offsets, tile_of_program
 
 
 @triton.jit
-def codes_of(words, PAIRED: tl.constexpr):
-    """int32 [R, C] words of eight codes -> int32 [R, C, 2, 2, 2], in order of K.
-
-    Nibbles are in sequence, or PAIRED: 0, 2, 4, 6, 1, 3, 5, 7.
-    """
-    codes = tl.join(words, words >> (8 if PAIRED else 16))  # 0 to 3, and 4 to 7
-    codes = tl.join(codes, codes >> (4 if PAIRED else 8))
-    return tl.join(codes, codes >> (16 if PAIRED else 4)) & 15
-
-
-@triton.jit
-def blocks_of(words, VALUES: tl.constexpr, ROWS: tl.constexpr):
-    """Words as tiles keep them -> [ROWS, 4] in order of K, of each 32-block: four of `cdna_int4`, two of `mma_int4`.
-
-    So Triton loads 16 bytes a lane, and keeps elements along K together on their way to the matrix unit.
-
-    Args:
-        words: int32 [ROWS, 16], of which 4 q ... 4 q + 3 are word q of each block. `mma_int4`: [ROWS / 2, 16], of
-            which these are word q of either block, for rows n and n + 8.
-    """
-    if VALUES == "cdna_int4":
-        even, odd = tl.split(words.reshape(ROWS, 4, 2, 2))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        blocks = (first, second, third, fourth)
-    else:
-        first, second = tl.split(words.reshape(ROWS // 16, 8, 4, 2, 2).permute(0, 4, 1, 2, 3))
-        blocks = (first.reshape(ROWS, 4), second.reshape(ROWS, 4))
-    return blocks
-
-
-@triton.jit
-def shifted(codes, HALF: tl.constexpr):
-    """Codes 0 to 15, as the last bits of a mantissa -> 1024 + code in fp16 if HALF, else 128 + code in fp32."""
-    bits = (codes | 0x6400).to(tl.int16) if HALF else codes << 16 | 0x43000000
-    return bits.to(tl.float16 if HALF else tl.float32, bitcast=True)
-
-
-@triton.jit
-def dequantize_codes(words, zeros, PAIRED: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr):
-    """Words [ROWS, DEPTH / 8] and int32 zero points [ROWS] -> q - z [ROWS, DEPTH], fp16 if HALF, else bf16.
-
-    A difference of 15 at most has 4 significant bits, so the upper half of an fp32 is all of it.
-    """
-    codes = codes_of(words, PAIRED).reshape(ROWS, DEPTH)
-    values = shifted(codes, HALF) - shifted(zeros, HALF)[:, None]
-    if not HALF:
-        values = (values.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return values
-
-
-@triton.jit
-def int4_gemm_kernel(
+def group_gemm_kernel(
     x, w, w_scales, bias, y, row_ids, block_experts, row_weights,
     M, N, K, tiles_m,
-    GROUP: tl.constexpr, TOP_K: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, XCDS: tl.constexpr, EVEN_K: tl.constexpr,
     VALUES: tl.constexpr, SCALES: tl.constexpr, PAD: tl.constexpr, SCALE_PAD: tl.constexpr,
     PAIRS: tl.constexpr = None,
 ):  # fmt: skip
-    """One BLOCK_M x BLOCK_N tile of y; see `int4_gemm` for the arguments.
+    """One BLOCK_M x BLOCK_N tile of y; see `group_gemm` for the arguments.
 
-    M: rows of y (routed rows when grouped). tiles_m: blocks along M. GROUP: elements that share a scale. TOP_K: rows of
-        y that share a row of x. BLOCK_K: of one step, whole groups; or of one product, several of which make a group;
-        whole tiles of `cdna_int4` and `mma_int4`. EVEN_K: steps end where K does. VALUES, SCALES: the weights' layouts,
-        whose rows are padded to PAD words and SCALE_PAD scales. PAIRS: `halves` or `interleaved`, where 8 gates and 8
-        ups alternate in the weights, for how they do in y; N is then whole 16s. `bias`, `row_ids` with
-        `block_experts`, and `row_weights` may be None.
+    M: rows of y (routed rows when grouped). tiles_m: blocks along M. FORMAT: of the weights, as in `group_values.py`.
+        GROUP: elements that share a scale. TOP_K: rows of y that share a row of x. BLOCK_K: of one step, whole groups;
+        or of one product, several of which make a group; whole tiles of `cdna_int4` and `mma_int4`. EVEN_K: steps end
+        where K does. VALUES, SCALES: the weights' layouts, whose rows are padded to PAD words (e4m3: bytes) and
+        SCALE_PAD scales. PAIRS: `halves` or `interleaved`, where 8 gates and 8 ups alternate in the weights, for how
+        they do in y; N is then whole 16s. `bias`, `row_ids` with `block_experts`, and `row_weights` may be None.
     """
     HALF: tl.constexpr = x.dtype.element_ty == tl.float16
     PAIRED: tl.constexpr = VALUES != "strided"
+    PER: tl.constexpr = 1 if FORMAT == "e4m3" else 8  # codes a stored column
     STEP: tl.constexpr = BLOCK_K if BLOCK_K > GROUP else GROUP
     TILE_K: tl.constexpr = 128 if VALUES == "cdna_int4" else 64 if VALUES == "mma_int4" else 0  # 256 or 128 words
     DEPTH: tl.constexpr = 32 if TILE_K else GROUP if BLOCK_K > GROUP else BLOCK_K
@@ -105,7 +58,7 @@ def int4_gemm_kernel(
         places = columns // 16 * 16 + columns % 8 * 2 + columns % 16 // 8
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     # K is whole groups, of 32 at least: so Triton sees by how much rows are aligned.
-    w_cols = tl.cdiv(K // 32 * 4, PAD) * PAD
+    w_cols = tl.cdiv(K // 32 * (32 // PER), PAD) * PAD
     s_cols = tl.cdiv(K // GROUP, SCALE_PAD) * SCALE_PAD
     if row_ids is not None:
         rows = tl.load(row_ids + rows)
@@ -128,7 +81,7 @@ def int4_gemm_kernel(
         stored = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2) // 8 * 16 + tl.arange(0, BLOCK_N // 2) % 8
     w_rows = w + row_offsets(stored.to(tl.int64), w_cols, VALUES)[:, None]
     s_rows = w_scales + row_offsets(columns.to(tl.int64), s_cols, SCALES)
-    w_k = tl.arange(0, DEPTH // 8)[None, :]
+    w_k = tl.arange(0, DEPTH // PER)[None, :]
     if TILE_K:
         tl.static_assert(BLOCK_K % TILE_K == 0, "a step is whole tiles of the layout")
         w_k = tl.arange(0, 16)[None, :]
@@ -141,7 +94,7 @@ def int4_gemm_kernel(
             if not EVEN_K:
                 x_mask = row_mask & (k + g * GROUP < K)
                 s_mask = column_mask & (k + g * GROUP < K)
-            words = tl.load(s_rows + column_offsets(k // GROUP + g, SCALES), mask=s_mask, other=0)
+            scales = tl.load(s_rows + column_offsets(k // GROUP + g, SCALES), mask=s_mask, other=0)
             products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for d in tl.static_range(GROUP // DEPTH):
                 at = g * GROUP + d * DEPTH
@@ -152,11 +105,11 @@ def int4_gemm_kernel(
                         blocks = blocks_of(tl.load(w_rows + (k + at) * 2 + w_k, mask=w_mask, other=0), VALUES, BLOCK_N)
                     w_tile = blocks[(g * GROUP + d * DEPTH) % TILE_K // 32]
                 else:
-                    w_at = column_offsets((k + at) // 8 + w_k, VALUES)
+                    w_at = column_offsets((k + at) // PER + w_k, VALUES)
                     w_tile = tl.load(w_rows + w_at, mask=s_mask[:, None], other=0)
-                values = dequantize_codes(w_tile, words & 15, PAIRED, HALF, BLOCK_N, DEPTH)
+                values = values_of(w_tile, scales, FORMAT, PAIRED, HALF, BLOCK_N, DEPTH)
                 products = tl.dot(x_tile, values.T, products)
-            total += products * (words & -16).to(tl.float32, bitcast=True)[None, :]
+            total += products * scale_of(scales, FORMAT)[None, :]
 
     if bias is not None:
         total += tl.load(bias + places, mask=column_mask, other=0.0).to(tl.float32)[None, :]
@@ -167,21 +120,22 @@ def int4_gemm_kernel(
 
 
 @dataclass(frozen=True)
-class Int4GemmConfig(TileConfig):
+class GroupGemmConfig(TileConfig):
     """block_k is whole groups, or divides one: 32 to 128 of K go into one product, never more than a group."""
 
-    def constants(self, group: int, top_k: int, k: int, arch: str) -> dict[str, object]:
+    def constants(self, w_format: str, group: int, top_k: int, k: int, arch: str) -> dict[str, object]:
         """The kernel's constexpr arguments on an arch."""
         step = max(self.block_k, group)
-        return self.tile_constants(arch) | {"GROUP": group, "TOP_K": top_k, "EVEN_K": k % step == 0}
+        rest = {"FORMAT": w_format, "GROUP": group, "TOP_K": top_k, "EVEN_K": k % step == 0}
+        return self.tile_constants(arch) | rest
 
 
-def int4_gemm(
+def group_gemm(
     x: torch.Tensor,
     w: torch.Tensor,
     w_scales: torch.Tensor,
     y: torch.Tensor,
-    config: Int4GemmConfig,
+    config: GroupGemmConfig,
     arch: str,
     *,
     group: int,
@@ -196,13 +150,15 @@ def int4_gemm(
     """y = x w^T (+ bias) (* row_weights), into y. No host read of device data: may be captured in a graph.
 
     Args:
-        x: [M / top_k, K] bf16 or fp16; contiguous, like all that follow.
-        w: uint8 [N, K/2], or int32 as a layout keeps it; with a leading E when grouped.
-        w_scales: int32 [N, K/group] words of scale and zero point, or as a layout keeps them; likewise.
+        x: [M / top_k, K] bf16 or fp16, for MX weights fp16; contiguous, like all that follow.
+        w: uint8 [N, K/2] of int4 or e2m1, float8_e4m3fn [N, K], or int4 in int32 as a layout keeps it; with a leading E
+            when grouped.
+        w_scales: int32 [N, K/group] words of scale and zero point of int4, or as a layout keeps them; uint8 e8m0
+            [N, K/32] of the others; likewise.
         y: [M, N] bf16, fp16 or fp32.
         config: tile and launch options.
         arch: what it is compiled for.
-        group: elements of K that share a word, 32, 64 or 128.
+        group: elements of K that share a scale: 32, and of int4 64 or 128.
         bias: [N], [E, N] when grouped.
         row_ids: [blocks * block_m] int32; makes the GEMM grouped.
         block_experts: [blocks] int32.
@@ -210,20 +166,35 @@ def int4_gemm(
         top_k: rows of y a row of x.
         layout: names of the layouts of w and w_scales.
         pairs: where 8 gates and 8 ups alternate in w's rows, how they do in y and bias: `halves` or `interleaved`.
+
+    Raises:
+        ValueError: MX weights with x that is not fp16, or in another layout than strided.
     """
+    w_format = format_of(w, w_scales)
+    if w_format != "int4" and (x.dtype != torch.float16 or layout != STRIDED or group != 32):
+        raise ValueError(
+            f"{w_format} weights in layouts {layout}, groups of {group}, with x of {x.dtype}: takes strided ones in "
+            "groups of 32 with fp16; use mx_gemm"
+        )
     m, n = y.shape
     k = x.shape[-1]
     tiles_m = triton.cdiv(m, config.block_m) if row_ids is None else row_ids.numel() // config.block_m
-    constants = config.constants(group, top_k, k, arch) | layout_constants(layout)
+    constants = config.constants(w_format, group, top_k, k, arch) | layout_constants(layout)
     grid = (tiles_m * triton.cdiv(n, config.block_n),)
-    int4_gemm_kernel[grid](
-        x, w.view(torch.int32), w_scales, bias, y, row_ids, block_experts, row_weights, m, n, k, tiles_m,
+    codes = w.view(torch.uint8 if w_format == "e4m3" else torch.int32)
+    group_gemm_kernel[grid](
+        x, codes, w_scales, bias, y, row_ids, block_experts, row_weights, m, n, k, tiles_m,
         **constants, PAIRS=pairs, **config.options(arch),
     )  # fmt: skip
     return y
 
 
-def int4_gemm_torch(
+def format_of(w: torch.Tensor, w_scales: torch.Tensor) -> str:
+    """Format name of weights: `int4` (scales in words), `e4m3` or `e2m1`."""
+    return "int4" if w_scales.dtype == torch.int32 else "e4m3" if w.dtype == torch.float8_e4m3fn else "e2m1"
+
+
+def group_gemm_torch(
     x: torch.Tensor,
     w: torch.Tensor,
     w_scales: torch.Tensor,
@@ -235,9 +206,14 @@ def int4_gemm_torch(
     top_k: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The twin of `int4_gemm` in plain torch, for strided weights: the result [M, N] in `dtype` (fp64 as an oracle)."""
-    codes = torch.stack([w & 15, w >> 4], -1).flatten(-2).unflatten(-1, (w_scales.shape[-1], -1))
-    words = w_scales.unsqueeze(-1)
-    values = (codes.to(dtype) - (words & 15)) * (words & -16).view(torch.float32).to(dtype)
+    """The twin of `group_gemm` in plain torch, for strided weights: the result [M, N] in `dtype` (fp64: an oracle)."""
     left = x.to(dtype).repeat_interleave(top_k, 0)
-    return gemm_torch(left, values.flatten(-2), bias, row_ids, block_experts, row_weights)
+    right = values_torch(w, w_scales, dtype) if format_of(w, w_scales) != "int4" else _int4_values(w, w_scales, dtype)
+    return gemm_torch(left, right, bias, row_ids, block_experts, row_weights)
+
+
+def _int4_values(w: torch.Tensor, words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes of two codes and words -> values [..., N, K]."""
+    codes = torch.stack([w & 15, w >> 4], -1).flatten(-2).unflatten(-1, (words.shape[-1], -1))
+    words = words.unsqueeze(-1)
+    return ((codes.to(dtype) - (words & 15)) * (words & -16).view(torch.float32).to(dtype)).flatten(-2)
