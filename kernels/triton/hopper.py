@@ -262,7 +262,7 @@ def dense_config(m: int) -> HopperConfig:
     """A config for a dense layer that nobody tuned. On 8192 -> 28672 at M 1024 the largest tile was the fastest."""
     if m <= 64:
         return HopperConfig(max(16, triton.next_power_of_2(m)), 128, 64, 4, 6)
-    return HopperConfig(128, 128, 64, 4, 4) if m <= 512 else HopperConfig(256, 128, 64, 8, 4, group_m=4)
+    return HopperConfig(128, 128, 128, 4, 4) if m <= 512 else HopperConfig(256, 128, 128, 8, 3, group_m=4)
 
 
 def activations(

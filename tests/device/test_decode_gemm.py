@@ -105,7 +105,7 @@ def test_the_same_bits_each_time(device):
 
 
 def every_way(scheme, m, n, k, cu_count, pairs=False):
-    """A plan that quantizes x in every block; where a launch does that, also one that holds x and one that streams it."""
+    """A plan that quantizes x in every block; where a launch does, also one that holds x and one that streams it."""
     from sglang_amd_quant.runtime.decode_plans import RESIDENT, plans
 
     found = plans(scheme, m, n, k, cu_count, pairs)
