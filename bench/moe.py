@@ -47,7 +47,7 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     for shape in _names(args.shapes):
         if shape == dense:
             if 1024 in ms:
-                made += [Job(dense, "ours", (1024,), moe_dense.schemes_of(schemes))] if schemes else []
+                made += [Job(dense, "ours", (1024,), schemes)] if schemes else []
                 made += [Job(dense, peer, (1024,)) for peer in moe_dense.PEER_KEYS if args.peers != "none"]
             continue
         if any(SCHEMES[s][0] == SHAPES[shape].element for s in schemes):

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from sglang_amd_quant.kernels.triton.hopper import linear_hopper
-from sglang_amd_quant.kernels.triton.hopper_pack import pack_hopper
+from sglang_amd_quant.kernels.triton.hopper_pack import HopperWeights, pack_hopper
 
 from bench.decode_peers import PEERS
 from bench.moe_jobs import READY, Job, Row
@@ -18,6 +18,8 @@ from bench.moe_ours import SCHEMES
 from bench.moe_problem import relative
 from bench.timing import graph_us
 from sglang_amd_quant.formats import dequantize_mx
+from sglang_amd_quant.ops.triton_hopper import tile_of
+from sglang_amd_quant.selection import GemmProblem, Selector
 
 NAME, K, N = "dense-8192-28672", 8192, 28672
 PEER_KEYS = ("humming_fp8", "humming_bf16", "cublas_bf16")
@@ -33,7 +35,7 @@ def measure(job: Job) -> Iterator[Row]:
         for scheme in (s for s in job.schemes if SCHEMES[s][0] == "e2m1"):
             _, element, x_format = SCHEMES[scheme]
             w = pack_hopper(data[None], scales[None], x_format)
-            runs[f"ours {scheme}"] = partial(linear_hopper, w=w, element=element)
+            runs[f"ours {scheme}"] = partial(_ours, w=w, scheme=scheme, element=element)
     else:
         dense = torch.cat(list(_parts(data, scales, torch.bfloat16))) if job.kernel == "cublas_bf16" else None
         runs[job.kernel] = PEERS[job.kernel](data, scales, "e2m1", dense)
@@ -55,12 +57,14 @@ def measure(job: Job) -> Iterator[Row]:
         }  # fmt: skip
 
 
+def _ours(x: torch.Tensor, w: HopperWeights, scheme: str, element: str | None) -> torch.Tensor:
+    """The prefill kernel with the tile that selection gives a layer of this shape."""
+    problem = GemmProblem("linear", scheme, "sm_90", len(x), N, K, layout=f"hopper_{w.x_format}")
+    choice = Selector(available=frozenset({f"triton_hopper_{w.x_format}"})).decide(problem)
+    return linear_hopper(x, w, tile_of(choice.config), element=element)
+
+
 def _parts(data: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """The weights in `dtype`, 2048 rows at a time."""
     for rows in zip(data.split(2048), scales.split(2048), strict=True):
         yield dequantize_mx(*rows, "e2m1", dtype)
-
-
-def schemes_of(schemes: tuple[str, ...]) -> tuple[str, ...]:
-    """With w4a8 also what a dense layer of it runs: MXFP8 activations as bf16, as its decode kernel's weights want."""
-    return tuple(s for scheme in schemes for s in ((scheme, "w4a8-exact") if scheme == "w4a8" else (scheme,)))

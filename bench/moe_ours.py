@@ -33,7 +33,6 @@ from sglang_amd_quant.selection.problem import Epilogue
 SCHEMES = {
     "w4a16": ("e2m1", None, "bf16"),
     "w4a8": ("e2m1", "e4m3", "e4m3"),
-    "w4a8-exact": ("e2m1", "e4m3", "bf16"),
     "mxfp4": ("e2m1", "e2m1", "e4m3"),
     "mxfp8": ("e4m3", "e4m3", "e4m3"),
 }
@@ -48,7 +47,7 @@ def selected(shape: Shape, scheme: str, m: int) -> tuple[Configs, str]:
 
     def problem(op: str, n: int, k: int, epilogue: Epilogue) -> GemmProblem:
         return GemmProblem(
-            op, scheme.removesuffix("-exact"), "sm_90", m, n, k, 132, shape.experts, shape.experts, shape.top_k,
+            op, scheme, "sm_90", m, n, k, 132, shape.experts, shape.experts, shape.top_k,
             shape.tp, epilogue=epilogue, layout=f"hopper_{x_format}",
         )  # fmt: skip
 

@@ -237,32 +237,25 @@ def routed_hopper(
 def linear_hopper(
     x: torch.Tensor,
     w: HopperWeights,
+    config: HopperConfig,
     *,
     element: str | None,
     mode: str | None = None,
     bias: torch.Tensor | None = None,
-    config: HopperConfig | None = None,
 ) -> torch.Tensor:
     """x[M, K] -> [M, N] bf16: a dense layer, its weights packed with E = 1.
 
     Args:
         x: [M, K] bf16, contiguous.
         w: packed without pairs.
+        config: tile and launch options.
         element, mode: as in `fused_moe_hopper`.
         bias: [N].
-        config: None: `dense_config`.
     """
     left, factors = activations(x, element, mode, w.x_format)
     y = torch.empty(x.shape[0], w.n, dtype=x.dtype, device=x.device)
     ahead = None if left is x else Overlap(ahead=True)
-    return hopper_gemm(left, factors, w, y, None, config or dense_config(x.shape[0]), overlapping=ahead, bias=bias)
-
-
-def dense_config(m: int) -> HopperConfig:
-    """A config for a dense layer that nobody tuned. On 8192 -> 28672 at M 1024 the largest tile was the fastest."""
-    if m <= 64:
-        return HopperConfig(max(16, triton.next_power_of_2(m)), 128, 64, 4, 6)
-    return HopperConfig(128, 128, 128, 4, 4) if m <= 512 else HopperConfig(256, 128, 128, 8, 3, group_m=4)
+    return hopper_gemm(left, factors, w, y, None, config, overlapping=ahead, bias=bias)
 
 
 def activations(

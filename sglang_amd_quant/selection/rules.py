@@ -244,6 +244,8 @@ TILE_RULES: tuple[TileRule, ...] = (
         )
         for block_m, rows in ((16, (0, 16)), (32, (17, 32)), (64, (33, 64)))
     ),
+    TileRule("triton_hopper_bf16", "sm_90", _AOT, 128, block_k=64, num_stages=4, rows=(0, 512), ops=("linear",)),
+    TileRule("triton_hopper_bf16", "sm_90", _DENSE, 256, block_k=64, num_warps=8, num_stages=4, ops=("linear",)),
     *(
         TileRule(
             "triton_hopper_e4m3", "sm_90", _DENSE, block_m, ((most_n, block_n),), 128, warps, stages, rows=rows,

@@ -12,7 +12,6 @@ from sglang_amd_quant.kernels.triton.hopper import (
     HopperConfig,
     activations,
     alone,
-    dense_config,
     fused_moe_hopper,
     hopper_gemm,
     linear_hopper,
@@ -123,18 +122,24 @@ def test_what_no_kernel_takes_is_refused() -> None:
 
 @pytest.mark.parametrize(("element", "x_format"), [(None, "bf16"), ("e4m3", "e4m3")])
 def test_runs_of_tiles_and_dense_layers_compile(element: str | None, x_format: str) -> None:
+    """The tiles of selection's rules for dense layers, and a run of four."""
     from emulated_triton import emulated_triton
+
+    from sglang_amd_quant.selection.rules import TILE_RULES
 
     g = torch.Generator().manual_seed(8)
     packed = pack_hopper(*weights(g, "e2m1", 1, 512, 128), x_format)
     x = torch.randn(40, 128, generator=g).bfloat16()
+    rules = [rule for rule in TILE_RULES if rule.kernel == f"triton_hopper_{x_format}"]
+    tiles = {HopperConfig(r.block_m, n, r.block_k, r.num_warps, r.num_stages) for r in rules for _, n in r.n_ladder}
     with emulated_triton("sm_90") as launches:
-        linear_hopper(x, packed, element=element)
+        for tile in tiles:
+            linear_hopper(x, packed, tile, element=element)
         left, factors = activations(x, element, None, x_format)
         routing = route_torch(torch.zeros(40, 1, dtype=torch.int32), 1, 16)
         hopper_gemm(left, factors, packed, torch.empty(40, 512).bfloat16(), routing, HopperConfig(16, run=4))
     gemms = [made.compiled.report for made in launches if made.compiled.variant.function == "hopper_moe_kernel"]
-    assert [report.problems for report in gemms] == [[], []]
+    assert [report.problems for report in gemms] == [[]] * (len(tiles) + 1)
 
 
 @pytest.mark.parametrize(("element", "x_format"), [(None, "bf16"), ("e4m3", "e4m3")])
@@ -252,7 +257,8 @@ def test_a_dense_layer_on_the_gpu(m: int, element: str | None, x_format: str) ->
     w, scales = weights(g, "e2m1", 1, 272, 416)
     x, bias = torch.randn(m, 416, generator=g).bfloat16().cuda(), torch.randn(272, generator=g).bfloat16().cuda()
     packed = pack_hopper(w.cuda(), scales.cuda(), x_format)
-    y = linear_hopper(x, packed, element=element, bias=bias, config=dense_config(m))
+    config = HopperConfig(16 if m < 16 else 64 if m < 200 else 128, 64 if m < 64 else 128)
+    y = linear_hopper(x, packed, config, element=element, bias=bias)
     left, factors = activations(x, element, None, x_format)
     values = left.double() * (1 if factors is None else factors.double()[:, None])
     exact = values @ dequantize_mx(w, scales, "e2m1", torch.float64)[0].cuda().T + bias.double()
