@@ -17,8 +17,11 @@ MX_BLOCK = 32
 INT4_GROUPS = (32, 64, 128)
 """Elements that may share one int4 scale, along K."""
 
-INT4_GROUP = 128
-"""The group that int4 weights get where nothing says otherwise."""
+WORD_BYTES = 4
+"""Bytes of a word, which holds the scale and the zero point of one int4 group (`formats.group_words`)."""
+
+INT4_GROUP = INT4_GROUPS[-1]
+"""The group that int4 weights get where nothing says otherwise and it divides their K; see `Scheme.served_block`."""
 
 
 class ScaleMode(StrEnum):
@@ -57,15 +60,32 @@ class Scheme:
     weight_bits: int
     block: int = MX_BLOCK
 
-    @property
-    def served_block(self) -> int:
-        """`block` where no recipe or checkpoint says otherwise."""
-        return INT4_GROUP if self.weight == "int4" else self.block
+    def served_block(self, *ks: int, dealt: int = INT4_GROUP, ranks: int = 1) -> int:
+        """`block` where no recipe or checkpoint says otherwise: of int4 the largest group that divides every K.
+
+        Args:
+            ks: every K that it must divide, as a rank has it.
+            dealt: columns that `ranks` ranks are dealt in whole blocks, as an expert's intermediate size: of the groups
+                that divide it, the one in which a rank stores the fewest bytes, since a large one may pad much.
+            ranks: how many.
+
+        Returns:
+            The smallest group where none divides: whoever checks K then says so.
+        """
+        if self.weight != "int4":
+            return self.block
+        fit = [group for group in INT4_GROUPS if not any(k % group for k in (*ks, dealt))]
+        return min(fit or INT4_GROUPS[:1], key=lambda group: -(-dealt // (group * ranks)) * (group // 2 + WORD_BYTES))
 
     @property
     def pack(self) -> int:
         """Weight elements per stored byte along K (e4m3: 1, e2m1 and int4: 2)."""
         return 8 // self.weight_bits
+
+    @property
+    def divisible(self) -> bool:
+        """Whether there is a smaller block."""
+        return self.weight == "int4" and self.block > INT4_GROUPS[0]
 
     @property
     def block_name(self) -> str:

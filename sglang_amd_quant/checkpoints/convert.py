@@ -48,13 +48,14 @@ def quantize_job(
     recipe: Recipe,
     scale_mode: Mapping[str, ScaleMode] = DEFAULT_SCALE_MODE,
     max_shard_bytes: int = 5 * 10**9,
+    tp: int = 1,
 ) -> Job:
-    """Plan the quantization of an unquantized checkpoint.
+    """Plan the quantization of an unquantized checkpoint; `recipe` and `tp` as `plan_conversion` takes them.
 
     Raises:
         AmdMxError: as `plan_conversion` says.
     """
-    plan = plan_conversion(source, recipe)
+    plan = plan_conversion(source, recipe, tp)
     shards = plan_shards((piece.outputs for piece in plan.pieces), max_bytes=max_shard_bytes)
     shard_of = {name: shard for shard in shards for name in shard.starts}
 

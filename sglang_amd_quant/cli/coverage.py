@@ -105,7 +105,7 @@ def _report(args: argparse.Namespace) -> Report:
     recipe = Recipe.load(args.recipe) if args.recipe else recipe_for(facts, args.scheme, args.arch)
     recipe = replace(recipe, group=args.group or recipe.group)
     selector = Selector(available=shipped() if args.kernels == "shipped" else None)
-    return coverage(facts, args.arch, args.tp, args.ep, recipe, args.m, selector, args.cu_count, recipe.group)
+    return coverage(facts, args.arch, args.tp, args.ep, recipe, args.m, selector, args.cu_count)
 
 
 def _written(write, path: Path) -> int:  # type: ignore[no-untyped-def]

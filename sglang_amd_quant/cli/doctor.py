@@ -159,7 +159,7 @@ def _ask_selection(found: Diagnosis, arch: str) -> None:
     for scheme, known in SCHEMES.items():
         for m in SAMPLE_MS:
             dense, gate_up, down = (
-                GemmProblem(scheme=scheme, arch=arch, m=m, group=known.served_block, **s)
+                GemmProblem(scheme=scheme, arch=arch, m=m, group=known.served_block(s["k"]), **s)
                 for s in (LINEAR, GATE_UP, DOWN)
             )
             pair = moe.decide(gate_up, down, here, choose)

@@ -59,7 +59,7 @@ def device_arch(text: str) -> str:
 def run(args: argparse.Namespace) -> int:
     if args.ep < 1 or args.experts % args.ep:
         raise ShapeError(f"{args.experts} experts with EP {args.ep}", "do not divide", "give an --ep that divides them")
-    group = args.group or SCHEMES[args.scheme].served_block
+    group = args.group or SCHEMES[args.scheme].served_block(args.k)
     problem = GemmProblem(
         args.op, args.scheme, args.arch, args.m, args.n, args.k, args.cu_count, args.experts // args.ep, args.experts,
         args.top_k, args.tp, args.ep, Epilogue(args.bias, args.activation), args.out_dtype, args.layout, group,

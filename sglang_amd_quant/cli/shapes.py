@@ -155,7 +155,7 @@ def _print(report: dict[str, Any]) -> None:
                 row["K"],
                 row["E_local"],
                 row["top_k"],
-                row["scheme"],
+                row["scheme"] + (f", group {row['block']}" if "int4" in row["scheme"] else ""),
                 f"{row['bytes'] / 1e6:.1f}",
                 row["count"],
                 _pads(row),

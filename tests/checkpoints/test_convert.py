@@ -187,7 +187,7 @@ class TestWhatIsQuantized:
                 r"'\*\.qq_proj': matches no module of the checkpoint; modules are named like model\.layers\.0",
             ),
             (
-                Recipe.uniform("int4_w4a16"),
+                Recipe.uniform("int4_w4a16", group=128),
                 ShapeError,
                 r"K=64 is not a multiple of 128, the int4 group; take a smaller",
             ),
