@@ -1,7 +1,7 @@
 """What the numbers are: a scheme is a weight format times an activation format. No torch here.
 
 Formats are named as in the OCP Microscaling Formats (MX) v1.0 specification: `e2m1` (fp4), `e4m3` (fp8), both with one
-e8m0 scale per 32 elements along K; `int4` has one bf16 scale per group of 32, 64 or 128.
+e8m0 scale per 32 elements along K; `int4` has one scale and one zero point per group of 32, 64 or 128.
 """
 
 from __future__ import annotations
@@ -75,12 +75,21 @@ class Scheme:
         if self.weight != "int4":
             return self.block
         fit = [group for group in INT4_GROUPS if not any(k % group for k in (*ks, dealt))]
-        return min(fit or INT4_GROUPS[:1], key=lambda group: -(-dealt // (group * ranks)) * (group // 2 + WORD_BYTES))
+
+        def row_bytes(group: int) -> int:
+            return -(-dealt // (group * ranks)) * (group // self.pack + self.scale_bytes)
+
+        return min(fit or INT4_GROUPS[:1], key=row_bytes)
 
     @property
     def pack(self) -> int:
         """Weight elements per stored byte along K (e4m3: 1, e2m1 and int4: 2)."""
         return 8 // self.weight_bits
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of what a block's elements share, as checkpoints of ours store it and kernels read it."""
+        return WORD_BYTES if self.weight == "int4" else 1
 
     @property
     def divisible(self) -> bool:

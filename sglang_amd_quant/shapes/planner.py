@@ -79,11 +79,11 @@ def data_bytes(scheme: str, elements: int) -> int:
 
 
 def weight_bytes(scheme: str, *shape: int, block: int = MX_BLOCK) -> int:
-    """Bytes of a weight [..., N, K] and its scales: e8m0, one byte a block, for MX; a word a group for int4."""
+    """Bytes of a weight [..., N, K] and its scales (`Scheme.scale_bytes` a block)."""
     data = data_bytes(scheme, prod(shape))
     if scheme not in SCHEMES:
         return data
-    return data + prod(shape[:-1]) * -(-shape[-1] // block) * (4 if SCHEMES[scheme].weight == "int4" else 1)
+    return data + prod(shape[:-1]) * -(-shape[-1] // block) * SCHEMES[scheme].scale_bytes
 
 
 def share(size: int, ranks: int, rank: int, block: int) -> tuple[int, int]:
