@@ -13,7 +13,6 @@ elements share a scale in all int4 layers: 32, 64 or 128. If it is not given, it
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_amd_quant.errors import RecipeError
+from sglang_amd_quant.json_file import read_json
 from sglang_amd_quant.schemes import BF16, INT4_GROUP, INT4_GROUPS, SCHEMES, Scheme
 
 ALWAYS_BF16 = (
@@ -125,12 +125,7 @@ class Recipe:
         Raises:
             RecipeError: the file is missing, is no JSON, or no recipe.
         """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text()), source=str(path))
-        except OSError as error:
-            raise RecipeError(str(path), error.strerror or "cannot be read", "name a readable JSON file") from None
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{path}:{error.lineno}", f"no JSON ({error.msg})", "mend the file") from None
+        return cls.from_dict(read_json(Path(path), "name a readable JSON file", RecipeError), source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         group = {"group": self.group} if self.group and "int4" in self.weights else {}

@@ -7,8 +7,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
+from sglang_amd_quant.cli.arguments import whole
 from sglang_amd_quant.errors import RecipeError
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, INT4_GROUPS, SCHEMES, ScaleMode
@@ -17,7 +19,8 @@ DESCRIPTION = """Convert a Hugging Face checkpoint (bf16, fp16 or fp32 safetenso
 shard by shard: little memory is needed, and a killed run goes on where it stopped when the command is repeated. DST
 appears only when it is whole; SGLang with this package serves it without any flag. Router, embeddings, lm_head, norms
 and encoders of images and sound stay as they are."""
-EXAMPLE = "amd-mx quantize Qwen3-30B-A3B Qwen3-30B-A3B-W4A8 --scheme w4a8"
+EXAMPLE = """amd-mx quantize Qwen3-30B-A3B Qwen3-30B-A3B-W4A8 --scheme w4a8
+amd-mx quantize Llama-3.1-8B Llama-3.1-8B-int4 --scheme int4_w4a16 --tp 8"""
 
 KEEP = "keep"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -25,15 +28,9 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
-    if not match or not float(match[1]):
+    if not match or not Decimal(match[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write like 5GB or 800MB")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def _ranks(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number of at least 1")
-    return int(text)
+    return int(Decimal(match[1]) * _UNITS[match[2]])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tp",
-        type=_ranks,
+        type=whole,
         default=1,
         help="SGLang's --tp that DST is for: blocks and groups must divide each rank's K (default: 1)",
     )

@@ -341,7 +341,7 @@ class TestFolder:
     @pytest.mark.parametrize("target", ["in", "in/out", "."])
     def test_source_and_target_apart(self, source: Path, tmp_path: Path, target: str) -> None:
         job = quantize_job(Folder.open(source), tmp_path / target, Recipe.uniform("mxfp4"))
-        with pytest.raises(CheckpointError, match="lie in one another"):
+        with pytest.raises(CheckpointError, match="lies in the source"):
             job.execute(silent, force=True)
         assert (source / "model.safetensors").is_file()
 
