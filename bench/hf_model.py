@@ -102,6 +102,9 @@ def fake_quantize(model: Any, recipe: Recipe) -> dict[str, Scheme]:
         scheme = recipe.scheme_for(*(f"{name}.{part}" for part in EXPERT_PARTS) if is_experts else [name])
         if scheme is None:
             continue
+        weights = (module.gate_up_proj, module.down_proj) if is_experts else (module.weight,)
+        ks = (w.shape[-2 if is_experts and module.is_transposed else -1] for w in weights)
+        scheme = recipe.fitted(scheme, *ks)
         model.set_submodule(name, QuantExperts(module, scheme) if is_experts else QuantLinear(module, scheme))
         done[name] = scheme
     if not done:

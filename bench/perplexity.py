@@ -82,7 +82,7 @@ def window_nll(model: Any, ids: torch.Tensor) -> float:
 
 def stored_bits(scheme: Scheme) -> float:
     """Bits per weight with scales: an e8m0 byte per 32 elements, or a word per int4 group."""
-    return scheme.weight_bits + (32 / INT4_GROUP if scheme.weight == "int4" else 8 / scheme.block)
+    return scheme.weight_bits + 8 * scheme.scale_bytes / scheme.served_block()
 
 
 def measure(model_dir: Path, names: list[str]) -> tuple[list[Result], dict[str, Any]]:

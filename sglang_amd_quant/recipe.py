@@ -7,13 +7,12 @@ A recipe is JSON, in a file or as `quantization_config.recipe` of a config.json:
 
 Patterns are shell globs over the checkpoint's module names (`model.layers.0.self_attn.q_proj`), or regular expressions
 that must match the whole name after `re:`. The first rule that matches wins; then `default`. `group` is how many
-elements share a scale in all int4 layers: 32, 64 or 128, which it is if not given.
+elements share a scale in all int4 layers: 32, 64 or 128. If it is not given, it follows from K (`Recipe.fitted`).
 """
 
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_amd_quant.errors import RecipeError
+from sglang_amd_quant.json_file import read_json
 from sglang_amd_quant.schemes import BF16, INT4_GROUP, INT4_GROUPS, SCHEMES, Scheme
 
 ALWAYS_BF16 = (
@@ -72,16 +72,16 @@ class Recipe:
         rules: the first that matches a module's name decides.
         default: scheme name or `bf16` for modules that no rule names.
         source: where it was read, for messages.
-        group: elements of K that share a scale in int4 layers.
+        group: elements of K that share a scale in int4 layers; None: as many as K allows.
     """
 
     rules: tuple[Rule, ...] = ()
     default: str = BF16
     source: str = "recipe"
-    group: int = INT4_GROUP
+    group: int | None = None
 
     def __post_init__(self) -> None:
-        if self.group not in INT4_GROUPS:
+        if self.group not in (None, *INT4_GROUPS):
             raise RecipeError(
                 f"{self.source}: group {self.group}", "no int4 group", f"use one of {', '.join(map(str, INT4_GROUPS))}"
             )
@@ -100,7 +100,7 @@ class Recipe:
                 ) from None
 
     @classmethod
-    def uniform(cls, scheme: str, group: int = INT4_GROUP) -> Recipe:
+    def uniform(cls, scheme: str, group: int | None = None) -> Recipe:
         """Every quantizable layer gets the same scheme."""
         return cls(default=scheme, source=f"scheme {scheme}", group=group)
 
@@ -113,7 +113,7 @@ class Recipe:
         """
         if not isinstance(data, Mapping) or set(data) - {"default", "rules", "group"}:
             raise RecipeError(source, "not a recipe", 'write {"default": SCHEME, "rules": {PATTERN: SCHEME, ...}}')
-        rules, default, group = data.get("rules", {}), data.get("default", BF16), data.get("group", INT4_GROUP)
+        rules, default, group = data.get("rules", {}), data.get("default", BF16), data.get("group")
         if not isinstance(rules, Mapping) or not all(isinstance(s, str) for s in (*rules.values(), default)):
             raise RecipeError(f"{source}: rules", "not an object of strings", 'write {"PATTERN": "SCHEME", ...}')
         return cls(tuple(Rule(p, s) for p, s in rules.items()), default, source, group)
@@ -125,15 +125,10 @@ class Recipe:
         Raises:
             RecipeError: the file is missing, is no JSON, or no recipe.
         """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text()), source=str(path))
-        except OSError as error:
-            raise RecipeError(str(path), error.strerror or "cannot be read", "name a readable JSON file") from None
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{path}:{error.lineno}", f"no JSON ({error.msg})", "mend the file") from None
+        return cls.from_dict(read_json(Path(path), "name a readable JSON file", RecipeError), source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        group = {"group": self.group} if "int4" in self.weights else {}
+        group = {"group": self.group} if self.group and "int4" in self.weights else {}
         return {"default": self.default, "rules": {r.pattern: r.scheme for r in self.rules}} | group
 
     @property
@@ -143,7 +138,7 @@ class Recipe:
         return frozenset(SCHEMES[name].weight for name in names if name in SCHEMES)
 
     def scheme_for(self, *names: str) -> Scheme | None:
-        """Scheme of a module, with this recipe's group as the block of int4, or None where it stays bf16.
+        """Scheme of a module, with this recipe's group (else 128) as the block of int4, or None where it stays bf16.
 
         Args:
             names: the module's checkpoint name; for a fused module the names of all its parts, which must agree.
@@ -159,7 +154,14 @@ class Recipe:
                 "give them one scheme",
             )
         scheme = SCHEMES.get(found.pop())
-        return scheme if scheme is None or scheme.weight != "int4" else replace(scheme, block=self.group)
+        return scheme if scheme is None or scheme.weight != "int4" else replace(scheme, block=self.group or INT4_GROUP)
+
+    def fitted(self, scheme: Scheme, *ks: int, dealt: int = INT4_GROUP, ranks: int = 1) -> Scheme:
+        """What `scheme_for` gave, for a layer of these K: int4 in this recipe's group, or else as `Scheme.served_block`
+        has it, which tells the arguments too."""
+        if self.group is not None or scheme.weight != "int4":
+            return scheme
+        return replace(scheme, block=scheme.served_block(*ks, dealt=dealt, ranks=ranks))
 
     def _name_for(self, module: str) -> str:
         if always_bf16(module):

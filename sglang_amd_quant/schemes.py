@@ -1,7 +1,7 @@
 """What the numbers are: a scheme is a weight format times an activation format. No torch here.
 
 Formats are named as in the OCP Microscaling Formats (MX) v1.0 specification: `e2m1` (fp4), `e4m3` (fp8), both with one
-e8m0 scale per 32 elements along K; `int4` has one bf16 scale per group of 32, 64 or 128.
+e8m0 scale per 32 elements along K; `int4` has one scale and one zero point per group of 32, 64 or 128.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ MX_BLOCK = 32
 INT4_GROUPS = (32, 64, 128)
 """Elements that may share one int4 scale, along K."""
 
-INT4_GROUP = 128
-"""The group that int4 weights get where nothing says otherwise."""
+WORD_BYTES = 4
+"""Bytes of a word, which holds the scale and the zero point of one int4 group (`formats.group_words`)."""
+
+INT4_GROUP = INT4_GROUPS[-1]
+"""The group that int4 weights get where nothing says otherwise and it divides their K; see `Scheme.served_block`."""
 
 
 class ScaleMode(StrEnum):
@@ -57,15 +60,41 @@ class Scheme:
     weight_bits: int
     block: int = MX_BLOCK
 
-    @property
-    def served_block(self) -> int:
-        """`block` where no recipe or checkpoint says otherwise."""
-        return INT4_GROUP if self.weight == "int4" else self.block
+    def served_block(self, *ks: int, dealt: int = INT4_GROUP, ranks: int = 1) -> int:
+        """`block` where no recipe or checkpoint says otherwise: of int4 the largest group that divides every K.
+
+        Args:
+            ks: every K that it must divide, as a rank has it.
+            dealt: columns that `ranks` ranks are dealt in whole blocks, as an expert's intermediate size: of the groups
+                that divide it, the one in which a rank stores the fewest bytes, since a large one may pad much.
+            ranks: how many.
+
+        Returns:
+            The smallest group where none divides: whoever checks K then says so.
+        """
+        if self.weight != "int4":
+            return self.block
+        fit = [group for group in INT4_GROUPS if not any(k % group for k in (*ks, dealt))]
+
+        def row_bytes(group: int) -> int:
+            return -(-dealt // (group * ranks)) * (group // self.pack + self.scale_bytes)
+
+        return min(fit or INT4_GROUPS[:1], key=row_bytes)
 
     @property
     def pack(self) -> int:
         """Weight elements per stored byte along K (e4m3: 1, e2m1 and int4: 2)."""
         return 8 // self.weight_bits
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of what a block's elements share, as checkpoints of ours store it and kernels read it."""
+        return WORD_BYTES if self.weight == "int4" else 1
+
+    @property
+    def divisible(self) -> bool:
+        """Whether there is a smaller block."""
+        return self.weight == "int4" and self.block > INT4_GROUPS[0]
 
     @property
     def block_name(self) -> str:

@@ -65,5 +65,28 @@ def test_unreadable_files(tmp_path, content, match):
         Recipe.load(path)
 
 
+@given(st.lists(st.integers(1, 90).map(lambda blocks: 32 * blocks), min_size=1, max_size=3))
+def test_int4_takes_the_largest_group_that_divides_every_k(ks):
+    scheme = Recipe.uniform("int4_w4a16").scheme_for("a.q_proj")
+    block = Recipe.uniform("int4_w4a16").fitted(scheme, *ks).block
+    assert not any(k % block for k in ks)
+    assert block == 128 or any(k % (2 * block) for k in ks)
+    for group in (32, 64, 128):
+        asked = Recipe.uniform("int4_w4a16", group=group)
+        assert asked.fitted(asked.scheme_for("a.q_proj"), *ks).block == group
+
+
+def test_mx_blocks_follow_from_nothing():
+    recipe = Recipe.uniform("w4a8")
+    assert recipe.fitted(SCHEMES["w4a8"], 48) == SCHEMES["w4a8"]
+    assert recipe.to_dict() == {"default": "w4a8", "rules": {}}
+
+
+@pytest.mark.parametrize("group", [16, "64", 256, 0])
+def test_no_such_group(group):
+    with pytest.raises(RecipeError, match="no int4 group; use one of 32, 64, 128"):
+        Recipe.from_dict({"default": "int4_w4a16", "group": group})
+
+
 def test_always_bf16_is_about_modules_not_tensors():
     assert not any(p.endswith((".weight", ".bias")) for p in ALWAYS_BF16)

@@ -48,8 +48,9 @@ def reader_for(quantization_config: Mapping[str, Any], model_config: Mapping[str
     """
     method = quantization_config.get("quant_method")
     if method is None and "producer" in quantization_config:  # hf_quant_config.json
-        method = quantization_config["producer"].get("name")
-    if method not in READERS:
+        producer = quantization_config["producer"]
+        method = producer.get("name") if isinstance(producer, Mapping) else producer
+    if not isinstance(method, str) or method not in READERS:
         raise CheckpointError(
             f"quantization_config: quant_method {method!r}",
             "no reader for this format",

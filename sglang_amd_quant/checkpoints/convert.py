@@ -48,13 +48,14 @@ def quantize_job(
     recipe: Recipe,
     scale_mode: Mapping[str, ScaleMode] = DEFAULT_SCALE_MODE,
     max_shard_bytes: int = 5 * 10**9,
+    tp: int = 1,
 ) -> Job:
-    """Plan the quantization of an unquantized checkpoint.
+    """Plan the quantization of an unquantized checkpoint; `recipe` and `tp` as `plan_conversion` takes them.
 
     Raises:
         AmdMxError: as `plan_conversion` says.
     """
-    plan = plan_conversion(source, recipe)
+    plan = plan_conversion(source, recipe, tp)
     shards = plan_shards((piece.outputs for piece in plan.pieces), max_bytes=max_shard_bytes)
     shard_of = {name: shard for shard in shards for name in shard.starts}
 
@@ -151,10 +152,11 @@ def _make(chunk: Chunk, writer: ShardWriter, scale_mode: Mapping[str, ScaleMode]
         writer.write(piece.outputs[0].name, tensor, chunk.first)
         return tensor.nbytes
     if not bool(torch.isfinite(tensor.abs().amax())):  # amax passes NaN on; isfinite of all takes 8 x as long
+        module = piece.source.name.removesuffix(".weight")
         raise CheckpointError(
             f"{piece.source.name} {list(piece.source.shape)}",
             "holds NaN or Inf",
-            f'mend the source, or keep the layer in bf16 with a recipe rule "{piece.source.name}": "bf16"',
+            f'mend the source, or keep the layer in bf16 with a recipe rule "{module}": "bf16"',
         )
     made = quantized(tensor, piece.scheme, scale_mode.get(piece.scheme.weight))
     for output, part in zip(piece.outputs, made, strict=True):

@@ -21,6 +21,7 @@ from sglang_amd_quant.checkpoints import reader_for
 from sglang_amd_quant.checkpoints.naming import some
 from sglang_amd_quant.checkpoints.reader import Reader
 from sglang_amd_quant.errors import CheckpointError
+from sglang_amd_quant.json_file import read_json
 
 Report = Callable[[CheckpointError], None]
 
@@ -134,11 +135,19 @@ class Folder:
 
     @property
     def quantization_config(self) -> Mapping[str, Any] | None:
-        """As in config.json, at its top or in its text_config, or else hf_quant_config.json; None if unquantized."""
-        text = self.config.get("text_config") or {}
-        found = self.config.get("quantization_config") or text.get("quantization_config")
+        """As in config.json, at its top or in its text_config, or else hf_quant_config.json; None if unquantized.
+
+        Raises:
+            CheckpointError: it is no object.
+        """
+        text = self.config.get("text_config")
+        inner = text.get("quantization_config") if isinstance(text, Mapping) else None
+        found = self.config.get("quantization_config") or inner
         beside = self.path / "hf_quant_config.json"
-        return found or (_json(beside) if beside.is_file() else None)
+        found = found or (_json(beside) if beside.is_file() else None)
+        if found is not None and not isinstance(found, Mapping):
+            raise CheckpointError(f"{self.path}/config.json: quantization_config", "no JSON object", "mend config.json")
+        return found
 
     def reader(self) -> Reader | None:
         """The reader of its format, or None where it is unquantized.
@@ -156,12 +165,7 @@ class Folder:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(str(path), error.strerror or "cannot be read", _FETCH) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(str(path), f"no JSON ({error})", _FETCH) from None
+    data = read_json(path, "name a folder of a whole checkpoint")
     if not isinstance(data, dict):
         raise CheckpointError(str(path), "no JSON object", _FETCH)
     return data
@@ -248,7 +252,7 @@ def _header(path: Path) -> list[TensorInfo]:
         infos = [_info(path, name, entry, _LENGTH_BYTES + length) for name, entry in entries]
     except CheckpointError:
         raise
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointError(str(path), f"no safetensors header ({error})", _FETCH) from None
     for before, after in pairwise(infos):
         if before.start + before.nbytes != after.start:

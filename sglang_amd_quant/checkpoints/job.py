@@ -72,11 +72,11 @@ class Job:
         """
         if self.target.exists() and not force:
             raise CheckpointError(str(self.target), "exists", "name another folder, or replace it with --force")
+        if self.target.exists() and not self.target.is_dir():
+            raise CheckpointError(str(self.target), "a file", "name a folder")
         source, target = self.source.path.resolve(), self.target.resolve()
         if source == target or source in target.parents or target in source.parents:
-            raise CheckpointError(
-                str(self.target), f"and the source {source} lie in one another", "name another folder"
-            )
+            raise CheckpointError(str(self.target), f"lies in the source {source}, or holds it", "name another folder")
         with _locked(self.partial):
             self._begin(force)
             self.run(self.partial, progress)

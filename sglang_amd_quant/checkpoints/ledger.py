@@ -15,7 +15,7 @@ from sglang_amd_quant.errors import CheckpointError
 from sglang_amd_quant.formats import dequantize_int4, dequantize_mx, group_words, split_words
 from sglang_amd_quant.formats.mx import ELEMENTS
 from sglang_amd_quant.recipe import always_bf16
-from sglang_amd_quant.schemes import MX_BLOCK, Scheme
+from sglang_amd_quant.schemes import INT4_GROUP, MX_BLOCK, Scheme
 
 if TYPE_CHECKING:
     from sglang_amd_quant.checkpoints.reader import Reader
@@ -60,6 +60,7 @@ class Ledger:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
+        self._group = reader.recipe.group or INT4_GROUP  # as stored
         words = {torch.int32} if INT4 in reader.recipe.weights else set()
         self._stored = _RAW_DTYPES | words  # dtypes of weights that are quantized
         self._names: set[str] = set()
@@ -129,12 +130,12 @@ class Ledger:
                 check = checks.groups if module.is_int4 else checks.scales
                 module.blocks[part.role] = check(name, tensor, rank)
             case Role.SHAPE:
-                module.blocks |= checks.shape(name, tensor, self._reader.recipe.group)
+                module.blocks |= checks.shape(name, tensor, self._group)
             case Role.ZEROS:
                 module.is_int4 = True
                 tensor = checks.zeros(name, self._reader.zeros(name, tensor), self._reader.symmetric)
             case Role.ORDER:
-                checks.order(name, tensor, self._reader.recipe.group)
+                checks.order(name, tensor, self._group)
             case Role.INPUT_SCALE:
                 return checks.input_scale(name, tensor, rank == 3)
         self._check_blocks(module)
@@ -144,7 +145,7 @@ class Ledger:
         return self._words(part, tensor, module) if waits else tensor
 
     def _block(self, module: _Module) -> int:
-        return self._reader.recipe.group if module.is_int4 else MX_BLOCK
+        return self._group if module.is_int4 else MX_BLOCK
 
     def _check_blocks(self, module: _Module) -> None:
         """All that has come must be of one weight."""

@@ -12,14 +12,14 @@ the config.json of a bf16 checkpoint has not been seen by anyone yet.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from sglang_amd_quant.checkpoints.naming import CANONICAL_ROLES, FUSED_EXPERTS, Part, Role
 from sglang_amd_quant.checkpoints.reader import CONFIG, FP8_STATIC, Reader
 from sglang_amd_quant.errors import CheckpointError
 from sglang_amd_quant.recipe import Recipe, Rule
-from sglang_amd_quant.schemes import BF16, DEFAULT_SCALE_MODE, ScaleMode
+from sglang_amd_quant.schemes import BF16, DEFAULT_SCALE_MODE, INT4_GROUP, ScaleMode
 
 QUANT_METHOD = "amd_mx"
 VERSION = 1
@@ -47,11 +47,14 @@ class NativeReader(Reader):
             given = {element: ScaleMode(mode) for element, mode in config.get("scale_mode", {}).items()}
         except ValueError as error:
             raise CheckpointError(f"{CONFIG} scale_mode", str(error), f"use one of {', '.join(ScaleMode)}") from None
+        recipe, checked = Recipe.from_dict(config.get("recipe", {}), source=CONFIG), bool(config.get("checked", False))
+        if checked:  # weights are stored, in groups that K has no say in any more
+            recipe = replace(recipe, group=recipe.group or INT4_GROUP)
         return cls(
-            recipe=Recipe.from_dict(config.get("recipe", {}), source=CONFIG),
+            recipe=recipe,
             scale_mode={**DEFAULT_SCALE_MODE, **given},
             static=tuple(Rule(p, FP8_STATIC if s else BF16) for p, s in config.get("static_input", {}).items()),
-            check_patterns=not config.get("checked", False),
+            check_patterns=not checked,
         )
 
     def part(self, name: str) -> Part | None:

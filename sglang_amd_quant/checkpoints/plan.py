@@ -17,10 +17,11 @@ from fnmatch import fnmatchcase
 import torch
 
 from sglang_amd_quant.checkpoints.folder import Folder, TensorInfo
+from sglang_amd_quant.checkpoints.int4 import SCHEME as INT4
 from sglang_amd_quant.checkpoints.naming import STORED, Part, Role, is_fused
 from sglang_amd_quant.errors import CheckpointError, RecipeError, ShapeError
 from sglang_amd_quant.recipe import TOWERS, Recipe, Rule
-from sglang_amd_quant.schemes import BF16, Scheme
+from sglang_amd_quant.schemes import BF16, INT4_GROUPS, SCHEMES, Scheme
 
 LINEARS = frozenset({
     "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj",
@@ -60,6 +61,9 @@ FUSED_EXPERTS: dict[str, FusedExperts] = {
 """model_type -> layout of `...experts.gate_up_proj` and `...experts.down_proj`, as transformers 5.19 saves them
 (`models/*/modeling_*.py`, `conversion_mapping.py`). Qwen3-MoE, Mixtral, DeepSeek and more save expert by expert."""
 
+ROW_PARALLEL = frozenset({"o_proj", "down_proj", "wo", "w2", "fc2", "dense", "dense_4h_to_h"})
+"""Linears whose K SGLang divides by --tp. Experts are not among them: their columns are dealt in whole blocks."""
+
 BF16_IN_SGLANG: dict[str, tuple[str, ...]] = {"gpt_oss": ("*.self_attn.*",)}
 """model_type -> linears that SGLang 0.5.23 gives no quantization method: written quantized, they could not load."""
 
@@ -91,6 +95,7 @@ class Piece:
         transposed: the source stores [.., K, N].
         expert: which slice of the leading dimension, or None for all there are.
         rows: which rows of the logical N.
+        k: K of one rank, where quantized.
     """
 
     source: TensorInfo
@@ -99,24 +104,37 @@ class Piece:
     transposed: bool = False
     expert: int | None = None
     rows: range = range(0)
+    k: int = 0
 
 
 @dataclass
 class Plan:
-    """All pieces, the recipe that the written config.json will hold, and what the summary tells."""
+    """All pieces, the recipe that the written config.json will hold, for which --tp, and what the summary tells."""
 
     pieces: list[Piece] = field(default_factory=list)
     recipe: Recipe = field(default_factory=Recipe)
+    tp: int = 1
     quantized: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     in_doubt: list[str] = field(default_factory=list)
+
+    @property
+    def int4_group(self) -> int | None:
+        """The group of all int4 weights, if there are any."""
+        return next((p.scheme.block for p in self.pieces if p.scheme and p.scheme.weight == "int4"), None)
 
     @property
     def nbytes(self) -> int:
         return sum(output.nbytes for piece in self.pieces for output in piece.outputs)
 
 
-def plan_conversion(folder: Folder, recipe: Recipe) -> Plan:
+def plan_conversion(folder: Folder, recipe: Recipe, tp: int = 1) -> Plan:
     """Decide for every tensor of an unquantized checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        recipe: which layer gets which scheme. Where it names no int4 group, all int4 layers get the largest that
+            divides each of their K, since a checkpoint has one; the plan's recipe names it.
+        tp: ranks that every K of a row-parallel linear must divide among, in whole blocks.
 
     Raises:
         CheckpointError: the checkpoint is quantized already.
@@ -130,12 +148,19 @@ def plan_conversion(folder: Folder, recipe: Recipe) -> Plan:
             "quantized already",
             "give the bf16 original, or --scheme keep to rewrite it in our own format as it is",
         )
-    plan = Plan()
     model_type = str(folder.config.get("model_type"))
     layout = FUSED_EXPERTS.get(model_type)
     unserved = BF16_IN_SGLANG.get(model_type, ())
     recipe = replace(recipe, rules=(*(Rule(p, BF16) for p in unserved), *recipe.rules))
-    modules: list[str] = []
+    if recipe.group is None and "int4" in recipe.weights:
+        tried = _planned(folder, replace(recipe, group=INT4_GROUPS[0]), layout, tp)
+        ks = (piece.k for piece in tried.pieces if piece.scheme and piece.scheme.weight == "int4")
+        recipe = replace(recipe, group=SCHEMES[INT4].served_block(*ks))
+    return _planned(folder, recipe, layout, tp)
+
+
+def _planned(folder: Folder, recipe: Recipe, layout: FusedExperts | None, tp: int) -> Plan:
+    plan, modules = Plan(tp=tp), []
     for info in folder.tensors.values():
         for module, piece in _pieces(info, recipe, layout, plan):
             modules.append(module)
@@ -168,7 +193,8 @@ def _pieces(info: TensorInfo, recipe: Recipe, layout: FusedExperts | None, plan:
             plan.in_doubt.append(module)
             scheme = None
         n, k = info.shape
-        yield module, _quantized(info, module, (n, k), scheme, rows=range(n)) if scheme else copy
+        ranks = plan.tp if module.rpartition(".")[2] in ROW_PARALLEL and ".experts." not in module else 1
+        yield module, _quantized(info, module, (n, k), scheme, rows=range(n), ranks=ranks) if scheme else copy
     elif layout is None:
         if recipe.scheme_for(module) is not None:
             plan.in_doubt.append(module)
@@ -215,19 +241,22 @@ def _quantized(
     transposed: bool = False,
     expert: int | None = None,
     rows: range = range(0),
+    ranks: int = 1,
 ) -> Piece:
     *lead, k = shape
-    if k % scheme.block:
-        smaller = "take a smaller --group, or " if scheme.weight == "int4" else ""
+    if k % (scheme.block * ranks):
+        lower = "lower --tp, or " if ranks > 1 else ""
+        smaller = "take a smaller --group, or " if scheme.divisible else ""
         raise ShapeError(
             f"layer {module} {list(shape)}",
-            f"K={k} is not a multiple of {scheme.block}, the {scheme.block_name}",
-            f'{smaller}keep it in bf16 with a recipe rule "{module}": "bf16"',
+            f"K={k}{f' over {ranks} ranks' if ranks > 1 else ''} is not a multiple of {scheme.block}, the"
+            f" {scheme.block_name}",
+            f'{lower}{smaller}keep it in bf16 with a recipe rule "{module}": "bf16"',
         )
     data_dtype, scale_dtype = STORED[scheme.weight]
     data = Output(Part(module, Role.DATA).name, data_dtype, (*lead, k // scheme.pack))
     scales = Output(Part(module, Role.SCALE).name, scale_dtype, (*lead, k // scheme.block))
-    return Piece(info, (data, scales), scheme, transposed, expert, rows)
+    return Piece(info, (data, scales), scheme, transposed, expert, rows, k // ranks)
 
 
 def _check_recipe(recipe: Recipe, modules: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sglang_amd_quant.cli.arguments import whole
 from sglang_amd_quant.kernels.hip.manifest import ARCHS, CODE_OBJECTS
 from sglang_amd_quant.runtime.code_objects import CODE_OBJECT_DIR
 from sglang_amd_quant.toolchain.build import HIP_DIR, Built, available_archs, build
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compiler", choices=("zig", "rocm"), help="HIP compiler to use; default: ziglang, else ROCm's"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time; default: one a CPU")
+    parser.add_argument("--jobs", type=whole, default=os.cpu_count(), help="compilers at a time; default: one a CPU")
     parser.add_argument("--force", action="store_true", help="compile also what is up to date")
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sglang_amd_quant import shapes
-from sglang_amd_quant.cli.explain import known_arch
+from sglang_amd_quant.cli.arguments import known_arch, wholes
 from sglang_amd_quant.errors import ShapeError, UnsupportedError
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import SCHEMES
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", choices=[AMD_MX, *SCHEMES], default=AMD_MX, help=f"default {AMD_MX}")
     parser.add_argument("--recipe", metavar="FILE", help="recipe (JSON) that gives layers their schemes")
     parser.add_argument("--group", type=int, default=0, help="elements per int4 scale (default: as served)")
-    parser.add_argument("--m", type=_tokens, default=DEFAULT_MS, metavar="M,M,…", help="default 1,2,4,…,8192")
+    parser.add_argument("--m", type=wholes, default=DEFAULT_MS, metavar="M,M,…", help="default 1,2,4,…,8192")
     parser.add_argument("--kernels", choices=("all", "shipped"), default="all", help="what to plan with (default all)")
     parser.add_argument(
         "--fail-under",
@@ -56,16 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--json", action="store_true", help="report as JSON")
     form.add_argument("--csv", action="store_true", help="report as CSV, one row a cell")
     form.add_argument("--html", action="store_true", help="report as one HTML file with a heat map")
-
-
-def _tokens(text: str) -> tuple[int, ...]:
-    try:
-        values = tuple(dict.fromkeys(int(part) for part in text.split(",") if part))
-    except ValueError:
-        values = ()
-    if not values or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers of at least 1, as 1,16,64")
-    return values
 
 
 def _percent(text: str) -> float:
@@ -105,7 +95,7 @@ def _report(args: argparse.Namespace) -> Report:
     recipe = Recipe.load(args.recipe) if args.recipe else recipe_for(facts, args.scheme, args.arch)
     recipe = replace(recipe, group=args.group or recipe.group)
     selector = Selector(available=shipped() if args.kernels == "shipped" else None)
-    return coverage(facts, args.arch, args.tp, args.ep, recipe, args.m, selector, args.cu_count, recipe.group)
+    return coverage(facts, args.arch, args.tp, args.ep, recipe, args.m, selector, args.cu_count)
 
 
 def _written(write, path: Path) -> int:  # type: ignore[no-untyped-def]

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sglang_amd_quant import __version__
+from sglang_amd_quant.cli.arguments import device_arch
 from sglang_amd_quant.recipe import default_recipe
 from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.selection import GemmProblem, KernelChoice, choose
@@ -62,7 +63,9 @@ class Diagnosis:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", help="ask about another architecture, such as gfx950 (default: this machine's)")
+    parser.add_argument(
+        "--arch", type=device_arch, help="ask about another architecture, such as gfx950 (default: this machine's)"
+    )
     parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
 
 
@@ -159,7 +162,7 @@ def _ask_selection(found: Diagnosis, arch: str) -> None:
     for scheme, known in SCHEMES.items():
         for m in SAMPLE_MS:
             dense, gate_up, down = (
-                GemmProblem(scheme=scheme, arch=arch, m=m, group=known.served_block, **s)
+                GemmProblem(scheme=scheme, arch=arch, m=m, group=known.served_block(s["k"]), **s)
                 for s in (LINEAR, GATE_UP, DOWN)
             )
             pair = moe.decide(gate_up, down, here, choose)

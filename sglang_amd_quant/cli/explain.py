@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 
+from sglang_amd_quant.cli.arguments import device_arch
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.runtime.detect import launchable, missing
 from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.selection import Selector
-from sglang_amd_quant.selection.arch import ARCHES, canonical
+from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.explain import explain
 from sglang_amd_quant.selection.problem import ACT_BITS, OPS, OUT_DTYPES, Epilogue, GemmProblem
 
@@ -43,23 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def known_arch(text: str) -> str:
-    """An architecture that selection has facts of, by family name."""
-    if canonical(text) not in ARCHES:
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown: use one of {', '.join(ARCHES)}, or a member as gfx1151")
-    return canonical(text)
-
-
-def device_arch(text: str) -> str:
-    """An architecture as a driver reports it, of which code objects may be there, or a family's name."""
-    known_arch(text)
-    return text.partition(":")[0]
-
-
 def run(args: argparse.Namespace) -> int:
     if args.ep < 1 or args.experts % args.ep:
         raise ShapeError(f"{args.experts} experts with EP {args.ep}", "do not divide", "give an --ep that divides them")
-    group = args.group or SCHEMES[args.scheme].served_block
+    group = args.group or SCHEMES[args.scheme].served_block(args.k)
     problem = GemmProblem(
         args.op, args.scheme, args.arch, args.m, args.n, args.k, args.cu_count, args.experts // args.ep, args.experts,
         args.top_k, args.tp, args.ep, Epilogue(args.bias, args.activation), args.out_dtype, args.layout, group,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from textwrap import indent
 
 from sglang_amd_quant import __version__
 from sglang_amd_quant.errors import AmdMxError
 
 COMMANDS: dict[str, str] = {
-    "quantize": "convert a bf16 checkpoint to an MX one",
+    "quantize": "convert a bf16 checkpoint to MX formats or int4",
     "inspect": "say what a checkpoint holds, and what is wrong with it",
     "build": "compile the HIP kernels, and say what they cost",
     "doctor": "say what is installed, and what would serve here",
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="amd-mx",
-        description="Quantize, inspect and explain MX models for SGLang on AMD GPUs.",
+        description="Quantize, inspect and explain MX and int4 models for SGLang on AMD GPUs.",
         epilog="amd-mx COMMAND --help tells more, with an example.",
     )
     parser.add_argument("--version", action="version", version=f"amd-mx {__version__}")
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
                 name,
                 help=line,
                 description=module.DESCRIPTION,
-                epilog=f"example:\n  {module.EXAMPLE}",
+                epilog=f"example:\n{indent(module.EXAMPLE, '  ')}",
                 formatter_class=argparse.RawDescriptionHelpFormatter,
             )
             module.add_arguments(command)
@@ -55,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        what, why = error.filename or type(error).__name__, error.strerror or error
+        print(f"amd-mx {args.command}: {what}: {why}; check the path and its rights", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"amd-mx {args.command}: interrupted", file=sys.stderr)
         return 130

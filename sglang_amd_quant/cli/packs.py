@@ -23,21 +23,23 @@ EXAMPLE = "amd-mx packs lint my-packs/"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="packs_command", metavar="lint|diff|merge", required=True)
 
-    def command(name: str, line: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=line, description=line)
+    def command(
+        name: str, line: str, run: Callable[[argparse.Namespace], int], example: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=line, description=line, epilog=f"example: amd-mx packs {name} {example}")
         sub.set_defaults(packs_run=run)
+        sub.add_argument("--json", action="store_true", help="print JSON")
         return sub
 
-    sub = command("lint", "check files and folders, taken as one set", _lint)
+    sub = command("lint", "check files and folders, taken as one set", _lint, "my-packs/")
     sub.add_argument("places", nargs="*", metavar="DIR", help="default: the packs that this package ships")
-    sub.add_argument("--json", action="store_true", help="print JSON")
 
-    sub = command("diff", "what differs from A to B", _diff)
+    sub = command("diff", "what differs from A to B", _diff, "old.csv new.csv")
     sub.add_argument("a", metavar="A", help="file or folder")
     sub.add_argument("b", metavar="B", help="file or folder")
-    sub.add_argument("--json", action="store_true", help="print JSON")
 
-    sub = command("merge", "join packs into OUT; measured entries replace published ones", _merge)
+    line = "join packs into OUT; measured entries replace published ones"
+    sub = command("merge", line, _merge, "all.csv mine.csv published/ --prefer faster")
     sub.add_argument("out", metavar="OUT", type=Path, help="file to write")
     sub.add_argument("places", nargs="+", metavar="PACK", help="files or folders")
     sub.add_argument(
@@ -58,6 +60,8 @@ def _rows(place: str) -> list[PackRow]:
 
 def _lint(args: argparse.Namespace) -> int:
     places = args.places or [str(shipped_dir())]
+    if not pack_files(places):
+        raise UnsupportedError(" ".join(places), "holds no *.csv", "name packs, or a folder of them")
     findings, count = lint(places)
     if args.json:
         print(json.dumps({"entries": count, "findings": [f._asdict() for f in findings]}, indent=1))
@@ -82,15 +86,21 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     merged, conflicts = merge([_rows(place) for place in args.places], args.prefer)
-    for rows in conflicts:
-        owners = ", ".join(f"{row.place} ({row.us or '?'} us)" for row in rows)
-        print(f"undecided: {describe(rows[0])}: {owners}")
-    if conflicts:
-        print(f"{len(conflicts)} shapes have several owners; say --prefer first, last or faster (one device)")
-        return 1
-    try:
-        write_file(args.out, merged)
-    except OSError as error:
-        raise UnsupportedError(str(args.out), f"cannot be written ({error.strerror})", "name another file") from None
-    print(f"{len(merged)} entries written to {args.out}")
-    return 0
+    undecided = [(describe(rows[0]), [(row.place, row.us) for row in rows]) for rows in conflicts]
+    if not undecided:
+        try:
+            write_file(args.out, merged)
+        except OSError as error:
+            why = f"cannot be written ({error.strerror})"
+            raise UnsupportedError(str(args.out), why, "name another file") from None
+    if args.json:
+        texts = [{"entry": entry, "owners": [{"place": p, "us": us} for p, us in rows]} for entry, rows in undecided]
+        print(json.dumps({"out": str(args.out), "entries": len(merged), "undecided": texts}, indent=1))
+    elif undecided:
+        for entry, rows in undecided:
+            owners = ", ".join(f"{place} ({us or '?'} us)" for place, us in rows)
+            print(f"undecided: {entry}: {owners}")
+        print(f"{len(undecided)} shapes have several owners; say --prefer first, last or faster (one device)")
+    else:
+        print(f"{len(merged)} entries written to {args.out}")
+    return 1 if undecided else 0

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from sglang_amd_quant import shapes
+from sglang_amd_quant.cli.arguments import wholes
 from sglang_amd_quant.errors import AmdMxError
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import BF16, SCHEMES
@@ -38,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="scheme of all layers that can be quantized; amd_mx: the checkpoint's own, else the arch's default",
     )
     schemes.add_argument("--recipe", metavar="FILE", help="recipe (JSON) that gives layers their schemes")
-    parser.add_argument(
-        "--m", type=_counts, default=(1,), metavar="M,M,…", help="tokens to tell floors for (default 1)"
-    )
+    parser.add_argument("--m", type=wholes, default=(1,), metavar="M,M,…", help="tokens to tell floors for (default 1)")
     parser.add_argument(
         "--arch",
         choices=list(shapes.BANDWIDTH_TBPS),
@@ -55,13 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mtp", action="store_true", help="add the multi-token-prediction (draft) block")
     parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers of at least 1, as 1,16,64")
-    return tuple(int(part) for part in parts)
 
 
 def _bandwidth(text: str) -> float:
@@ -155,7 +147,7 @@ def _print(report: dict[str, Any]) -> None:
                 row["K"],
                 row["E_local"],
                 row["top_k"],
-                row["scheme"],
+                row["scheme"] + (f", group {row['block']}" if "int4" in row["scheme"] else ""),
                 f"{row['bytes'] / 1e6:.1f}",
                 row["count"],
                 _pads(row),

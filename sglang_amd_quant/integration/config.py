@@ -81,6 +81,7 @@ class AmdMxConfig(QuantizationConfig):
         self.packed_modules_mapping = dict(FUSED_MODULES)
         self.hf_config = hf_config
         self._seen: set[str] = set()
+        self._told: set[int] = set()
         self._quantized: dict[str, Scheme] = {}
 
     # ---- what SGLang asks of the class ----
@@ -171,6 +172,15 @@ class AmdMxConfig(QuantizationConfig):
             return UnquantizedFusedMoEMethod(layer.use_triton_kernels)
         self._quantized[prefix] = scheme
         return AmdMxMoEMethod(self, scheme, prefix)
+
+    def fitted(self, scheme: Scheme, prefix: str, *ks: int, **dealt: int) -> Scheme:
+        """`Recipe.fitted` for a layer; another int4 group than the usual one is logged, once each."""
+        fitted = self.recipe.fitted(scheme, *ks, **dealt)
+        if fitted != scheme and fitted.block not in self._told:
+            self._told.add(fitted.block)
+            text = "amd_mx: int4 in groups of %d where a rank's K is no multiple of %d, first in layer %s"
+            logger.info(text, fitted.block, scheme.block, prefix)
+        return fitted
 
     def _in_tower(self, names: list[str]) -> bool:
         """Whether a layer that is bf16 in the checkpoint stays so, as `amd-mx quantize` would leave it."""

@@ -55,6 +55,7 @@ class AmdMxLinearMethod(LinearMethodBase):
     ) -> None:
         """Register empty storage. Raises ShapeError where K is not whole blocks on this rank."""
         n, k = sum(output_partition_sizes), input_size_per_partition
+        self.scheme = self.config.fitted(self.scheme, self.prefix, k)
         loading.check_blocks(self.prefix, self.scheme, f"N={n},", k, input_size // k)
         data, scales = loading.new_storage(self.scheme, n, k)
         load = partial(self._load, layer, weight_loader)

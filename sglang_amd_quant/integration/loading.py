@@ -38,7 +38,7 @@ def check_blocks(layer: str, scheme: Scheme, what: str, k: int, parts: int = 1) 
         ShapeError: K does not divide.
     """
     if k % scheme.block:
-        smaller = "quantize with a smaller group, " if scheme.weight == "int4" else ""
+        smaller = "quantize with a smaller group, " if scheme.divisible else ""
         raise ShapeError(
             f"layer {layer}: {what} K={k * parts}" + (f" over {parts} ranks = {k}" if parts > 1 else ""),
             f"not a multiple of {scheme.block} elements a rank, the {scheme.block_name}",

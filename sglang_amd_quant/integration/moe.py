@@ -63,6 +63,7 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
     ) -> None:
         """Register empty storage. Raises ShapeError where hidden or intermediate size is not whole blocks."""
         ranks, full = layer.moe_tp_size, intermediate_size_per_partition * layer.moe_tp_size
+        self.scheme = self.config.fitted(self.scheme, self.prefix, hidden_size, dealt=full, ranks=ranks)
         block = self.scheme.block
         loading.check_blocks(self.prefix, self.scheme, "hidden size", hidden_size)
         loading.check_blocks(self.prefix, self.scheme, "intermediate size", full)

@@ -325,11 +325,11 @@ class TensorLayout:
         return list(dict.fromkeys(reason for spec in self.specs for reason in spec.reasons(n, k, scheme)))
 
     def nbytes(self, n: int, k: int, scheme: Scheme) -> int:
-        """Bytes of weights [n, k] with their scales and all padding (zero points not counted)."""
+        """Bytes of weights [n, k] with their scales (int4: words of scale and zero point) and all padding."""
         value, scale = self.specs
         data_rows, data_cols = value.padded(n, k // scheme.pack)
         scale_rows, scale_cols = scale.padded(n, k // scheme.block)
-        return data_rows * data_cols + scale_rows * scale_cols * (2 if scheme.weight == "int4" else 1)
+        return data_rows * data_cols + scale_rows * scale_cols * scheme.scale_bytes
 
 
 STRIDED = TensorLayout()

@@ -51,11 +51,10 @@ def unpair(words: torch.Tensor) -> torch.Tensor:
 
 
 def transpose(words: torch.Tensor) -> torch.Tensor:
-    """int32 [..., 8, W]: nibble i of word j becomes nibble j of word i, as a new tensor; its own inverse."""
+    """int32 [8, ...]: nibble i of word j becomes nibble j of word i, as a new tensor; its own inverse."""
     words = words.clone(memory_format=torch.contiguous_format)
     for distance, mask in TRANSPOSED:
-        halves = words.unflatten(-2, (-1, 2, distance))
-        low, high = halves.select(-3, 0), halves.select(-3, 1)
+        low, high = words.unflatten(0, (-1, 2, distance)).unbind(1)
         shift = 4 * distance
         differing = (low >> shift).bitwise_xor_(high).bitwise_and_(mask)
         high ^= differing

@@ -9,10 +9,10 @@ from sglang_amd_quant.ops import linear, moe
 from sglang_amd_quant.ops.packed import Weight, pack
 from sglang_amd_quant.runtime.detect import current_arch, launchable
 from sglang_amd_quant.selection import GemmProblem, KernelChoice, Selector, choose_layout
+from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS
 from sglang_amd_quant.selection.arch import canonical
 from sglang_amd_quant.selection.choose import REFERENCE, process_selector
 from sglang_amd_quant.selection.layout_choice import SAMPLE_MS
-from sglang_amd_quant.selection.shipped_kernels import AMD_DECODE_LAYOUTS
 from sglang_amd_quant.tensor import MxTensor
 
 

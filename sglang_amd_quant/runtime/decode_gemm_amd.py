@@ -16,7 +16,7 @@ from sglang_amd_quant.kernels.hip.manifest import AMD_DECODE_M, AMD_MOE_DECODE_M
 from sglang_amd_quant.runtime.arch import Arch, arch_facts
 from sglang_amd_quant.runtime.decode_gemm import ACTIVATIONS, INTERLEAVED, NOTHING, Epilogue, check_operands, out_code
 from sglang_amd_quant.runtime.launch import LaunchDescription
-from sglang_amd_quant.schemes import MX_BLOCK
+from sglang_amd_quant.schemes import MX_BLOCK, WORD_BYTES
 
 TILE_ROWS, TILE_K = 16, 128
 DEPTH = 4
@@ -54,7 +54,7 @@ def _bytes(scheme: str) -> float:
 
 def scale_bytes(scheme: str, k: int) -> float:
     """Of the scales of a row of weights."""
-    return k / group_of(scheme) * (4 if FORMATS[scheme][0] == "int4" else 1)
+    return k / group_of(scheme) * (WORD_BYTES if FORMATS[scheme][0] == "int4" else 1)
 
 
 def layout_name(arch: str, scheme: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.recipe import Recipe
-from sglang_amd_quant.schemes import BF16, SCHEMES
+from sglang_amd_quant.schemes import BF16
 from sglang_amd_quant.selection.choose import Selector
 from sglang_amd_quant.selection.layout_choice import LayoutChoice, choose_layout
 from sglang_amd_quant.selection.problem import SOURCES, TUNED, Epilogue, GemmProblem, KernelChoice
@@ -128,12 +128,12 @@ class Report:
                 ]  # fmt: skip
 
 
-def problem_of(gemm: Gemm, arch: str, m: int, tp: int, ep: int, cu_count: int = 0, int4_group: int = 0) -> GemmProblem:
+def problem_of(gemm: Gemm, arch: str, m: int, tp: int, ep: int, cu_count: int = 0) -> GemmProblem:
     """The problem that a planned GEMM is at M tokens. gate_up carries a gated activation, down the routing weight."""
     return GemmProblem(
         gemm.op, gemm.scheme, arch, m, gemm.N, gemm.K, cu_count, gemm.E_local, gemm.E_total, gemm.top_k, tp, ep,
         epilogue=_SILU if gemm.op == "moe_gate_up" else Epilogue(), weighted=gemm.op == "moe_down",
-        group=int4_group if SCHEMES[gemm.scheme].weight == "int4" else 0,
+        group=gemm.block,
     )  # fmt: skip
 
 
@@ -146,7 +146,6 @@ def coverage(
     ms: Sequence[int] = DEFAULT_MS,
     selector: Selector | None = None,
     cu_count: int = 0,
-    int4_group: int = 0,
 ) -> Report:
     """Plan every quantized GEMM of a model at every M.
 
@@ -156,7 +155,6 @@ def coverage(
         tp, ep: SGLang's parallelism.
         recipe: scheme name or recipe.
         ms: tokens.
-        int4_group: elements that share a scale in int4 layers; 0 = 32.
         selector: what may be chosen; None = all kernels known, published ones included, with the installed packs.
 
     Raises:
@@ -169,7 +167,7 @@ def coverage(
         if gemm.scheme == BF16:
             bf16.append(gemm.layer)
         else:
-            groups.setdefault(problem_of(gemm, arch, 1, tp, ep, cu_count, int4_group), []).append(gemm)
+            groups.setdefault(problem_of(gemm, arch, 1, tp, ep, cu_count), []).append(gemm)
     rows = []
     for problem, gemms in groups.items():
         layout = choose_layout(problem, selector)

@@ -321,7 +321,11 @@ def write_file(path: Path, rows: Iterable[PackRow]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_NAMES)
         writer.writerows(map(to_texts, rows))
-    partial.replace(path)
+    try:
+        partial.replace(path)
+    except OSError:
+        partial.unlink()
+        raise
 
 
 def to_texts(row: PackRow) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS, DECODE_SCHEMES
 from sglang_amd_quant.selection.rule_types import LayoutRule, Range, Rule, TileRule
 
 
@@ -26,17 +27,8 @@ def _m3_down(rows: Range) -> Rule:
 
 
 _MXFP4_WEIGHTS = ("w4a16", "w4a8", "mxfp4")
-_AMD_DECODE = (
-    # arch, weights, schemes, layout: of the decode kernels, which the prefill kernel reads too
-    ("gfx950", "e2m1", _MXFP4_WEIGHTS, "preshuffle+tile_scale"),
-    ("gfx950", "e4m3", ("mxfp8",), "mxfp8_lane+tile_scale"),
-    ("gfx942", "e2m1", _MXFP4_WEIGHTS, "cdna3_e2m1+tile_scale"),
-    ("gfx11", "e2m1", _MXFP4_WEIGHTS, "preshuffle+tile_scale"),
-    ("gfx11", "e4m3", ("mxfp8",), "preshuffle+tile_scale"),
-    ("gfx950", "int4", ("int4_w4a16",), "cdna_int4+tile_group"),
-    ("gfx942", "int4", ("int4_w4a16",), "cdna_int4+tile_group"),
-    ("gfx11", "int4", ("int4_w4a16",), "rdna_int4+tile_group"),
-)
+_AMD_DECODE = tuple((*key, scheme) for key in AMD_DECODE_LAYOUTS for scheme in DECODE_SCHEMES[key[1]])
+"""Arch, weight format and scheme of every decode kernel there."""
 _MOE_BOUNDS = "aiter #3783: bounds on M_routed of its own kernel; not measured with this one"
 
 
@@ -80,15 +72,9 @@ RULES: tuple[Rule, ...] = (
         Rule(
             f"hip_decode_{arch}_{weight}", arch, "linear", scheme, "docs/decode_amd.md: counted and modelled", m=(1, 32)
         )
-        for arch, weight, schemes, _ in _AMD_DECODE
-        for scheme in schemes
+        for arch, weight, scheme in _AMD_DECODE
     ),
-    *(
-        rule
-        for arch, weight, schemes, _ in _AMD_DECODE
-        for scheme in schemes
-        for rule in _amd_moe(arch, weight, scheme)
-    ),
+    *(rule for kind in _AMD_DECODE for rule in _amd_moe(*kind)),
 )
 
 HIP_MARGIN = 1.03
@@ -112,12 +98,11 @@ LAYOUT_RULES: tuple[LayoutRule, ...] = (
     LayoutRule("sm_90", "w4a16", ("linear",), "hopper_bf16", _DECODING),
     *(LayoutRule("sm_90", s, ("linear",), "hopper_e4m3", _DECODING) for s in ("mxfp8", "w4a8", "mxfp4")),
     LayoutRule("sm_90", "int4_w4a16", ("linear",), "mma_int4+tile_group", _DECODING),
-    *(LayoutRule(arch, s, ("linear",), layout, _DECODING) for arch, _, schemes, layout in _AMD_DECODE for s in schemes),
+    *(LayoutRule(arch, s, ("linear",), AMD_DECODE_LAYOUTS[arch, weight], _DECODING) for arch, weight, s in _AMD_DECODE),
     *(
-        LayoutRule(arch, s, _GROUPED, f"decode_{layout.partition('+')[0]}", _DECODING,
+        LayoutRule(arch, s, _GROUPED, AMD_MOE_DECODE_LAYOUTS[arch, weight], _DECODING,
                    kernel=f"hip_moe_decode_{arch}_{weight}")
-        for arch, weight, schemes, layout in _AMD_DECODE
-        for s in schemes
+        for arch, weight, s in _AMD_DECODE
     ),
     LayoutRule("sm_90", "w4a16", _GROUPED, "hopper_bf16", _FRAGMENTS),
     *(LayoutRule("sm_90", s, _GROUPED, "hopper_e4m3", _FRAGMENTS) for s in ("mxfp8", "w4a8", "mxfp4")),

@@ -12,6 +12,7 @@ from typing import Any
 
 from sglang_amd_quant.kernels.hip.manifest import AMD_MOE_DECODE_M, QUANTIZED_SCHEMES
 from sglang_amd_quant.selection import families  # noqa: F401  registers first, whoever imports this: plans depend on order
+from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS, DECODE_SCHEMES
 from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.buckets import routed_block_m
 from sglang_amd_quant.selection.lds import lds_bytes
@@ -20,22 +21,6 @@ from sglang_amd_quant.selection.problem import Config, GemmProblem
 from sglang_amd_quant.selection.specs import SHIPPED, KernelSpec, kernel, register
 
 GPUS = ("gfx950", "gfx942", "gfx11", "sm_90")
-
-AMD_DECODE_LAYOUTS = {
-    ("gfx950", "e2m1"): "preshuffle+tile_scale",
-    ("gfx950", "e4m3"): "mxfp8_lane+tile_scale",
-    ("gfx942", "e2m1"): "cdna3_e2m1+tile_scale",
-    ("gfx11", "e2m1"): "preshuffle+tile_scale",
-    ("gfx11", "e4m3"): "preshuffle+tile_scale",
-    ("gfx950", "int4"): "cdna_int4+tile_group",
-    ("gfx942", "int4"): "cdna_int4+tile_group",
-    ("gfx11", "int4"): "rdna_int4+tile_group",
-}
-"""What the decode kernels of an AMD arch read (`runtime/decode_gemm_amd.py`), by weight format. gfx942 wants e4m3 as
-FNUZ, which no prefill kernel reads: none here."""
-
-AMD_MOE_DECODE_LAYOUTS = {key: f"decode_{name.partition('+')[0]}" for key, name in AMD_DECODE_LAYOUTS.items()}
-"""Likewise the grouped ones; the rows of a gated gate_up have an order of their own (`ops/packed.py`)."""
 
 
 def _read(layouts: dict[tuple[str, str], str], *weights: str) -> tuple[str, ...]:
@@ -268,16 +253,12 @@ def _hopper(x_format: str, schemes: tuple[str, ...], acts: tuple[str, ...]) -> K
     )
 
 
-_DECODE_SCHEMES = {
-    "e4m3": (("mxfp8",), "mxfp8_static"),
-    "e2m1": (("w4a8", "mxfp4", "w4a16"), "w4a8_static"),
-    "int4": (("int4_w4a16",), "int4_w4a16_fp16"),
-}
-"""Weight format -> schemes, which name code objects; and one that selection has no name for: of static fp8, of fp16."""
+_UNNAMED = {"e4m3": "mxfp8_static", "e2m1": "w4a8_static", "int4": "int4_w4a16_fp16"}
+"""Weight format -> code objects that no scheme names: of static fp8, of fp16."""
 
 
 def _amd_decode(arch: str, weight: str) -> KernelSpec:
-    (schemes, other), int4 = _DECODE_SCHEMES[weight], weight == "int4"
+    schemes, int4 = DECODE_SCHEMES[weight], weight == "int4"
     return KernelSpec(
         f"hip_decode_{arch}_{weight}",
         SHIPPED,
@@ -291,7 +272,7 @@ def _amd_decode(arch: str, weight: str) -> KernelSpec:
         out_dtypes=("bf16", "fp16", "fp32"),
         fuses=("quantize_input", "bias"),
         x_dtypes=("bf16", "fp16") if int4 else ("bf16",),
-        code_objects=tuple(f"decode_{s}" for s in (*schemes, other)),
+        code_objects=tuple(f"decode_{s}" for s in (*schemes, _UNNAMED[weight])),
         m_max=64,
         k_multiple=32,
     )

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sglang_amd_quant.errors import CheckpointError, ShapeError
+from sglang_amd_quant.json_file import read_json
 from sglang_amd_quant.shapes.layers import Layer
+
+MOST = {"num_hidden_layers": 10_000}
+"""Key -> the most that is believed; of any other, what fits 31 bits, as kernels' sizes must."""
 
 
 class Config:
@@ -29,7 +33,7 @@ class Config:
         return default if value is None else value
 
     def whole(self, *keys: str, default: int | None = None, least: int = 1) -> int:
-        """The first of `keys` that is there, a whole number of at least `least`.
+        """The first of `keys` that is there, a whole number of at least `least` and at most what `MOST` says.
 
         Raises:
             ShapeError: none is there and no default is given, or it is no such number.
@@ -40,8 +44,11 @@ class Config:
                 raise ShapeError(self.where, f"{' / '.join(keys)} is missing", "add it to the config")
             return default
         key, value = found
+        most = MOST.get(key, 2**31 - 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ShapeError(self.where, f"{key} is {value!r}", f"write a whole number of at least {least}")
+        if value > most:
+            raise ShapeError(self.where, f"{key} is {value:.3g}", f"write a whole number of at most {most}")
         return value
 
     def object(self, key: str) -> Mapping[str, Any]:
@@ -141,14 +148,7 @@ def load(model: str | Path) -> ModelFacts:
         path = path / "config.json"
     elif not path.is_file():
         path = _card(str(model))
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(str(path), error.strerror or "cannot be read", "name a checkpoint folder") from None
-    except UnicodeDecodeError:
-        raise CheckpointError(str(path), "no text file", "name a config.json") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}:{error.lineno}", f"no JSON ({error.msg})", "mend the file") from None
+    data = read_json(path, "name a checkpoint folder")
     if not isinstance(data, dict):
         raise CheckpointError(str(path), "no JSON object", "name a config.json")
     return ModelFacts.from_config(data, path.parent.name if path.name == "config.json" else path.stem)

@@ -32,6 +32,7 @@ class Gemm:
         top_k: experts a token, fused shared ones included (1 for `linear`).
         count: how many decoder blocks have it.
         scheme: name of the scheme, or `bf16`.
+        block: elements of K that share a scale; of bf16 1.
         bytes: weight data and scales of one of them, all local experts.
         N_used, K_used: how much of N and K holds weights on this rank; the rest, on the last ranks, is zero padding.
         shared: fused shared experts among E_local.
@@ -48,6 +49,7 @@ class Gemm:
     top_k: int
     count: int
     scheme: str
+    block: int
     bytes: int
     N_used: int
     K_used: int
@@ -77,11 +79,11 @@ def data_bytes(scheme: str, elements: int) -> int:
 
 
 def weight_bytes(scheme: str, *shape: int, block: int = MX_BLOCK) -> int:
-    """Bytes of a weight [..., N, K] and its scales: e8m0, one byte a block, for MX; a word a group for int4."""
+    """Bytes of a weight [..., N, K] and its scales (`Scheme.scale_bytes` a block)."""
     data = data_bytes(scheme, prod(shape))
     if scheme not in SCHEMES:
         return data
-    return data + prod(shape[:-1]) * -(-shape[-1] // block) * (4 if SCHEMES[scheme].weight == "int4" else 1)
+    return data + prod(shape[:-1]) * -(-shape[-1] // block) * SCHEMES[scheme].scale_bytes
 
 
 def share(size: int, ranks: int, rank: int, block: int) -> tuple[int, int]:
@@ -114,8 +116,7 @@ def plan(
         facts: the model.
         tp: SGLang's `--tp`: all ranks of the model.
         ep: SGLang's `--ep`: groups that the experts are dealt to; within a group their TP is tp/ep.
-        scheme: a scheme's name for every layer that can be quantized (int4 in groups of 32, which divide all that MX
-            blocks divide), `bf16`, or a recipe.
+        scheme: a scheme's name for every layer that can be quantized, `bf16`, or a recipe.
         fuse_shared: run shared experts inside the grouped GEMM (E+1, top_k+1). None: as SGLang does for the
             architecture on gfx950, provided that the recipe gives both the same scheme.
         rank: which rank; ranks differ only where the blocks leave a remainder.
@@ -127,7 +128,7 @@ def plan(
         RecipeError: parts of a fused layer are given different schemes.
     """
     if isinstance(scheme, str):
-        scheme = Recipe(source=BF16) if scheme == BF16 else Recipe.uniform(scheme_named(scheme).name, MX_BLOCK)
+        scheme = Recipe(source=BF16) if scheme == BF16 else Recipe.uniform(scheme_named(scheme).name)
     return list(_plan(facts, tp, ep, scheme, fuse_shared, rank, mtp))
 
 
@@ -216,9 +217,10 @@ def _linear(facts: ModelFacts, layer: Linear, tp: int, recipe: Recipe) -> Iterat
     n, k = sum(rows), layer.k.local(tp, of)
     modules = tuple(part.module for part in layer.parts)
     groups = {None: layer.blocks or ()} if layer.bf16 else _by_scheme(facts, layer.blocks, modules, recipe)
-    for scheme, blocks in groups.items():
+    for asked, blocks in groups.items():
+        scheme = asked and recipe.fitted(asked, k)
         _check_k(of, n, k, scheme, tp)
-        name = scheme.name if scheme else BF16
+        name, block = (scheme.name, scheme.block) if scheme else (BF16, 1)
         yield Gemm(
             "linear",
             layer.name,
@@ -229,7 +231,8 @@ def _linear(facts: ModelFacts, layer: Linear, tp: int, recipe: Recipe) -> Iterat
             top_k=1,
             count=max(1, len(blocks)),
             scheme=name,
-            bytes=weight_bytes(name, n, k, block=scheme.block if scheme else MX_BLOCK),
+            block=block,
+            bytes=weight_bytes(name, n, k, block=block),
             N_used=n,
             K_used=k,
             blocks=blocks,
@@ -242,11 +245,12 @@ def _experts(
 ) -> Iterator[Gemm]:
     e_local = layer.experts // ep + shared
     modules = (*layer.gate_up, layer.down)
-    for scheme, blocks in _by_scheme(facts, layer.blocks, modules, recipe).items():
+    for asked, blocks in _by_scheme(facts, layer.blocks, modules, recipe).items():
+        scheme = asked and recipe.fitted(asked, layer.hidden, dealt=layer.intermediate, ranks=moe_tp)
+        name, block = (scheme.name, scheme.block) if scheme else (BF16, 1)
         for n, k in ((2 * layer.intermediate, layer.hidden), (layer.hidden, layer.intermediate)):
             _check_k(f"{facts.name}: {layer.name}", n, k, scheme, 1)
-        stored, used = share(layer.intermediate, moe_tp, moe_rank, scheme.block if scheme else 1)
-        name = scheme.name if scheme else BF16
+        stored, used = share(layer.intermediate, moe_tp, moe_rank, block)
         half = 2 * stored // len(layer.gate_up)
         for op, n, k, n_used, k_used, parts in (
             ("moe_gate_up", 2 * stored, layer.hidden, 2 * used, layer.hidden, layer.gate_up),
@@ -262,7 +266,8 @@ def _experts(
                 top_k=layer.top_k + shared,
                 count=len(blocks),
                 scheme=name,
-                bytes=weight_bytes(name, e_local, n, k, block=scheme.block if scheme else MX_BLOCK),
+                block=block,
+                bytes=weight_bytes(name, e_local, n, k, block=block),
                 N_used=n_used,
                 K_used=k_used,
                 shared=shared,
@@ -276,5 +281,5 @@ def _check_k(name: str, n: int, k: int, scheme: Scheme | None, tp: int) -> None:
         raise ShapeError(
             f"{name} [{n}, {k}] at TP {tp}",
             f"K is not whole {scheme.block}-blocks, as {scheme.name} needs",
-            "keep it bf16 in a recipe, or use a smaller --tp" + (" or group" if scheme.weight == "int4" else ""),
+            "keep it bf16 in a recipe, or use a smaller --tp" + (" or group" if scheme.divisible else ""),
         )

@@ -119,7 +119,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: (index(f), (save_file({}, f / SHARDS[0]))),
         rf"index.json: .*{Q}.weight.*: not in the file it names",
     ),
-    "index no JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json: no JSON"),
+    "index no JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json:1: no JSON"),
     "tensor not in the index": (
         lambda f: save_file(load_file(f / SHARDS[0]) | {"extra.weight": torch.ones(2)}, f / SHARDS[0]),
         "extra.weight: stored, but not in the index",
@@ -209,7 +209,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: write_config(f, {"quant_method": "amd_mx", "version": 1, "recipe": {"default": "mxfp5"}}),
         "'default' -> 'mxfp5': unknown scheme",
     ),
-    "config no JSON": (lambda f: (f / "config.json").write_text('{"model_type": '), "config.json: no JSON"),
+    "config no JSON": (lambda f: (f / "config.json").write_text('{"model_type": '), "config.json:1: no JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: No such file"),
 }  # fmt: skip
 

@@ -421,10 +421,54 @@ class TestOurOwn:
         assert after["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.uint8
 
     @pytest.mark.parametrize(
+        ("shapes", "tp", "group"),
+        [
+            ({"q_proj": (32, 256), "down_proj": (32, 384)}, 1, 128),
+            ({"q_proj": (32, 256), "down_proj": (32, 384)}, 2, 64),  # 192 on a rank
+            ({"q_proj": (32, 256), "experts.0.w2": (32, 384)}, 2, 128),  # dealt in whole groups
+            ({"q_proj": (32, 2880), "down_proj": (32, 384)}, 1, 64),
+            ({"q_proj": (32, 128), "down_proj": (32, 96)}, 1, 32),
+        ],
+    )
+    def test_the_largest_group_that_divides_every_k(
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        shapes: dict[str, tuple[int, int]],
+        tp: int,
+        group: int,
+    ) -> None:
+        (tmp_path / "in").mkdir()
+        tensors = {f"model.layers.0.mlp.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+        save_file(tensors, tmp_path / "in" / "model.safetensors")
+        (tmp_path / "in" / "config.json").write_text("{}")
+        out = str(tmp_path / "out")
+        assert main(["quantize", str(tmp_path / "in"), out, "--scheme", "int4_w4a16", "--tp", str(tp)]) == 0
+        assert f"quantized: 2 int4_w4a16, in groups of {group}\n" in capsys.readouterr().out
+        written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+        assert written["recipe"]["group"] == group
+        assert main(["inspect", out]) == 0
+        assert capsys.readouterr().out.count(f"int4_w4a16, group {group} ") == 2
+
+    def test_written_before_groups_were_always_recorded(self, tools: Any) -> None:
+        """A checkpoint of ours without a group holds groups of 128; a recipe written by hand has yet to get one."""
+        given = {"quant_method": "amd_mx", "version": 1, "recipe": {"default": "int4_w4a16"}}
+        assert tools.reader_for(given | {"checked": True}).recipe.group == 128
+        assert tools.reader_for(given).recipe.group is None
+
+    @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--scheme", "int4_w4a16"], "is not a multiple of 128, the int4 group; take a smaller --group, or"),
+            (
+                ["--scheme", "int4_w4a16", "--group", "128"],
+                "is not a multiple of 128, the int4 group; take a smaller --group, or",
+            ),
             (["--scheme", "mxfp4", "--group", "32"], "--group 32: scheme mxfp4 makes no int4"),
+            (
+                ["--scheme", "int4_w4a16", "--tp", "2"],
+                "down_proj [64, 96]: K=96 over 2 ranks is not a multiple of 32, the int4 group; lower --tp, or keep",
+            ),
+            (["--scheme", "keep", "--tp", "2"], "--tp: --scheme keep quantizes nothing"),
             (["--scheme", "keep", "--group", "32"], "--group: --scheme keep quantizes nothing"),
         ],
     )

@@ -73,6 +73,9 @@ def test_int4_groups(capsys: Out) -> None:
         (gate_up,) = [gemm for gemm in data["gemms"] if gemm["problem"]["op"] == "moe_gate_up"]
         assert [choice["kernel"] for choice in gate_up["choices"].values()] == kernels_
     assert run(capsys, *argv, "--group", "48")[0] == 2
+    data = json.loads(run(capsys, "gpt-oss-120b", *argv[1:])[1])
+    experts = [gemm["problem"] for gemm in data["gemms"] if gemm["problem"]["op"] != "linear"]
+    assert [problem["group"] for problem in experts] == [64, 64]  # K = 2880
 
 
 @pytest.mark.parametrize("group", ["32", "64", "128"])

@@ -57,6 +57,7 @@ def test_int4_has_the_group_that_serving_gives_it(capsys: Out) -> None:
     assert code == 0
     assert out.startswith("linear int4_w4a16 gfx942 M=2 N=2048 K=4096 group=128\n")
     assert "K=4096 group=32\n" in run(capsys, line + " --group 32")[1]
+    assert "K=2880 group=64\n" in run(capsys, line.replace("4096", "2880"))[1]
     assert "planned  hip_decode_gfx942_int4   source: rule" in out
 
 

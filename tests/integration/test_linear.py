@@ -159,12 +159,13 @@ def test_merged_gate_up_loads_each_half(make_config, rank):
     [
         ("mxfp4", 96, 4, r"K=96 over 4 ranks = 24: not a multiple of 32 elements a rank, the MX block; lower --tp, or"),
         (
-            "int4_w4a16",
+            Recipe.uniform("int4_w4a16", group=128),
             128,
             2,
             r"K=128 over 2 ranks = 64: not a multiple of 128 .*, the int4 group; .* with a smaller group",
         ),
-        ("int4_w4a16", 96, 1, r"N=64, K=96: not a multiple of 128"),
+        (Recipe.uniform("int4_w4a16", group=128), 96, 1, r"N=64, K=96: not a multiple of 128"),
+        ("int4_w4a16", 96, 2, r"over 2 ranks = 48: not a multiple of 32 .*, the int4 group; lower --tp, or keep"),
     ],
 )
 def test_k_must_be_whole_blocks_on_every_rank(make_config, rank, scheme, k, ranks, message):
@@ -172,6 +173,20 @@ def test_k_must_be_whole_blocks_on_every_rank(make_config, rank, scheme, k, rank
 
     with rank(tp=(0, ranks)), pytest.raises(ShapeError, match=rf"layer model\.o_proj: .*{message}"):
         RowParallelLinear(k, 64, bias=False, quant_config=make_config(scheme), prefix="model.o_proj")
+
+
+@pytest.mark.parametrize(("k", "ranks", "group"), [(256, 2, 128), (128, 2, 64), (128, 4, 32), (2880, 1, 64)])
+def test_int4_gets_the_largest_group_that_divides_a_ranks_k(make_config, rank, caplog, k, ranks, group):
+    from sglang.srt.layers.linear import RowParallelLinear
+
+    config, caplog.handler.level = make_config("int4_w4a16"), 0
+    with rank(tp=(0, ranks)), caplog.at_level("INFO"):
+        for name in ("a.o_proj", "b.o_proj"):
+            layer = RowParallelLinear(k, 64, bias=False, quant_config=config, prefix=name)
+    assert layer.weight_scale.shape == (64, k // ranks // group)
+    told = [record.getMessage() for record in caplog.records if "int4 in groups" in record.getMessage()]
+    text = f"amd_mx: int4 in groups of {group} where a rank's K is no multiple of 128, first in layer a.o_proj"
+    assert told == ([] if group == 128 else [text])
 
 
 class TestBadTensors:

@@ -159,9 +159,16 @@ def test_int4_written_and_online(originals, load_model, tmp_path, int4_recipe, m
     assert set(schemes(want).values()) == {"int4_w4a16"}
 
 
-def test_int4_by_name_takes_groups_of_128(originals, load_model):
-    with pytest.raises(AmdMxError, match=r"K=64: not a multiple of 128 elements a rank, the int4 group.*smaller group"):
-        load_model(originals["qwen3"], "amd_int4_w4a16")
+def test_int4_by_name_takes_the_group_that_each_k_allows(originals, load_model):
+    layer = load_model(originals["qwen3"], "amd_int4_w4a16").model.layers[0]
+    assert layer.mlp.gate_up_proj.weight_scale.shape == (192, 1)  # K = 64
+    assert layer.mlp.down_proj.weight_scale.shape == (64, 3)  # K = 96
+
+
+def test_int4_by_name_is_what_is_written_where_one_group_serves_all(originals, load_model, tmp_path):
+    written = tmp_path / "written"
+    assert main(["quantize", str(originals["gpt_oss"]), str(written), "--scheme", "int4_w4a16"]) == 0
+    same(load_model(written), load_model(originals["gpt_oss"], "amd_int4_w4a16"))
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])

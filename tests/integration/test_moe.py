@@ -246,11 +246,32 @@ def test_unknown_activation(make_config, rank):
 
 @pytest.mark.parametrize(
     ("scheme", "size", "message"),
-    [("w4a16", 80, "intermediate size K=80"), ("int4_w4a16", 128, "hidden size K=64: not a multiple of 128")],
+    [
+        ("w4a16", 80, "intermediate size K=80"),
+        ("int4_w4a16", 80, "intermediate size K=80"),
+        (Recipe.uniform("int4_w4a16", group=128), 128, "hidden size K=64: not a multiple of 128"),
+    ],
 )
 def test_sizes_must_be_whole_blocks(make_config, rank, scheme, size, message):
     with rank(), pytest.raises(ShapeError, match=rf"layers\.0\.mlp\.experts: {message}"):
         build(make_config(scheme), intermediate_size=size)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "size", "ranks", "group", "stored"),
+    [
+        (256, 768, 1, 128, 768),
+        (256, 768, 4, 64, 192),  # groups of 128 would be 256 columns a rank
+        (64, 768, 1, 64, 768),
+        (2880, 2880, 4, 64, 768),  # as are 736 in groups of 32, whose scales take more
+    ],
+)
+def test_int4_gets_the_group_of_the_fewest_bytes(make_config, rank, hidden, size, ranks, group, stored):
+    with rank(tp=(0, ranks)):
+        layer = build(make_config("int4_w4a16"), hidden_size=hidden, intermediate_size=size)
+    assert layer.w2_weight.shape == (E, hidden, stored // 2)
+    assert layer.w2_weight_scale.shape == (E, hidden, stored // group)
+    assert layer.w13_weight_scale.shape == (E, 2 * stored, hidden // group)
 
 
 def test_wrong_shape_names_the_layer(make_config, rank):

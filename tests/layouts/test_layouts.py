@@ -207,3 +207,13 @@ def test_parameters_that_no_variant_has():
 def test_layouts_are_values():
     assert Cdna4Scale(rows=256) == SCALES["cdna4_scale_256"] != Cdna4Scale()
     assert len({Strided(), Strided(), VALUES["strided"]}) == 1
+
+
+@pytest.mark.parametrize("words", [15, 16, 17, 35])
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_awq_in_pieces(monkeypatch, lead, words):
+    """Pieces of 16 words, the least there are, and what remains."""
+    monkeypatch.setattr("sglang_amd_quant.layouts.awq.PIECE_BYTES", 1)
+    matrix = random_bytes((*lead, 8 * words, 12), words)
+    layout = SOURCES["awq"]
+    assert torch.equal(layout.unpack(layout.pack(matrix), 8 * words, 12), matrix)

@@ -32,7 +32,8 @@ from sglang_amd_quant.ops.moe import QuantizedMoe
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.selection import GemmProblem
-from sglang_amd_quant.selection.shipped_kernels import AMD_DECODE_LAYOUTS, GPUS
+from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS
+from sglang_amd_quant.selection.shipped_kernels import GPUS
 from sglang_amd_quant.tensor import MxTensor
 
 AMD = ("gfx950", "gfx942", "gfx1100", "gfx1151")

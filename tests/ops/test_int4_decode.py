@@ -20,7 +20,7 @@ from sglang_amd_quant.ops import hip, layout, linear, moe, operand, packed
 from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.ops.layout import lay_out, lay_out_experts
 from sglang_amd_quant.selection import kernels, shipped
-from sglang_amd_quant.selection.shipped_kernels import AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS
+from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS
 
 GPT_OSS = Activation("swigluoai", interleaved=True, limit=7.0)
 DTYPES = [torch.bfloat16, torch.float16]

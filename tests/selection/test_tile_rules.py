@@ -20,9 +20,10 @@ from sglang_amd_quant.kernels.triton.routing import route_torch
 from sglang_amd_quant.layouts.names import TensorLayout
 from sglang_amd_quant.ops.triton_mx import launch_options, tile_of
 from sglang_amd_quant.selection import GemmProblem, Selector
+from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS
 from sglang_amd_quant.selection.legality import lds_need
 from sglang_amd_quant.selection.rules import LAYOUT_RULES
-from sglang_amd_quant.selection.shipped_kernels import AMD_DECODE_LAYOUTS, GPUS
+from sglang_amd_quant.selection.shipped_kernels import GPUS
 from sglang_amd_quant.selection.specs import kernel
 from sglang_amd_quant.toolchain.triton_aot import call, compile_variant
 

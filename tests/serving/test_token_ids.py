@@ -77,7 +77,7 @@ def test_tiny(serve, tiny, prompts, generate, clients, tmp_path, name, scheme, r
 
 def test_int4_checkpoint(serve, tiny, prompts, generate, tmp_path):
     """GPTQ's format in fp16, with zero points, against transformers on the numbers that were packed."""
-    model, written, recipe = tiny("llama"), tmp_path / "gptq", Recipe.uniform("int4_w4a16")
+    model, written, recipe = tiny("llama"), tmp_path / "gptq", Recipe.uniform("int4_w4a16", group=128)
     ids = prompts(model)
     layers = rewrite(model, written, "gptq", recipe.group, symmetric=False)
     for file in model.glob("tokenizer*"):

@@ -183,7 +183,7 @@ def main() -> None:
                 torch.device("meta"),
                 set_default_torch_dtype(torch.bfloat16),
             ):
-                recipe = Recipe.uniform(variant, group=32) if variant in SCHEMES else None
+                recipe = Recipe.uniform(variant) if variant in SCHEMES else None
                 quant = AmdMxConfig(recipe, None, hf_config) if recipe else None
                 model = model_class(hf_config, quant)
             built[f"{architecture} {variant} {tp} {ep}"] = {n: list(p.shape) for n, p in model.named_parameters()}

@@ -115,7 +115,7 @@ def test_names_that_are_no_card(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config.json: No such file"):
         shapes.load(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CheckpointError, match="no text file"):
+    with pytest.raises(CheckpointError, match="no UTF-8 text"):
         shapes.load(tmp_path)
 
 

@@ -85,7 +85,7 @@ def test_ranks_together_hold_the_model(
         if unsharded is None or g.shared != unsharded.shared:  # M3 fuses without EP only
             continue
         assert g.count == unsharded.count
-        assert g.bytes == weight_bytes(g.scheme, g.E_local, g.N, g.K)
+        assert g.bytes == weight_bytes(g.scheme, g.E_local, g.N, g.K, block=g.block)
         if g.op != "linear":
             assert (g.E_local - g.shared) * ep == g.E_total - g.shared
             used = sum((k.E_local - k.shared) * k.N_used * k.K_used for k in kinds)
@@ -95,6 +95,28 @@ def test_ranks_together_hold_the_model(
                 tp * local * g.K / (rows * unsharded.K) for (_, local), (_, rows) in both(g.parts, unsharded.parts)
             ]
             assert all(n in (1, 2, 4, 8) for n in copies), "each part is divided, or held by several ranks"
+
+
+@pytest.mark.parametrize(
+    ("card", "world", "groups"),
+    [
+        ("gpt-oss-120b", (1, 1), {"moe_gate_up": 64, "moe_down": 64}),
+        ("gpt-oss-120b", (8, 1), {"moe_gate_up": 64, "moe_down": 64}),  # 384 columns a rank in groups of 32 as of 64
+        ("Qwen3-30B-A3B", (2, 1), {"linear": 128, "moe_gate_up": 128, "moe_down": 128}),
+        ("Qwen3-30B-A3B", (4, 1), {"linear": 128, "moe_gate_up": 64, "moe_down": 64}),  # 192, and not 256, columns
+        ("Qwen3-30B-A3B", (4, 4), {"linear": 128, "moe_gate_up": 128, "moe_down": 128}),  # whole experts
+    ],
+)
+def test_int4_gets_the_group_that_k_allows(card: str, world: tuple[int, int], groups: dict[str, int]) -> None:
+    gemms = [g for g in shapes.plan(shapes.load(card), *world, "int4_w4a16") if g.scheme != "bf16"]
+    assert {g.op: g.block for g in gemms if g.op in groups} == groups
+    explicit = Recipe.uniform("int4_w4a16", group=32)
+    assert {g.block for g in shapes.plan(shapes.load(card), *world, explicit) if g.scheme != "bf16"} == {32}
+
+
+def test_an_int4_group_that_was_asked_for_is_not_changed() -> None:
+    with pytest.raises(ShapeError, match=r"K is not whole 128-blocks, as int4_w4a16 needs; .* or group"):
+        shapes.plan(shapes.load("gpt-oss-120b"), 1, 1, Recipe.uniform("int4_w4a16", group=128))
 
 
 @pytest.mark.parametrize("card", shapes.cards())

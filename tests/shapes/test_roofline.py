@@ -7,6 +7,8 @@ import random
 import pytest
 
 from sglang_amd_quant import shapes
+from sglang_amd_quant.layouts.names import STRIDED
+from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.shapes.planner import Gemm, weight_bytes
 from sglang_amd_quant.shapes.roofline import OFFSET_LIMIT, active_experts, bytes_moved
 
@@ -31,6 +33,7 @@ def test_floor_of_the_qkv_that_aiter_3783_measures() -> None:
 def test_weight_bytes_count_scales(scheme: str, bytes_: int) -> None:
     assert weight_bytes(scheme, 64, 256) == bytes_
     assert weight_bytes(scheme, 3, 64, 256) == 3 * bytes_
+    assert scheme == "bf16" or STRIDED.nbytes(64, 256, SCHEMES[scheme]) == bytes_
 
 
 @pytest.mark.parametrize("m", [1, 3, 40])
