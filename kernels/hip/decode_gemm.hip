@@ -98,7 +98,7 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
 }
 
 #if TARGET_SM90
-/// Dense, of an x that `prepare` has quantized (decode_sm90_prepared.h): one row group a block.
+/// Dense, of an x that `prepare` has brought into order (decode_sm90_prepared.h), and that streams: one row group a block.
 template <Weight W, Act A, int M>
 DEVICE void decode_prepared(const DecodeArgs& a) {
     allow_next_launch();

@@ -52,8 +52,8 @@ def test_it_is_found(target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not old or text.count(old) == 1
     (work / file).write_text(text.replace(old, new) if old else text)
     main = (work / "decode_gemm.hip").read_text()  # one entry point will do: the macro's lines without the others
-    one = "#else\n#define SCHEME(NAME, W, A) DECODE(decode_##NAME##_m4, W, A, 4, MANY, 2, false)\n#endif"
-    only = re.sub(r"#else .*?#endif", one, main, count=1, flags=re.S)
+    one = r"\1#define SCHEME(NAME, W, A) DECODE(decode_##NAME##_m4, W, A, 4, MANY, 2, false)\n"
+    only = re.sub(r"(#else .*?\n)#define SCHEME.*?(?=#define QUANTIZED)", one, main, count=1, flags=re.S)
     (work / "decode_gemm.hip").write_text(only)
     scheme, define = ("int4_w4a16_g32", "DECODE_INT4_W4A16=1") if "int4" in name else ("mxfp8", "DECODE_MXFP8=1")
     compiler = find_compiler(target.arch)

@@ -1,21 +1,23 @@
 // The decode kernels' target-specific half for sm_90: bulk copies into rings, tensor cores, clusters.
 //
 // Weights lie in tiles of 16 rows x 64 of K, in which lane l = 4 g + q finds what the matrix unit wants of it of rows g and
-// g + 8 together. e4m3 (layout `mma_tile`, sglang_amd_quant/layouts/mma_tile.py): k = 8 q ... 8 q + 7 of every MX block. Which k
-// a step of the matrix unit calls its own does not matter as long as B agrees, so activations are held with that order in mind.
-// e2m1 (layout `hopper_bf16`, kernels/triton/hopper_pack.py, shared with the prefill kernels): k as in PTX's fragments. int4
-// (layout `mma_int4` + `tile_group`): k as for e4m3; for few rows of x alone.
+// g + 8 together. Rows of e4m3 under one power of two (layout `hopper_e4m3`, kernels/triton/hopper_pack.py, shared with the prefill
+// kernels) and e2m1 (`hopper_bf16`, likewise): k as in PTX's fragments. e4m3 (layout `mma_tile`,
+// sglang_amd_quant/layouts/mma_tile.py): k = 8 q ... 8 q + 7 of every MX block; which k a step of the matrix unit calls its own does
+// not matter as long as B agrees, so activations are held with that order in mind. int4 (layout `mma_int4` + `tile_group`): k as for
+// e4m3; for few rows of x alone.
 //
-// Two ways to multiply them: few rows of x by mma.sync (decode_sm90_few.h), from WIDE_FROM on by wgmma (decode_sm90_many.h), where
-// another launch may have quantized x (decode_sm90_prepared.h).
+// Three ways to multiply them: quantized activations by wgmma in e4m3 (decode_sm90_rows.h); bf16 ones, if few rows, by mma.sync
+// (decode_sm90_few.h), from 16 on by wgmma (decode_sm90_many.h). For wgmma another launch may have prepared x
+// (decode_sm90_prepared.h).
 #pragma once
 #include "decode.h"
 #include "matrix.h"
 #include "hopper.h"
 #include "int4.h"
 
-/// e4m3: layout `mma_tile`. e2m1: layout `hopper_bf16`, whose scales are relative to a row's largest, which `factors` keeps.
-/// int4: layout `mma_int4`, two of whose tiles are one here if a group is as long.
+/// e4m3: layout `mma_tile`. e2m1: layout `hopper_bf16`; rows of either: `hopper_e4m3`. Both have scales relative to a row's largest,
+/// which `factors` keeps; rows of e4m3 have no others. int4: layout `mma_int4`, two of whose tiles are one here if a group is as long.
 template <Weight W>
 struct Tile {
     static constexpr int BLOCKS = W == Weight::int4_g128 ? 4 : 2;  // of 32 elements of a row: MX blocks
@@ -85,8 +87,8 @@ DEVICE void by_turns(int count, Each each, Settle settle) {
 template <Weight W, int M>
 constexpr bool THROUGHOUT = is_row(W) && M >= 16;
 
-/// A wave's weights, chunk by chunk, through a ring in shared memory. From WIDE_FROM on, waves that have no row
-/// tile of their own read the last one again, because the others cannot multiply without them.
+/// A wave's weights, chunk by chunk, through a ring in shared memory. Of waves that multiply together (`is_wide`),
+/// those that have no row tile of their own read the last one again, because the others cannot multiply without them.
 template <Weight W, int M>
 class Stream {
    public:
@@ -198,6 +200,7 @@ struct Totals;
 
 #include "decode_sm90_quantize.h"
 #include "decode_sm90_few.h"
+#include "decode_sm90_wide.h"
 #include "decode_sm90_many.h"
 #include "decode_sm90_rows.h"
 

@@ -1,0 +1,67 @@
+// What both ways of wgmma share: how activations lie in shared memory, how a block gets those that a launch in front has prepared, and
+// how its waves hand on what they have summed up.
+#pragma once
+
+/// 64 of K of M rows of activations, as the matrix unit reads them (`matrix_in_lds`): bf16, or with `is_row` weights e4m3.
+template <Weight W, int M>
+struct XTile {
+    static constexpr int ROW_BYTES = is_row(W) ? 64 : 128, BYTES = M * ROW_BYTES;
+
+    /// Where eight codes of e4m3 are, the piece `j` of 64 of K, of one row.
+    DEVICE static int place(int row, int j) { return row * ROW_BYTES + (j / 2 ^ row / 2 % 4) * 16 + j % 2 * 8; }
+
+    /// Keeps eight values, the piece `j` of 64 of K, of one row.
+    DEVICE static void keep(uint8_t* tile, int row, int j, const Words& values) {
+        uint8_t* to = tile + row * ROW_BYTES;
+        if constexpr (W == Weight::e2m1) {
+            store_words(to + (j ^ row % 8) * 16, values);
+        } else {  // lane q multiplies k = 8 q ... 8 q + 7 of an MX block, two of them in each half of two steps
+#pragma unroll
+            for (int p = 0; p < 4; p++)
+                *reinterpret_cast<uint32_t*>(to + ((j & 4 | p) ^ row % 8) * 16 + j % 4 * 4) = values.v[p];
+        }
+    }
+};
+
+/// Bytes of `m` rows of x in `XTile`s of `room` rows, behind which factors of rows are (decode_sm90_prepared.h).
+template <Weight W>
+DEVICE int64_t prepared_bytes(int m, int k, int room) {
+    return static_cast<int64_t>(ceil_div(m, room)) * room * ceil_div(k, Tile<W>::K) * XTile<W, 1>::BYTES;
+}
+
+/// All threads, before `fetch_prepared`.
+DEVICE void expect_prepared() {
+    if (thread_index() == 0) barrier_init(own_barriers() + 1), barriers_are_ready();
+    block_barrier();
+}
+
+/// All threads: the block's part of an x that a launch in front has prepared, into shared memory. Returns when it is there.
+template <Weight W, int M>
+DEVICE void fetch_prepared(const DecodeArgs& a, const Share& s, int first_row, uint8_t* to) {
+    uint64_t* barrier = own_barriers() + 1;
+    if (thread_index() == 0) {
+        const auto from = reinterpret_cast<const uint8_t*>(a.workspace);
+        const int64_t tile = static_cast<int64_t>(first_row / M) * s.tiles + s.block_first;
+        barrier_expect(barrier, s.block_tiles * XTile<W, M>::BYTES);
+        bulk_copy(to, from + tile * XTile<W, M>::BYTES, s.block_tiles * XTile<W, M>::BYTES, barrier);
+    }
+    barrier_wait(barrier, 0);
+}
+
+/// `store(row, column, values of four columns)` for all that this lane has of a sum of wgmma: rows g and g + 8 (g = l / 4), columns
+/// 2 q and 2 q + 1 of every eight. Neighbours trade rows for columns.
+template <int Sets, typename Store>
+DEVICE void each_by_fours(const float (&sum)[Sets][4], int columns, Store store) {
+    const int g = lane_index() / 4, q = lane_index() % 4, odd = q % 2;
+#pragma unroll
+    for (int set = 0; set < Sets; set++) {
+        const float(&mine)[4] = sum[set];
+        const float theirs[2] = {shuffle_xor(odd ? mine[0] : mine[2], 1), shuffle_xor(odd ? mine[1] : mine[3], 1)};
+        const int column = 8 * set + q / 2 * 4;
+        if (column >= columns) continue;
+        if (odd)
+            store(g + 8, column, Floats<4>{theirs[0], theirs[1], mine[2], mine[3]});
+        else
+            store(g, column, Floats<4>{mine[0], mine[1], theirs[0], theirs[1]});
+    }
+}
