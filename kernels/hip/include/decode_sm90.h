@@ -83,9 +83,9 @@ DEVICE void by_turns(int count, Each each, Settle settle) {
     }
 }
 
-/// Where registers suffice to multiply throughout.
-template <Weight W, int M>
-constexpr bool THROUGHOUT = is_row(W) && M >= 16;
+/// Where registers suffice to multiply throughout; streaming x takes fewer.
+template <Weight W, int M, bool Streaming>
+constexpr bool THROUGHOUT = is_row(W) && M >= 16 && (M < 64 || Streaming);
 
 /// A wave's weights, chunk by chunk, through a ring in shared memory. Of waves that multiply together (`is_wide`),
 /// those that have no row tile of their own read the last one again, because the others cannot multiply without them.
@@ -127,7 +127,7 @@ class Stream {
                 if (Together > 1 && t < count) each(t, first + t, Number<1>{});
             } else {
                 begin();
-                by_turns<THROUGHOUT<W, M>>(count, [&](int t) { each(t, first + t, Number<1>{}); }, settle);
+                by_turns<THROUGHOUT<W, M, false>>(count, [&](int t) { each(t, first + t, Number<1>{}); }, settle);
             }
             release();
         }
