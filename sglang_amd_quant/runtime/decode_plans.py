@@ -154,14 +154,14 @@ _WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
     ("e4m3", 16): ((4, 1, 16, 2, 4), (8, 2, 8, 2, 2), (8, 1, 12, 2, 3), (4, 1, 16, 2, 2)),
     ("e4m3", 32): ((8, 1, 12, 2, 4), (4, 2, 4, 3, 4, 1), (8, 1, 12, 2, 3), (1, 4, 4, 3, 2, 1)),
     ("e4m3", 64): ((1, 1, 16, 4, 2, 1), (4, 2, 4, 4, 2, 1), (8, 1, 12, 4, 2, 1), (1, 4, 4, 4, 1, 1)),
-    ("row_e2m1", 1): ((2, 4, 4, 4, 4), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
-    ("row_e2m1", 4): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
+    ("row_e2m1", 1): ((2, 4, 4, 4, 4), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 1, 12)),
+    ("row_e2m1", 4): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 1, 12)),
     ("row_e2m1", 8): ((8, 1, 16, 4, 4), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 4)),
     ("row_e2m1", 16): ((8, 1, 16, 2, 8), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 1, 8, 1)),
     ("row_e2m1", 32): ((1, 1, 8, 2, 8, 1), (4, 2, 4, 2, 6, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 1, 8, 1)),
     ("row_e2m1", 64): ((1, 1, 16, 4, 4, 1), (4, 2, 4, 2, 6, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 1, 8, 1)),
     ("row_e4m3", 1): ((2, 4, 4, 2, 4), (8, 1, 4, 1, 12), (8, 1, 8, 1, 12), (2, 1, 8, 1, 12)),
-    ("row_e4m3", 4): ((8, 1, 12, 2, 8), (8, 1, 12, 1, 12), (8, 1, 8, 1, 12), (4, 1, 8, 1, 6)),
+    ("row_e4m3", 4): ((8, 1, 12, 2, 8), (8, 1, 4, 1, 12), (8, 1, 8, 1, 12), (4, 1, 4, 1, 8)),
     ("row_e4m3", 8): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 2)),
     ("row_e4m3", 16): ((8, 2, 8, 2, 4), (8, 1, 16, 1, 12), (8, 1, 12, 4, 3), (4, 1, 8, 2, 3)),
     ("row_e4m3", 32): ((2, 2, 4, 2, 4, -1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 2, 3, -1)),
@@ -186,8 +186,9 @@ def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int) -> Sha
     ]
 
 
-def _distance(plan: DecodePlan, w: _Weights, wanted: Shape, row_tiles: int, cu_count: int) -> float:
-    """How far a plan is from what is wanted, in powers of two; idle multiprocessors and uneven shares count double."""
+def _distance(plan: DecodePlan, w: _Weights, wanted: Shape, tiles: int, row_tiles: int, cu_count: int) -> float:
+    """How far a plan is from what is wanted, in powers of two; idle multiprocessors and uneven shares count double, and
+    a wave that must wait for a second chunk with nothing under way as one more."""
     split, waves_k, waves_n, depth, chunk, share = (*wanted, 0)[:6]
     blocks = plan.groups * plan.split
     idle = max(0.0, math.log2(min(cu_count, row_tiles * split * waves_k) / blocks) - 0.7)
@@ -203,7 +204,8 @@ def _distance(plan: DecodePlan, w: _Weights, wanted: Shape, row_tiles: int, cu_c
     ring = abs(math.log2(plan.depth * plan.chunk / (depth * chunk))) + 0.5 * abs(math.log2(plan.depth / depth))
     waves = abs(math.log2(plan.waves / (waves_k * waves_n))) + 0.5 * abs(math.log2(plan.waves_n / waves_n))
     other = abs(math.log2(plan.share / share)) if min(plan.share, share) > 0 else 2 * (plan.share != share)
-    return 2 * (idle + uneven) + ways + 0.5 * (waves + ring + other)
+    waits = plan.depth == 1 and plan.chunk * plan.split * plan.waves_k < tiles
+    return 2 * (idle + uneven) + ways + 0.5 * (waves + ring + other) + waits
 
 
 @cache
@@ -234,7 +236,7 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
 def _sorted(found: list[DecodePlan], w: _Weights, m: int, n: int, k: int, cu_count: int) -> tuple[DecodePlan, ...]:
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
     wanted = _wanted(w.kind, m, tiles, row_tiles, cu_count)
-    return tuple(sorted(found, key=lambda p: _distance(p, w, wanted, row_tiles, cu_count)))
+    return tuple(sorted(found, key=lambda p: _distance(p, w, wanted, tiles, row_tiles, cu_count)))
 
 
 def _in_clusters(cu_count: int, split: int) -> int:
