@@ -178,9 +178,8 @@ def group_gemm(
         )
     m, n = y.shape
     k = x.shape[-1]
-    tiles_m = triton.cdiv(m, config.block_m) if row_ids is None else row_ids.numel() // config.block_m
+    tiles_m, grid = config.grid(m, n, row_ids)
     constants = config.constants(w_format, group, top_k, k, arch) | layout_constants(layout)
-    grid = (tiles_m * triton.cdiv(n, config.block_n),)
     codes = w.view(torch.uint8 if w_format == "e4m3" else torch.int32)
     group_gemm_kernel[grid](
         x, codes, w_scales, bias, y, row_ids, block_experts, row_weights, m, n, k, tiles_m,

@@ -189,9 +189,8 @@ def mx_gemm(
     k = x.shape[-1] * (2 if element_of(x) == "e2m1" else 1)
     if layout != STRIDED and row_ids is not None:
         raise ValueError(f"grouped weights in layouts {layout}: the kernel finds experts in strided ones; keep them so")
-    tiles_m = triton.cdiv(m, config.block_m) if row_ids is None else row_ids.numel() // config.block_m
+    tiles_m, grid = config.grid(m, n, row_ids)
     constants = config.constants(element_of(x), element_of(w), top_k, k, arch) | layout_constants(layout)
-    grid = (tiles_m * triton.cdiv(n, config.block_n),)
     mx_gemm_kernel[grid](
         x, x_scales, w, w_scales, bias, y, row_ids, block_experts, row_weights, m, n, k, tiles_m,
         **constants, **config.options(arch),

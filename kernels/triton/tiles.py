@@ -121,6 +121,11 @@ class TileConfig:
             "XCDS": 8 if arch in ("gfx942", "gfx950") else 1,
         }
 
+    def grid(self, m: int, n: int, row_ids: torch.Tensor | None) -> tuple[int, tuple[int]]:
+        """Tiles along M of y [m, n], which `row_ids` [tiles * block_m] says where it is grouped; and programs."""
+        tiles_m = triton.cdiv(m, self.block_m) if row_ids is None else row_ids.numel() // self.block_m
+        return tiles_m, (tiles_m * triton.cdiv(n, self.block_n),)
+
     def options(self, arch: str) -> dict[str, int]:
         """Triton's compile options on an arch."""
         amd = {"matrix_instr_nonkdim": self.nonkdim} if self.nonkdim and arch.startswith("gfx9") else {}
