@@ -121,12 +121,13 @@ def bound(p: Problem, exact: torch.Tensor, values: torch.Tensor) -> torch.Tensor
     Quantized ones are e4m3, whose products the matrix unit adds in groups of 32 and the sum before, all cut off 13 bits
     below the largest (DeepSeek-V3 Technical Report, 3.3.2): 33 x 2^-13 of the running sum a group, 24 groups (12 tiles
     of 64) before sums are added as floats. Elements under a row's one scale are off by half of e4m3's least, 2^-10: of
-    x, whose largest is at least 2^7 (e2m1: 2) of that, and of w.
+    x, whose largest is at least 2^7 (e2m1: 2) of that, and of w. x in e4m3 is rounded once, under that scale, where
+    `exact` was under its block's: if that is another, half of its least, which is half as much or less, comes on top.
     """
     absolute = exact.abs() @ values.abs().T
     if p.scheme.act == "bf16":
         return p.k * 2.0**-23 * absolute + 1e-30
-    least_x = exact.abs().amax(1, keepdim=True) * 2.0 ** (-17 if p.scheme.act == "e4m3" else -11)
+    least_x = exact.abs().amax(1, keepdim=True) * (1.5 * 2.0**-17 if p.scheme.act == "e4m3" else 2.0**-11)
     least_w = torch.exp2(p.scales[0].amax(1).double() - 137)
     operands = least_x * values.abs().sum(1) + exact.abs().sum(1, keepdim=True) * least_w
     return 24 * 33 * 2.0**-13 * absolute + operands + 1e-40

@@ -19,34 +19,30 @@
 #include "decode_int4.h"
 #endif
 
-/// What this block finishes of a row group: rows from `first` on. With an activation behind them, row tiles alternate 8 gates and
-/// 8 ups.
+/// What this block finishes of a row group.
 template <Weight W, Act A, bool Grouped, typename AllSums>
 DEVICE void finish_group(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, const AllSums& sums, int group) {
     constexpr int COLUMNS = AllSums::COLUMNS;
+    if (TARGET_AMD && sums.owned == 0) return;  // of the blocks that share K the last one finishes all
+    const Output output = sums.output();
     const int first = group * s.waves_n * TILE_ROWS + sums.first;
-    const bool paired = late(a).activation != NO_ACTIVATION;
-    const int outputs = paired ? sums.owned / 2 : sums.owned, divisor = TARGET_AMD ? larger(outputs, 1) : outputs;
-    // A thread has one output, of as many columns as there are threads to every output. On AMD, of the blocks that share K only the
-    // last has any.
-    const int output = remainder_of(thread_index(), divisor), together = quotient(s.threads, divisor);
-    const int at = paired ? output / 8 * TILE_ROWS + output % 8 : output;
-    if (thread_index() >= together * outputs || first + at >= a.n) return;
-    for (int column = quotient(thread_index(), divisor) * COLUMNS; column < rows.count; column += together * COLUMNS) {
+    if (first + output.row >= a.n) return;
+    for (int column = output.first_column; column < rows.count; column += output.step) {
         const auto& e = late(a);
+        const bool paired = e.activation != NO_ACTIVATION;
         float gate[COLUMNS] = {}, value[COLUMNS] = {};
 #pragma unroll 1
         for (int half = 0; half <= paired; half++) {
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) gate[c] = value[c];
-            sums.sum(at + 8 * half, column, value);
-            finish<W, A>(e, s, rows.expert, first + at + 8 * half, value);
+            sums.sum(output.row + 8 * half, column, value);
+            finish<W, A>(e, s, rows.expert, first + output.row + 8 * half, value);
         }
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) {
             if (column + c >= rows.count) break;
             const float result = paired ? activated(gate[c], value[c], e) : value[c];
-            store_result(e, rows.out(e, column + c), (paired ? first / 2 : first) + output, result);
+            store_result(e, rows.out(e, column + c), (paired ? first / 2 : first) + output.number, result);
         }
     }
 }
@@ -67,6 +63,8 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     X x(a, s, lds);
     lds += X::bytes(a, s);
     Sums<X::ROOM> sums(a, s, lds, barriers);
+    sums.template look_ahead<W, A, M>(rows.expert, s.first_group);
+    sums.meet();
     if (!Grouped) wait_for_previous_launch();
     if constexpr (is_wide(W, M)) {
         x.stage(a, s, rows, [&] { stream.begin(a.depth); });
@@ -77,7 +75,6 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     block_barrier();
 
     for (int group = s.first_group; group < s.row_groups; group += s.groups) {
-        sums.template look_ahead<W, A, M>(rows.expert, group);
         Totals<W, A, M> totals;
         if (is_wide(W, M) || group * s.waves_n + s.wave_n < s.row_tiles)
             stream.template each_tile<X::TILES>(
@@ -93,7 +90,10 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
         totals.join(x);
         sums.hand_over(totals, rows.count, group == s.first_group);
         finish_group<W, A>(a, s, rows, sums, group);
-        if (group + s.groups < s.row_groups) sums.done();
+        if (group + s.groups < s.row_groups) {
+            sums.done();
+            sums.template look_ahead<W, A, M>(rows.expert, group + s.groups);
+        }
     }
 }
 
@@ -113,8 +113,8 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     uint8_t* weights = rings + XRing<W, M>::bytes(a);
     Stream<W, M> stream(a, s, 0, weights + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + (2 + wave_index()) * a.depth);
     XRing<W, M> x(a, s, rings, barriers + OWN_BARRIERS);
-    const int reused = larger(XRing<W, M>::bytes(a) + waves * Stream<W, M>::bytes(a), PreparedSums<M>::wave_bytes(a));
-    PreparedSums<M> sums(a, s, rings, rings + reused, barriers);
+    const int reused = larger(XRing<W, M>::bytes(a) + waves * Stream<W, M>::bytes(a), PreparedSums<W, M>::wave_bytes(a));
+    PreparedSums<W, M> sums(a, s, rings, rings + reused, barriers);
     sums.template look_ahead<W, A, M>(0, group);
     const bool in_cluster = cluster_blocks() > 1;
     if (in_cluster) cluster_arrive();
@@ -122,6 +122,7 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     wait_for_previous_launch();
     if (in_cluster) cluster_wait();
     x.begin(rows.first / M);
+    sums.begin(rows.first / M);
     stream.begin(a.depth);
 
     Totals<W, A, M> totals;
@@ -135,7 +136,6 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
         }
         x.release();
     }
-    totals.join(x);
     sums.hand_over(totals, rows.count);
     finish_group<W, A>(a, s, rows, sums, group);
 }

@@ -284,11 +284,12 @@ def _enumerate(
 
 def prepared_lds(w: _Weights, rows: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int) -> int:
     """Shared memory of a block that multiplies a prepared x: barriers, rings, which partial sums of waves use again,
-    row factors, and the partial sums of the blocks that share K."""
+    factors of rows, and the partial sums of the blocks that share K."""
     of_rows = waves_n * TILE_ROWS * (rows + 4) * 4
     barriers = _barriers((2 + waves_k * waves_n) * depth)
     rings = 1024 + depth * waves_k * chunk * (TILE_K * w.x_bytes * rows + waves_n * w.tile_bytes)
-    return barriers + max(rings, waves_k * of_rows) + 8 * waves_n * TILE_ROWS // split + (of_rows if split > 1 else 0)
+    factors = 8 * waves_n * TILE_ROWS // split + (4 * rows if w.x_bytes == 1 else 0)
+    return barriers + max(rings, waves_k * of_rows) + factors + (of_rows if split > 1 else 0)
 
 
 def _enumerate_prepared(w: _Weights, rows: int, n: int, k: int, pairs: bool) -> list[DecodePlan]:

@@ -61,6 +61,15 @@ DEVICE int opaque(int value) {
     return value;
 }
 
+/// `value`, which the compiler takes for another from here on: on sm_90 what is computed of it is neither computed before this (where
+/// everybody waits for something, and would wait for that too) nor, if this comes early, after.
+DEVICE int anew(int value) {
+#if TARGET_SM90
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
+}
+
 /// a / b, of 0 <= a < 2^20 and b > 0. On sm_90 by the float unit, for a fraction of an integer division's instructions: (a + 1/2) / b
 /// is at least 1 / 2b from the next integer, and comes out wrong by 2^-22 of it at most.
 DEVICE int quotient(int a, int b) {
@@ -72,6 +81,14 @@ DEVICE int quotient(int a, int b) {
 }
 
 DEVICE int remainder_of(int a, int b) { return TARGET_SM90 ? a - quotient(a, b) * b : a % b; }
+
+/// Divides by a number that is known long before: of(a) = a / by, 0 <= a < 512, 0 < by <= 256. On sm_90 `factor` is 2^17 / by rounded
+/// up, so that a * factor is above 2^17 a / by by less than 2^17 / by.
+struct Divisor {
+    int by, factor;
+    DEVICE explicit Divisor(int by) : by(by), factor(TARGET_SM90 ? anew(quotient((1 << 17) - 1 + by, by)) : 0) {}
+    DEVICE int of(int a) const { return TARGET_SM90 ? a * factor >> 17 : a / by; }
+};
 
 /// a / b, of a >= 0; sm_90's plans share by powers of two.
 DEVICE int shared_by(int a, int b) { return TARGET_SM90 ? a >> (31 - __builtin_clz(b)) : a / b; }
@@ -108,6 +125,25 @@ struct Share {
     DEVICE void take_turns(const DecodeArgs& a) {
         wave_first = block_first + wave_k * a.chunk, wave_end = block_first + block_tiles;
         wave_step = a.waves_k * a.chunk;
+    }
+};
+
+/// Results that a block finishes of a row group, of which it owns so many rows: half as many, of a gate and an up each, with an activation
+/// behind them.
+DEVICE int outputs_of(const DecodeArgs& a, int owned) { return a.activation == NO_ACTIVATION ? owned : owned / 2; }
+
+/// What a thread finishes of a row group: one result, of as many columns as there are threads to every result. Row tiles alternate 8
+/// gates and 8 ups.
+struct Output {
+    int number, row;         // in the block's part of the group: of the result, and of the (first) packed row
+    int first_column, step;  // of x
+
+    /// `columns` are finished together.
+    DEVICE Output(const DecodeArgs& a, const Share& s, const Divisor& outputs, int columns) {
+        const int thread = anew(thread_index()), set = outputs.of(thread), together = outputs.of(s.threads);
+        number = thread - set * outputs.by;
+        row = a.activation == NO_ACTIVATION ? number : number / 8 * TILE_ROWS + number % 8;
+        first_column = set < together ? set * columns : 1 << 30, step = together * columns;
     }
 };
 

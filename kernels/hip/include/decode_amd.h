@@ -332,6 +332,11 @@ class Sums {
         total[0] = ranks > 1 ? sum_of_ranks(row, column) : sum_of_waves(row, column);
     }
 
+    DEVICE Output output() const {
+        const DecodeArgs e = late(a);
+        return {e, s, Divisor(larger(outputs_of(e, owned), 1)), COLUMNS};
+    }
+    DEVICE void meet() const {}
     DEVICE void done() const {}
 
    private:

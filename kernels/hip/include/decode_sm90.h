@@ -219,11 +219,9 @@ class OwnedRows {
     int owned, first;     // rows of the group, from which on
     float *times, *plus;  // of every owned row: what its sums are multiplied by, and what is added then
 
-    DEVICE OwnedRows(const DecodeArgs& a, const Share& s, uint8_t* lds) : a(a), s(s) {
-        owned = shared_by(a.waves_n * TILE_ROWS, a.split), first = s.rank * owned;
-        times = reinterpret_cast<float*>(lds);
-        plus = times + owned;
-    }
+    DEVICE OwnedRows(const DecodeArgs& a, const Share& s, uint8_t* lds)
+        : owned(shared_by(a.waves_n * TILE_ROWS, a.split)), first(s.rank * owned), times(reinterpret_cast<float*>(lds)),
+          plus(times + owned), a(a), s(s), of_owner(owned), outputs(outputs_of(a, owned)) {}
 
     /// Loads, before they are needed, what one of the owned rows is multiplied by and what is added to it.
     template <Weight W, Act A, int M>
@@ -258,6 +256,7 @@ class OwnedRows {
 
     const DecodeArgs& a;
     const Share& s;
+    const Divisor of_owner, outputs;  // rows of a group that a block finishes, and what becomes of them
 
    private:
     float my_times = 1, my_plus = 0;
@@ -274,27 +273,33 @@ class Sums : public OwnedRows {
    public:
     static constexpr int COLUMNS = Room < 16 ? 1 : 4;  // that one thread finishes together
 
-    DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier) : OwnedRows(a, s, lds), barrier(barrier) {
+    DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier)
+        : OwnedRows(a, s, lds), barrier(barrier), place(anew(s.rank * a.waves_k + s.wave_k)) {
         partial = plus + owned;
         if (a.split == 1) return;
         if (thread_index() == 0) barrier_init(barrier), barriers_are_ready();
         cluster_arrive();
     }
 
+    /// Waits until all blocks that share K have started.
+    DEVICE void meet() const {
+        if (a.split > 1) cluster_wait();
+    }
+
     /// All threads: sums up, and tells every thread of the block what was loaded ahead.
     template <typename T>
     DEVICE void hand_over(const T& totals, int columns, bool first_group) {
         if (a.split > 1) {
-            cluster_wait();  // all ranks have started, and are done with the sums of the group before
+            if (!first_group) cluster_wait();  // all ranks are done with the sums of the group before
             const int handed_on = ceil_div(smaller(columns, Room), T::TOGETHER) * T::TOGETHER;  // of a row
             if (thread_index() == 0) barrier_expect(barrier, (a.split - 1) * a.waves_k * owned * handed_on * 4);
         } else if (!first_group) {
             block_barrier();
         }
-        float* slot = partial + (s.rank * a.waves_k + s.wave_k) * owned * PITCH;
+        float* slot = partial + place * owned * PITCH;
         totals.each(columns, [&](int row, int column, const auto& values) {
             row += s.wave_n * TILE_ROWS;
-            const int owner = quotient(row, owned);
+            const int owner = of_owner.of(row);
             float* to = slot + (row - owner * owned) * PITCH + column;
             if (owner == s.rank)
                 *reinterpret_cast<Floats<T::TOGETHER>*>(to) = values;
@@ -305,6 +310,8 @@ class Sums : public OwnedRows {
         block_barrier();
         if (a.split > 1) barrier_wait(barrier, parity), parity ^= 1;
     }
+
+    DEVICE Output output() const { return {a, s, outputs, COLUMNS}; }
 
     /// The finished sums of an owned row, columns `column` ... , in an order that never changes.
     DEVICE void sum(int row, int column, float (&total)[COLUMNS]) const {
@@ -318,6 +325,7 @@ class Sums : public OwnedRows {
 
    private:
     uint64_t* barrier;
+    const int place;  // of this wave's sums among those of their rows
     float* partial;
     uint32_t parity = 0;
 };

@@ -31,17 +31,13 @@ DEVICE void prepare_row(const uint16_t* x, const float* x_scale, uint8_t* prepar
     const auto load = [&](int piece) { return 8 * piece < k ? load_words(x + row * x_stride + 8 * piece) : Words{}; };
     wait_for_previous_launch();
     Words held[HELD];
-    uint32_t pair = 0;
-    const auto look_at = [&](const Words& eight) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) pair = __vmaxu2(pair, eight.v[i] & 0x7fff7fffu);
-    };
+    uint32_t mine = 0;
 #pragma unroll
     for (int u = 0; u < HELD; u++) held[u] = load(u * THREADS + thread_index());
 #pragma unroll
-    for (int u = 0; u < HELD; u++) look_at(held[u]);
-    for (int piece = HELD * THREADS + thread_index(); piece < pieces; piece += THREADS) look_at(load(piece));
-    const uint32_t mine = max_lanes<WAVE>(larger(pair << 16, pair & 0xffff0000u));
+    for (int u = 0; u < HELD; u++) mine = larger(mine, largest_of(held[u]));
+    for (int piece = HELD * THREADS + thread_index(); piece < pieces; piece += THREADS) mine = larger(mine, largest_of(load(piece)));
+    mine = largest_in_wave(mine);
     const int wave = wave_index();
     if (lane_index() == 0) of_waves[wave] = mine;
     block_barrier();
@@ -53,10 +49,10 @@ DEVICE void prepare_row(const uint16_t* x, const float* x_scale, uint8_t* prepar
 
     uint8_t* to = prepared + static_cast<int64_t>(shared_by(row, room)) * tiles * room * XTile<W, 1>::BYTES;
     const auto put = [&](const Words& eight, int piece) {
-        const int own = exponent_of<A>(largest_of_block(eight), carry);
+        const Codes codes = row_codes<A>(eight, exponent, carry, static_scale);
         if (piece >= pieces) return;
         uint8_t* place = to + piece / 8 * room * XTile<W, 1>::BYTES + XTile<W, 1>::place(row & (room - 1), piece % 8);
-        *reinterpret_cast<Codes*>(place) = row_codes<A>(eight, own, exponent, static_scale);
+        *reinterpret_cast<Codes*>(place) = codes;
     };
 #pragma unroll
     for (int u = 0; u < HELD; u++) put(held[u], u * THREADS + thread_index());
@@ -97,7 +93,6 @@ class XRing {
     DEVICE void begin(int row_block) {
         next = reinterpret_cast<const uint8_t*>(a.x) +
                (static_cast<int64_t>(row_block) * s.tiles + s.block_first) * XTile<W, M>::BYTES;
-        factors = reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(a.x) + prepared_bytes<W>(a.m, a.k, M)) + row_block * M;
         if (wave != 0) return;
         for (int i = 0; i < smaller(a.depth, stages); i++) fetch(i, i);
     }
@@ -126,9 +121,6 @@ class XRing {
         return matrix_in_lds(lds) + tile * (XTile<W, M>::BYTES / 16) + step * 2;
     }
 
-    /// What sums of row `i` are to be multiplied by, of `is_row` weights.
-    DEVICE float factor(int i) const { return factors[i]; }
-
     int stages;
 
    private:
@@ -152,7 +144,6 @@ class XRing {
     const Share& s;
     uint8_t* lds;
     const uint8_t* next;
-    const float* factors;
     uint64_t *full, *empty;
     const int wave = wave_index();
     int share, at_stage = 0, number = 0;
@@ -161,7 +152,7 @@ class XRing {
 
 /// Partial sums: first of the waves that share K, [wave_k][row][column], where the rings were; then, sent to the blocks that own
 /// the rows, of the blocks that share K, [rank][owned row][column].
-template <int Room>
+template <Weight W, int Room>
 class PreparedSums : public OwnedRows {
     static constexpr int PITCH = Room + 4;  // floats from row to row: stores and loads meet in few banks
 
@@ -169,17 +160,25 @@ class PreparedSums : public OwnedRows {
     static constexpr int COLUMNS = 4;  // that one thread finishes together
 
     DEVICE PreparedSums(const DecodeArgs& a, const Share& s, uint8_t* rings, uint8_t* lds, uint64_t* barrier)
-        : OwnedRows(a, s, lds), barrier(barrier), of_waves(reinterpret_cast<float*>(rings)), of_blocks(plus + owned) {
+        : OwnedRows(a, s, lds), barrier(barrier), of_waves(reinterpret_cast<float*>(rings)), factors(plus + owned),
+          of_blocks(factors + (is_row(W) ? Room : 0)) {
         if (thread_index() == 0) barrier_init(barrier), barriers_are_ready();
     }
+
+    /// Once x is there: fetches what its rows' sums are to be multiplied by.
+    DEVICE void begin(int row_block) {
+        if (is_row(W) && thread_index() < Room) factors[thread_index()] = prepared_factors<W>(a, a.x, Room)[row_block * Room + thread_index()];
+    }
+    DEVICE float factor(int i) const { return factors[i]; }
 
     DEVICE static int wave_bytes(const DecodeArgs& a) { return a.waves_k * a.waves_n * TILE_ROWS * PITCH * 4; }
 
     /// All threads: sums up.
     template <typename T>
-    DEVICE void hand_over(const T& totals, int columns) {
+    DEVICE void hand_over(T& totals, int columns) {
         const int rows = a.waves_n * TILE_ROWS;
         block_barrier();  // nobody reads the rings any more
+        totals.join(*this);
         float* mine = of_waves + (s.wave_k * a.waves_n + s.wave_n) * TILE_ROWS * PITCH;
         totals.each(columns, [&](int row, int column, const auto& values) {
             *reinterpret_cast<Floats<T::TOGETHER>*>(mine + row * PITCH + column) = values;
@@ -190,7 +189,7 @@ class PreparedSums : public OwnedRows {
         const int quads = ceil_div(columns, COLUMNS), first_rank = cluster_rank() - s.rank;
         if (thread_index() == 0) barrier_expect(barrier, a.split * owned * quads * COLUMNS * 4);
         for (int j = thread_index(); j < rows * quads; j += s.threads) {
-            const int set = quotient(j, rows), row = j - set * rows, column = set * COLUMNS, owned_by = quotient(row, owned);
+            const int set = quotient(j, rows), row = j - set * rows, column = set * COLUMNS, owned_by = of_owner.of(row);
             const int owner = first_rank + owned_by;
             Floats<COLUMNS> total = {};
             for (int i = 0; i < a.waves_k; i++) {
@@ -204,6 +203,8 @@ class PreparedSums : public OwnedRows {
         barrier_wait(barrier, 0);
     }
 
+    DEVICE Output output() const { return {a, s, outputs, COLUMNS}; }
+
     /// The finished sums of an owned row, columns `column` ... , in an order that never changes.
     DEVICE void sum(int row, int column, float (&total)[COLUMNS]) const {
         const bool split = a.split > 1;
@@ -212,5 +213,5 @@ class PreparedSums : public OwnedRows {
 
    private:
     uint64_t* barrier;
-    float *of_waves, *of_blocks;
+    float *of_waves, *factors, *of_blocks;
 };

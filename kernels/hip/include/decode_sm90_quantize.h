@@ -1,15 +1,19 @@
 // What becomes of activations on sm_90: bf16 is brought into the range of halves or left as it is, the rest becomes e4m3 codes.
 #pragma once
 
-/// Magnitude, as a float's bits, of the largest of 32 values, of which four neighbouring lanes have eight each.
-DEVICE uint32_t largest_of_block(const Words& x) {
+/// Magnitude, as a float's bits, of the largest of eight values, ...
+DEVICE uint32_t largest_of(const Words& x) {
     uint32_t pair = 0;  // magnitudes of bf16 order as integers do
 #pragma unroll
     for (int i = 0; i < 4; i++) pair = __vmaxu2(pair, x.v[i] & 0x7fff7fffu);
-    pair = __vmaxu2(pair, shuffle_xor(pair, 1));
-    pair = __vmaxu2(pair, shuffle_xor(pair, 2));
     return larger(pair << 16, pair & 0xffff0000u);
 }
+
+/// ... of 32, of which four neighbouring lanes have eight each, ...
+DEVICE uint32_t largest_of_block(const Words& x) { return max_lanes<4>(largest_of(x)); }
+
+/// ... and of what the lanes of a wave have.
+DEVICE uint32_t largest_in_wave(uint32_t largest) { return __reduce_max_sync(0xffffffffu, largest); }
 
 /// A block of 32 bf16 activations, of which four neighbouring lanes have eight each, brought up to 2^14..2^15 for halves; `factor`
 /// undoes that. A bf16 has 8 significant bits, so what lies within 2^-28 of the largest is exact.
@@ -65,11 +69,37 @@ DEVICE Codes shifted_e4m3(const Codes& codes, int octaves) {
     return out;
 }
 
-/// `codes_of_activations` whose block has exponent `own`, under the exponent `of_row`.
+/// Two bf16 of 2^exponent, -127 <= exponent < 128.
+DEVICE Bf16x2 power_bf16x2(int exponent) { return (exponent < -126 ? 0x40u : static_cast<uint32_t>(exponent + 127) << 7) * 0x10001u; }
+
+/// `carry` from which on no element of a block is beyond e4m3's largest (formats/mx.py: ScaleMode.RCEIL).
+constexpr int NONE_BEYOND = 0x1fffff;
+
+/// Eight activations, of which four neighbouring lanes have a block, under the exponent of their row, which is no less than the block's.
+///
+/// e4m3 is rounded once: an element keeps as many bits under either scale, but for those below 2^-6 of the row's.
 template <Act A>
-DEVICE Codes row_codes(const Words& x, int own, int of_row, float static_scale) {
-    const Codes codes = codes_of_activations<A>(x, own, static_scale);
-    return A != Act::fp8_static && own < of_row ? shifted_e4m3(codes, of_row - own) : codes;
+DEVICE Codes row_codes(const Words& x, int of_row, int carry, float static_scale) {
+    if constexpr (A == Act::e4m3) {
+        Words v = x;
+        if (carry < NONE_BEYOND) {  // what is beyond 448 times its block's scale saturates
+            const Bf16x2 most = times_bf16(power_bf16x2(exponent_of<A>(largest_of_block(x), carry) - 127), 0x43e043e0u);
+#pragma unroll
+            for (int i = 0; i < 4; i++) v.v[i] = clamp_bf16(x.v[i], most);
+        }
+        const Bf16x2 up = power_bf16x2(127 - of_row);
+        float scaled[8];
+#pragma unroll
+        for (int i = 0; i < 4; i++) v.v[i] = times_bf16(v.v[i], up);
+        floats_from_words(v, scaled);
+        return {e4m3_from_floats({scaled[0], scaled[1], scaled[2], scaled[3]}),
+                e4m3_from_floats({scaled[4], scaled[5], scaled[6], scaled[7]})};
+    } else if constexpr (A == Act::e2m1) {
+        const int own = exponent_of<A>(largest_of_block(x), carry);
+        return shifted_e4m3(codes_of_activations<A>(x, own, static_scale), larger(of_row - own, 0));
+    } else {
+        return codes_of_activations<A>(x, of_row, static_scale);
+    }
 }
 
 /// Pieces of x, of eight values: which rows of the block they are of, and where along K.
@@ -83,12 +113,14 @@ struct Batch {
 template <Weight W>
 struct Pieces {
     int count, base, i, j, step_i, step_j;
+    bool whole;  // a wave's pieces are of one row
 
     DEVICE explicit Pieces(const Share& s)
-        : count(s.block_tiles * Tile<W>::K / 8), base(s.block_first * Tile<W>::K), i(1 << 30), j(0), step_i(0), step_j(0) {
+        : count(s.block_tiles * Tile<W>::K / 8), base(s.block_first * Tile<W>::K), i(1 << 30), j(0), step_i(0), step_j(0),
+          whole(count % WAVE == 0) {
         if (count == 0) return;
-        i = quotient(thread_index(), count), j = thread_index() - i * count;
-        step_i = quotient(s.threads, count), step_j = s.threads - step_i * count;
+        i = anew(quotient(thread_index(), count)), j = thread_index() - i * count;
+        step_i = anew(quotient(s.threads, count)), step_j = s.threads - step_i * count;
     }
 
     /// Whether a lane of the wave has any left.

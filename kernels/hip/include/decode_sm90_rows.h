@@ -13,13 +13,13 @@ struct Activations<W, A, M, Way::ROWS> {
     static constexpr float UNLIFT = 1.0f;
 
     uint8_t* values;
-    uint32_t* largest;               // magnitude in a row, as a float's bits ...
-    const float* factors = nullptr;  // ... or what a launch in front has found
+    uint32_t* largest;  // magnitude in a row, as a float's bits; or the row's factor, found by a launch in front
     int carry;
+    bool prepared;
     float static_scale = 1;
     Pieces<W> pieces;
 
-    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : values(matrix_aligned(lds)), carry(a.carry), pieces(s) {
+    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : values(matrix_aligned(lds)), carry(a.carry), prepared(a.workspace != nullptr), pieces(s) {
         largest = reinterpret_cast<uint32_t*>(values + s.most_tiles(a) * XTile<W, M>::BYTES);
         if (thread_index() < M) largest[thread_index()] = 0;
         expect_prepared();
@@ -29,17 +29,18 @@ struct Activations<W, A, M, Way::ROWS> {
     /// All threads: quantizes the block's part of x. Visible to the block's matrix instructions after its next barrier.
     template <bool Grouped, typename Meanwhile>
     DEVICE void stage(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, Meanwhile meanwhile) {
-        if (a.workspace != nullptr) {
-            factors = a.workspace + prepared_bytes<W>(a.m, a.k, M) / 4 + rows.first;
+        if (prepared) {
+            if (thread_index() < M)
+                largest[thread_index()] = bits<uint32_t>(prepared_factors<W>(a, a.workspace, M)[rows.first + thread_index()]);
             return fetch_prepared<W, M>(a, s, rows.first, values);
         }
         if (A == Act::fp8_static) static_scale = *a.x_scale;
         const auto look_at = [&](const Words& eight, int i, int, bool wanted) {
-            const uint32_t of_block = largest_of_block(eight);
-            if (wanted && lane_index() % 4 == 0) atomicMax(largest + i, of_block);
+            const uint32_t of_lane = largest_of(eight), of_all = pieces.whole ? largest_in_wave(of_lane) : max_lanes<4>(of_lane);
+            if (wanted && (lane_index() & (pieces.whole ? WAVE - 1 : 3)) == 0) atomicMax(largest + i, of_all);
         };
         const auto take = [&](const Words& eight, int i, int j, bool wanted) { keep(eight, i, j, wanted); };
-        const auto held = pieces.template next<A == Act::fp8_static ? 2 : 4>(a, rows);  // the others are loaded twice
+        const auto held = pieces.template next<A == Act::fp8_static || M == 8 ? 2 : 4>(a, rows);  // the others are loaded twice
         meanwhile();
         if constexpr (A != Act::fp8_static) {
             each_piece(held, rows, look_at);
@@ -58,17 +59,15 @@ struct Activations<W, A, M, Way::ROWS> {
 
     /// What sums of row `i` are to be multiplied by.
     DEVICE float factor(int i) const {
-        if (factors != nullptr) return factors[i];
+        if (prepared) return bits<float>(largest[i]);
         return A == Act::fp8_static ? 1.0f : float_from_e8m0(exponent_of<A>(largest[i], carry));
     }
 
    private:
     /// Eight values, piece `j` along K, of row `i`.
     DEVICE void keep(const Words& x, int i, int j, bool wanted) {
-        const uint32_t of_block = largest_of_block(x);
-        if (!wanted) return;
-        Codes& codes = *reinterpret_cast<Codes*>(values + j / 8 * XTile<W, M>::BYTES + XTile<W, M>::place(i, j % 8));
-        codes = row_codes<A>(x, exponent_of<A>(of_block, carry), exponent_of<A>(largest[i], carry), static_scale);
+        const Codes codes = row_codes<A>(x, wanted ? exponent_of<A>(largest[i], carry) : 0, carry, static_scale);
+        if (wanted) *reinterpret_cast<Codes*>(values + j / 8 * XTile<W, M>::BYTES + XTile<W, M>::place(i, j % 8)) = codes;
     }
 };
 
@@ -80,11 +79,25 @@ DEVICE uint32_t look_up(uint32_t low, uint32_t high, uint32_t selector) {
     return bytes;
 }
 
+// What logic and shifts would do as well, which take turns with `look_up` on one unit; this is the multipliers' work, which are idle.
+/// Byte `i` of a word.
+DEVICE uint32_t byte_of(uint32_t word, int i) {
+    uint32_t byte;
+    asm("dp4a.u32.u32 %0, %1, %2, 0;" : "=r"(byte) : "r"(word), "r"(1 << 8 * i));
+    return byte;
+}
+
+DEVICE uint32_t upper_half(uint32_t word) {
+    uint32_t half;
+    asm("dp2a.lo.u32.u32 %0, %1, 256, 0;" : "=r"(half) : "r"(word));
+    return half;
+}
+
 /// e4m3 of the magnitudes 0, .5, 1, 1.5 and 2, 3, 4, 6, times 2^(step - 5), 0 <= step < 12 being byte `i` of a word.
 struct MagnitudesE4m3 {
     uint32_t low, high;
     DEVICE MagnitudesE4m3(uint32_t steps, int i) {
-        const uint32_t step = look_up(steps, 0, 0x4440 + i);
+        const uint32_t step = byte_of(steps, i);
         low = step * 0x08080800u + 0x14100800u, high = step * 0x08080808u + 0x24201c18u;
     }
 };
@@ -151,11 +164,12 @@ struct Totals<W, A, M, Way::ROWS> {
     /// Applies the scales of the rows of x.
     template <typename X>
     DEVICE void join(const X& x) {
+        const int column = anew(lane_index()) % 4 * 2;
 #pragma unroll
         for (int i = 0; i < M / 8; i++)
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                const float factor = x.factor(8 * i + lane_index() % 4 * 2 + c);
+                const float factor = x.factor(8 * i + column + c);
                 sum[i][c] *= factor, sum[i][c + 2] *= factor;
             }
     }
@@ -177,7 +191,7 @@ struct Totals<W, A, M, Way::ROWS> {
             for (int i = row; i < 4; i += 2) {
                 const uint32_t word = ahead.v[i], magnitudes = word & 0x77777777u;
                 fragments[0][i] = look_up(first.low, first.high, magnitudes) | (word & 0x80808080u);
-                fragments[1][i] = look_up(second.low, second.high, magnitudes >> 16) | (word << 4 & 0x80808080u);
+                fragments[1][i] = look_up(second.low, second.high, upper_half(magnitudes)) | (word << 4 & 0x80808080u);
             }
         }
     }

@@ -29,6 +29,11 @@ DEVICE int64_t prepared_bytes(int m, int k, int room) {
     return static_cast<int64_t>(ceil_div(m, room)) * room * ceil_div(k, Tile<W>::K) * XTile<W, 1>::BYTES;
 }
 
+template <Weight W>
+DEVICE const float* prepared_factors(const DecodeArgs& a, const void* prepared, int room) {
+    return reinterpret_cast<const float*>(static_cast<const uint8_t*>(prepared) + prepared_bytes<W>(a.m, a.k, room));
+}
+
 /// All threads, before `fetch_prepared`.
 DEVICE void expect_prepared() {
     if (thread_index() == 0) barrier_init(own_barriers() + 1), barriers_are_ready();
@@ -52,7 +57,7 @@ DEVICE void fetch_prepared(const DecodeArgs& a, const Share& s, int first_row, u
 /// 2 q and 2 q + 1 of every eight. Neighbours trade rows for columns.
 template <int Sets, typename Store>
 DEVICE void each_by_fours(const float (&sum)[Sets][4], int columns, Store store) {
-    const int g = lane_index() / 4, q = lane_index() % 4, odd = q % 2;
+    const int lane = anew(lane_index()), g = lane / 4, q = lane % 4, odd = q % 2;
 #pragma unroll
     for (int set = 0; set < Sets; set++) {
         const float(&mine)[4] = sum[set];
