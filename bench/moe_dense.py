@@ -19,7 +19,9 @@ from bench.moe_problem import relative
 from bench.timing import graph_us
 from sglang_amd_quant.formats import dequantize_mx
 from sglang_amd_quant.ops.triton_hopper import tile_of
+from sglang_amd_quant.schemes import SCHEMES as MX_SCHEMES
 from sglang_amd_quant.selection import GemmProblem, Selector
+from sglang_amd_quant.tensor import MxTensor
 
 NAME, K, N = "dense-8192-28672", 8192, 28672
 PEER_KEYS = ("humming_fp8", "humming_bf16", "cublas_bf16")
@@ -37,13 +39,12 @@ def measure(job: Job) -> Iterator[Row]:
             w = pack_hopper(data[None], scales[None], x_format)
             runs[f"ours {scheme}"] = partial(_ours, w=w, scheme=scheme, element=element)
     else:
-        dense = torch.cat(list(_parts(data, scales, torch.bfloat16))) if job.kernel == "cublas_bf16" else None
-        runs[job.kernel] = PEERS[job.kernel](data, scales, "e2m1", dense)
+        runs[job.kernel] = PEERS[job.kernel](MxTensor.canonical(data, scales, MX_SCHEMES["w4a8"]), torch.bfloat16)
     xs = {m: torch.randn(m, K, device="cuda", generator=g).bfloat16() for m in job.ms}
     errors = {}
     for m, x in xs.items():
         yield {"at": m}
-        want = torch.cat([x[:64].double() @ w.T for w in _parts(data, scales, torch.float64)], 1)
+        want = torch.cat([x[:64].double() @ w.T for w in _parts(data, scales)], 1)
         for name, run in runs.items():
             errors[name, m] = relative(run(x)[:64], want)
     torch.cuda.empty_cache()
@@ -64,7 +65,7 @@ def _ours(x: torch.Tensor, w: HopperWeights, scheme: str, element: str | None) -
     return linear_hopper(x, w, tile_of(choice.config), element=element)
 
 
-def _parts(data: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The weights in `dtype`, 2048 rows at a time."""
+def _parts(data: torch.Tensor, scales: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The weights in fp64, 2048 rows at a time."""
     for rows in zip(data.split(2048), scales.split(2048), strict=True):
-        yield dequantize_mx(*rows, "e2m1", dtype)
+        yield dequantize_mx(*rows, "e2m1", torch.float64)

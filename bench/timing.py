@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -38,3 +39,25 @@ def read_bandwidth() -> float:
     """Bytes a second that torch reads when it sums up 8 GiB."""
     data = torch.ones(1 << 31, dtype=torch.float32, device="cuda")
     return data.nbytes / graph_us([lambda: torch.sum(data)] * 2, replays=10) * 1e6
+
+
+def autotune_briefly() -> None:
+    """Have Triton's autotuners, such as gemlite's, time a configuration by 100 launches or so where they make 800.
+
+    They still try all their configurations, each with the L2 cold before every launch, and take the least median.
+    """
+    import triton.testing
+
+    # looked up by each when it first tunes; both are milliseconds, and clearing the L2 counts as well
+    triton.testing.do_bench = partial(triton.testing.do_bench, warmup=3, rep=12)
+
+
+def autotune_never() -> None:
+    """Have them compile all their configurations, run each once, and find them the same."""
+    import triton.testing
+
+    def run_once(launch: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
+        launch()
+        return [0.0 for _ in quantiles]
+
+    triton.testing.do_bench = run_once

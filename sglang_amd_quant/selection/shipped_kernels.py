@@ -68,7 +68,8 @@ def _decode_lds(problem: GemmProblem, config: Config) -> int:
     scales = 4096 // problem.group if int4 else 0 if problem.weight_bits == 8 else 32
     tile = problem.weight_bits * 128 + scales  # 16 rows x 64 of K; four waves, a tile each
     if rows > 8:
-        return 1280 + max(2 * (64 * rows * (1 if quantized else 2) + 4 * tile), 4 * 16 * (rows + 4) * 4) + 8 * 4 * 16 + (4 * rows if quantized else 0)
+        rings = max(2 * (64 * rows * (1 if quantized else 2) + 4 * tile), 4 * 16 * (rows + 4) * 4)
+        return 1280 + rings + 8 * 4 * 16 + (4 * rows if quantized else 0)
     tiles = -(-problem.k // 512)  # of 64 along K, of one block
     ring = 4 * 4 * min(12, max(1, -(-tiles // (16 if quantized else 64)))) * tile
     x = 1024 + tiles * rows * 64 if quantized else 16 + tiles * 2 * (rows * 68 + 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -31,8 +32,9 @@ def device(arch, needs):
 
 @pytest.mark.parametrize("scheme", MX)
 def test_random_shapes_and_plans(device, scheme):
-    """`bound` (bench/decode.py) derives the bounds."""
-    from bench.decode import Problem, Reference
+    """`bound` (bench/decode_problem.py) derives the bounds."""
+    from bench.decode_ours import launch
+    from bench.decode_problem import Problem, Reference
     from sglang_amd_quant.runtime.decode_plans import plans
 
     gpu, dice = device(scheme), random.Random(11)
@@ -43,20 +45,21 @@ def test_random_shapes_and_plans(device, scheme):
         found = plans(scheme, m, n, k, gpu.cu_count)
         reference = Reference(problem, m, seed)
         for plan in (found[0], dice.choice(found)):
-            assert reference.check(gpu, problem, plan) < 1e-3
+            assert reference.check(partial(launch, gpu, problem, 0, plan=plan), plan) < 1e-3
 
 
 @pytest.mark.parametrize(("scheme", "m"), [("w4a8", 1), ("w4a16", 16), ("mxfp8", 64)])
 def test_weights_beyond_two_gibibytes(device, scheme, m):
     """Rows whose byte offsets are no int32 give what the same rows give at the beginning."""
-    from bench.decode import Problem, Reference, launch
+    from bench.decode_ours import launch
+    from bench.decode_problem import Problem, Reference
     from sglang_amd_quant.runtime.decode_plans import plans
 
     gpu, n, k = device(scheme), 1024, 8192
     small = Problem(scheme, k, n, 3, sets=1)
     reference = Reference(small, m, 3)
     plan = plans(scheme, m, n, k, gpu.cu_count)[0]
-    assert reference.check(gpu, small, plan) < 1e-3
+    assert reference.check(partial(launch, gpu, small, 0, plan=plan), plan) < 1e-3
     copies = 2**31 // small.bytes + 2
     big = Problem(scheme, 32, 16, 3, sets=1)
     big.n, big.k = n * copies, k
@@ -73,13 +76,14 @@ def test_weights_beyond_two_gibibytes(device, scheme, m):
 @pytest.mark.parametrize("m", [1, 16, 64])
 @pytest.mark.parametrize("scheme", ["w4a8", "mxfp8"])
 def test_nan_scales_make_their_rows_nan(device, scheme, m):
-    from bench.decode import Problem, launch
+    from bench.decode_ours import launch
+    from bench.decode_problem import Problem, pack
     from sglang_amd_quant.runtime.decode_plans import plans
 
     gpu, n, k = device(scheme), 130, 1056
     problem = Problem(scheme, k, n, 5, sets=1)
-    problem.scales[0, 77, 3] = 255
-    problem.packed = [problem._pack(problem.codes[0], problem.scales[0])]
+    problem.weights[0].scales[77, 3] = 255
+    problem.packed = [pack(problem.weights[0])]
     x, _ = problem.activations(m, 1)
     y = torch.empty(m, n, device="cuda")
     for plan in plans(scheme, m, n, k, gpu.cu_count)[:8]:
@@ -90,7 +94,8 @@ def test_nan_scales_make_their_rows_nan(device, scheme, m):
 
 
 def test_the_same_bits_each_time(device):
-    from bench.decode import Problem, launch
+    from bench.decode_ours import launch
+    from bench.decode_problem import Problem
     from sglang_amd_quant.runtime.decode_plans import plans
 
     for scheme, m in (("w4a8", 1), ("mxfp8", 16), ("w4a16", 64)):
@@ -117,7 +122,8 @@ def every_way(scheme, m, n, k, cu_count, pairs=False):
 @pytest.mark.parametrize("scheme", ["w4a8", "mxfp4"])
 def test_activations_of_every_size(device, scheme, m):
     """Subnormal scales, blocks of zeros, single large values: rounding in pairs, and what it leaves to floats."""
-    from bench.decode import Problem, bound, launch
+    from bench.decode_ours import launch
+    from bench.decode_problem import Problem, bound
     from sglang_amd_quant import formats
 
     gpu, n, k = device(scheme), 400, 1056
@@ -143,7 +149,7 @@ def test_activations_of_every_size(device, scheme, m):
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("scheme", ["w4a8", "mxfp8"])
 def test_a_prepared_x_has_the_same_epilogue(device, scheme, activation):
-    from bench.decode import RELATIVE_ERROR, Problem, carry
+    from bench.decode_problem import RELATIVE_ERROR, Problem, carry
     from sglang_amd_quant.runtime.decode_gemm import Epilogue, decode_gemm
     from sglang_amd_quant.runtime.decode_plans import prepared_bytes
 

@@ -52,9 +52,9 @@ def as_loaded(plain):
 
 
 def close(layer, got, exact, k):
-    """As `assert_close`, but for rows of e4m3, whose products the matrix unit adds with 13 bits (bench/decode.py,
-    `bound`): there the whole result may be off by 2.5e-3, as measured for K 8192 where sums are never added as floats,
-    and by the rounding to bf16, at most 2^-9 of each element, which is half an ulp."""
+    """As `assert_close`, but for rows of e4m3, whose products the matrix unit adds with 13 bits (`bound` in
+    bench/decode_problem.py): there the whole result may be off by 2.5e-3, as measured for K 8192 where sums are never
+    added as floats, and by the rounding to bf16, at most 2^-9 of each element, which is half an ulp."""
     if layer.weight.layout.name == "hopper_e4m3":
         assert got.isfinite().all()
         assert (got.double() - exact[0]).norm() <= (2.5e-3 + 2.0**-9) * exact[0].norm()

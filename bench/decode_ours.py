@@ -1,0 +1,102 @@
+"""Our kernels in `bench.decode`: each way in which a problem can be launched, checked and timed."""
+
+from __future__ import annotations
+
+import bench.source_tree  # noqa: F401
+
+# isort: split
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from sglang_amd_quant.kernels.hip.manifest import FEW_M, find
+
+from bench.decode_problem import Problem, Reference, carry
+from bench.timing import graph_us
+from sglang_amd_quant.errors import UnsupportedError
+from sglang_amd_quant.ops.layout import lay_out
+from sglang_amd_quant.ops.linear import BoundLinear, LinearCall
+from sglang_amd_quant.ops.operand import Operand
+from sglang_amd_quant.ops.reference import ActQuant
+from sglang_amd_quant.runtime.decode_gemm import decode_gemm
+from sglang_amd_quant.runtime.decode_plans import DecodePlan, plans, prepared_bytes
+from sglang_amd_quant.runtime.device import Gpu
+from sglang_amd_quant.selection import GemmProblem
+
+IN_A_GRAPH = 30
+"""Launches that a graph holds at least: events resolve half a microsecond, and some launches take five."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute a problem.
+
+    Attributes:
+        what: its plan, or kernel and config, for the report.
+        run: (i, x, y, overlap=True) -> fills y, with set i of the weights.
+    """
+
+    what: dict[str, Any]
+    run: Callable[..., None]
+
+
+def load(device: Gpu, name: str) -> None:
+    """Load a scheme's kernels: a graph capture must not be the first to need them."""
+    device.load(*(e.name for e in find(f"decode_{name}_m8", "sm_90")[0].entry_points))
+
+
+def launch(
+    device: Gpu, p: Problem, i: int, x: torch.Tensor, y: torch.Tensor, plan: DecodePlan, overlap: bool = True
+) -> None:
+    """One product with set i of the weights."""
+    room = prepared_bytes(p.name, plan, *x.shape)
+    prepared = x.new_empty(room, dtype=torch.uint8) if room else None
+    for description in decode_gemm(
+        x, *p.packed[i], y, scheme=p.name, n=p.n, cu_count=device.cu_count, carry=carry(p.scheme.act), plan=plan,
+        prepared=prepared,
+    ):  # fmt: skip
+        device.launch(replace(description, overlap=overlap), torch.cuda.current_stream().cuda_stream)
+
+
+def ways(device: Gpu, p: Problem, m: int) -> list[Way]:
+    """Plans of the decode kernels, the model's best first; where there are none, what serves instead."""
+    if p.scheme.weight == "int4" and m > FEW_M[-1]:
+        return [_served(p, m)]
+    found = plans(p.name, m, p.n, p.k, device.cu_count)
+    return [Way(asdict(plan), partial(launch, device, p, plan=plan)) for plan in found]
+
+
+def _served(p: Problem, m: int) -> Way:
+    """The kernel that selection gives a layer, on weights laid out as a server lays them out."""
+    gemm = GemmProblem("linear", p.scheme.name, "sm_90", 0, p.n, p.k, group=p.scheme.block)
+    weights, act = [lay_out(w, gemm) for w in p.weights], ActQuant(p.scheme)
+    plan = BoundLinear(Operand.of(gemm, weights[0], act)).plan(m, p.dtype)
+    launcher, config = plan.launcher, plan.choice.config
+    if launcher is None:
+        raise UnsupportedError(plan.problem.label(), "; ".join(plan.choice.reasons), "see `amd-mx doctor`")
+
+    def run(i: int, x: torch.Tensor, y: torch.Tensor, overlap: bool = True) -> None:
+        launcher.run(LinearCall(x, weights[i], None, y, act, config, plan.problem))
+
+    return Way({"kernel": plan.choice.kernel, **dict(config.items())}, run)
+
+
+def measure(device: Gpu, p: Problem, m: int, bandwidth: float, explore: int) -> dict[str, Any]:
+    """The best plan by the model, or with `explore` the best measured of that many; all of them checked."""
+    reference = Reference(p, m, seed=m)
+    x, y = reference.x, torch.empty(m, p.n, dtype=p.dtype, device="cuda")
+    tried = []
+    for way in ways(device, p, m)[: max(1, explore)]:
+        error = reference.check(partial(way.run, 0), way.what)
+        us = graph_us([partial(way.run, i, x, y) for i in range(p.sets)], at_least=IN_A_GRAPH)
+        tried.append((us, error, way))
+    us, error, way = min(tried, key=lambda t: t[0])
+    alone = graph_us([partial(way.run, i, x, y, overlap=False) for i in range(p.sets)], at_least=IN_A_GRAPH)
+    floor = p.bytes / bandwidth * 1e6
+    row = {"scheme": p.name, "K": p.k, "N": p.n, "M": m, "us": us, "alone": alone, "floor_us": floor}
+    row |= {"GB/s": p.bytes / us / 1e3, "of_floor": floor / us, "error": error, "plan": way.what, "peers": {}}
+    if explore:
+        row["tried"] = [[t[0], t[2].what] for t in tried]
+    return row
