@@ -98,6 +98,45 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
 }
 
 #if TARGET_SM90
+/// Dense, of e2m1 weights that become e4m3 before x is there, one row group a block. Waves of their own fetch x: only they wait for the
+/// launch in front, while the others decode.
+template <Act A, int M>
+DEVICE void decode_early(const DecodeArgs& a) {
+    constexpr Weight W = Weight::row_e2m1;
+    using Weights = Stream<W, M, true>;
+    using X = Activations<W, A, M>;
+    allow_next_launch();
+    Share s(a, Tile<W>::K, share_rank(a));
+    const int waves = a.waves_k * a.waves_n;
+    const bool fetches_x = wave_index() >= waves;
+    if (fetches_x) s.wave_end = s.wave_first;
+    const auto rows = Rows<false>::template of<M>(a);
+    uint64_t* barriers = own_barriers();
+    uint8_t* lds = dynamic_lds() + barrier_bytes(waves * a.depth);
+    Weights weights(a, s, 0, lds + wave_index() * Weights::bytes(a), barriers + OWN_BARRIERS + wave_index() * a.depth);
+    lds += waves * Weights::bytes(a);
+    X x(a, s, lds, {s.threads, block_threads() - s.threads});
+    lds += X::bytes(a, s);
+    Sums<M> sums(a, s, lds, barriers);
+    sums.template look_ahead<W, A, M>(0, s.first_group);
+    sums.meet();
+    if (fetches_x) {
+        wait_for_previous_launch();
+        x.template stage<4>(a, s, rows, [] {});
+    } else {
+        weights.decode();
+    }
+    block_barrier();
+
+    Totals<Weight::row_e4m3, A, M> totals;
+    weights.template each_tile<1>(
+        [] {}, [&](int tile, int number, auto) { totals.add(weights, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, Number<1>{}); },
+        [&](auto pending) { totals.settle(pending); });
+    totals.join(x);
+    sums.hand_over(totals, fetches_x ? 0 : rows.count, true);
+    if (!fetches_x) finish_group<W, A>(a, s, rows, sums, s.first_group);
+}
+
 /// Dense, of an x that `prepare` has brought into order (decode_sm90_prepared.h), and that streams: one row group a block.
 template <Weight W, Act A, int M>
 DEVICE void decode_prepared(const DecodeArgs& a) {
@@ -165,6 +204,7 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
         prepare<W, A>(x, x_scale, prepared, x_stride, m, k, room, carry);                                                     \
     }
 #define DENSE(NAME, W, A, M, THREADS, BLOCKS) DECODE(decode_##NAME##_m##M, W, A, M, THREADS, BLOCKS, false)
+#define EARLY(NAME, A, M) ENTRY(decode_early_##NAME##_m##M, MANY + 256, 1, (decode_early<A, M>))
 #define FROM_16(NAME, W, A)                     \
     PREPARE(prepare_##NAME, W, A)               \
     PREPARED(decode_prepared_##NAME##_m16, W, A, 16) \
@@ -179,6 +219,7 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
     DENSE(NAME, W, A, 8, FEW<W>, 2)
 #define SCHEME(NAME, W, A) INT4(NAME, W, A) FROM_16(NAME, W, A)
 #define QUANTIZED(NAME, W, A) DENSE(NAME, Weight::row_##W, A, 8, MANY, 2) FROM_16(NAME, Weight::row_##W, A)
+#define DECODED(NAME, A) QUANTIZED(NAME, e2m1, A) EARLY(NAME, A, 8) EARLY(NAME, A, 16) EARLY(NAME, A, 32)
 #else  // a matrix unit takes sixteen rows whatever M is: fewer sizes will do
 #define SCHEME(NAME, W, A)                                  \
     DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)   \
@@ -187,6 +228,7 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
     DECODE(moe_decode_##NAME##_m4, W, A, 4, MANY, 2, true)  \
     DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)
 #define QUANTIZED(NAME, W, A) SCHEME(NAME, Weight::W, A)
+#define DECODED(NAME, A) QUANTIZED(NAME, e2m1, A)
 #define INT4 SCHEME
 #endif
 
@@ -194,13 +236,13 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
 #if defined(DECODE_MXFP8)
 QUANTIZED(mxfp8, e4m3, Act::e4m3)
 #elif defined(DECODE_W4A8)
-QUANTIZED(w4a8, e2m1, Act::e4m3)
+DECODED(w4a8, Act::e4m3)
 #elif defined(DECODE_W4A16)
 SCHEME(w4a16, Weight::e2m1, Act::bf16)
 #elif defined(DECODE_MXFP4)
-QUANTIZED(mxfp4, e2m1, Act::e2m1)
+DECODED(mxfp4, Act::e2m1)
 #elif defined(DECODE_W4A8_STATIC)
-QUANTIZED(w4a8_static, e2m1, Act::fp8_static)
+DECODED(w4a8_static, Act::fp8_static)
 #elif defined(DECODE_MXFP8_STATIC)
 QUANTIZED(mxfp8_static, e4m3, Act::fp8_static)
 #elif defined(DECODE_W8A16)

@@ -82,15 +82,19 @@ def decode_gemm(
     m, k = y.shape[0], x.shape[1]
     if plan is None:
         plan = plans(scheme, m, n, k, cu_count, epilogue.activation is not None)[0]
+    if plan.one_group and plan.groups * plan.waves_n * TILE_ROWS < n:
+        raise ShapeError(f"N={n}", f"{plan} has one row group a block", "take a plan for this N")
+    if plan.early and plan.depth * plan.chunk * plan.waves_k * plan.split * TILE_K < k:
+        raise ShapeError(f"K={k}", f"{plan} holds less", "take a plan for this K")
     streamed, launches = plan.share > 0, []
     held = prepared if plan.share == RESIDENT else None
     if plan.share:
-        _check_prepared(scheme, plan, prepared, m, n, k)
+        _check_prepared(scheme, plan, prepared, m, k)
         launches.append(_prepare(x, prepared, scheme, x_scale, carry, m, k, plan.rows))
     gemm = LaunchDescription(
-        kernel=f"{'decode_prepared' if streamed else 'decode'}_{scheme}_m{plan.rows}",
+        kernel=f"decode{'_prepared' * streamed}{'_early' * plan.early}_{scheme}_m{plan.rows}",
         grid=-(-m // plan.rows) * plan.groups * plan.split,
-        block=plan.waves * 32,
+        block=(plan.waves + plan.x_waves) * 32,
         lds=plan.lds,
         args=(
             prepared if streamed else x, data, scales, factors, epilogue.bias, x_scale, epilogue.residual, y, None,
@@ -105,12 +109,10 @@ def decode_gemm(
     return (*launches, gemm)
 
 
-def _check_prepared(scheme: str, plan: DecodePlan, prepared: Any, m: int, n: int, k: int) -> None:
+def _check_prepared(scheme: str, plan: DecodePlan, prepared: Any, m: int, k: int) -> None:
     have = 0 if prepared is None else prepared.numel() * prepared.element_size()
     if have < (need := prepared_bytes(scheme, plan, m, k)):
         raise ShapeError(f"room for {have} bytes of a prepared x", f"{plan} leaves {need}", "make room")
-    if plan.share > 0 and plan.groups * plan.waves_n * TILE_ROWS < n:
-        raise ShapeError(f"N={n}", f"{plan} has one row group a block", "take a plan for this N")
 
 
 PREPARING_WAVES = 8

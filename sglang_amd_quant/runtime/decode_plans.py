@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.kernels.hip.manifest import DECODE_M, FEW_M, INT4_GROUPS, INT4_SCHEMES, QUANTIZED_M
+from sglang_amd_quant.kernels.hip.manifest import DECODE_M, EARLY_M, FEW_M, INT4_GROUPS, INT4_SCHEMES, QUANTIZED_M
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.schemes import MX_BLOCK
 
@@ -66,6 +66,9 @@ _OF_SCHEME |= dict.fromkeys(("w4a8", "mxfp4", "w4a8_static"), _ROW_E2M1)
 _OF_SCHEME |= {f"{scheme}_g{group}": _INT4[group] for scheme in INT4_SCHEMES for group in INT4_GROUPS}
 
 
+MOST_X_WAVES = 8
+_EARLY_WAVES = {8: 32, 16: 28, 32: 24}
+"""Waves that find registers on a multiprocessor, of kernels that have waves for x."""
 RESIDENT = -1
 """`DecodePlan.share` of an x that is prepared, and then held as a whole by the blocks that multiply it."""
 
@@ -83,6 +86,9 @@ class DecodePlan:
         lds: bytes of shared memory a block.
         share: 0 where every block quantizes its part of x; else a launch in front does: RESIDENT where every block then
             fetches its part, or so many row groups whose blocks, a cluster, stream it together.
+        x_waves: more waves of a block, which fetch x while the others bring weights to e4m3 where they lie in shared
+            memory: one row group a block, and rings that hold all of K. 0 where weights are decoded as they are
+            multiplied.
     """
 
     rows: int
@@ -94,6 +100,17 @@ class DecodePlan:
     chunk: int
     lds: int
     share: int = 0
+    x_waves: int = 0
+
+    @property
+    def early(self) -> bool:
+        """Whether weights are decoded before x is there."""
+        return self.x_waves > 0
+
+    @property
+    def one_group(self) -> bool:
+        """Whether a block takes one row group only."""
+        return self.share > 0 or self.early
 
     @property
     def waves(self) -> int:
@@ -113,12 +130,20 @@ def _barriers(of_rings: int) -> int:
 
 
 def lds_bytes(
-    w: _Weights, rows: int, tiles: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int
+    w: _Weights,
+    rows: int,
+    tiles: int,
+    split: int,
+    waves_k: int,
+    waves_n: int,
+    depth: int,
+    chunk: int,
+    early: bool = False,
 ) -> int:
     """Shared memory of a block: barriers, rings, activations with their factors, row factors and partial sums."""
     waves, most, columns = waves_k * waves_n, -(-tiles // split), rows if rows < 16 else rows + 4
     barriers = _barriers(waves * depth)
-    ring = waves * depth * chunk * w.tile_bytes
+    ring = waves * depth * chunk * (w.tile_bytes + (512 if early else 0))
     if w.x_bytes == 1:
         activations = 1024 + most * rows * TILE_K + 4 * rows
     elif rows < w.wide_from:
@@ -135,7 +160,7 @@ def max_waves(w: _Weights, rows: int) -> int:
 
 
 Shape = tuple[int, ...]
-"""split, waves_k, waves_n, depth, chunk, and share where x is prepared: `DecodePlan`."""
+"""split, waves_k, waves_n, depth, chunk, share and early, where they are not 0 and False: `DecodePlan`."""
 
 
 _WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
@@ -189,14 +214,15 @@ def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int) -> Sha
 def _distance(plan: DecodePlan, w: _Weights, wanted: Shape, tiles: int, row_tiles: int, cu_count: int) -> float:
     """How far a plan is from what is wanted, in powers of two; idle multiprocessors and uneven shares count double, and
     a wave that must wait for a second chunk with nothing under way as one more."""
-    split, waves_k, waves_n, depth, chunk, share = (*wanted, 0)[:6]
+    split, waves_k, waves_n, depth, chunk, share, early = (*wanted, 0, 0)[:7]
     blocks = plan.groups * plan.split
     idle = max(0.0, math.log2(min(cu_count, row_tiles * split * waves_k) / blocks) - 0.7)
     if (plan.split, plan.waves_k, plan.waves_n) == wanted[:3]:  # measured so
         idle = 0.0
     row_groups = -(-row_tiles // plan.waves_n)
-    if plan.share > 0:  # one row group a block: as many rounds as it takes
-        places = _in_clusters(cu_count, plan.split * plan.share) * _resident(w, plan.lds, plan.rows, plan.waves)
+    if plan.one_group:  # as many rounds as it takes
+        resident = _resident(w, plan.lds, plan.rows, plan.waves, plan.x_waves)
+        places = _in_clusters(cu_count, plan.split * max(1, plan.share)) * resident
         uneven = math.log2(-(-blocks // places) * min(1, places / blocks))
     else:
         uneven = math.log2(-(-row_groups // plan.groups) * plan.groups / row_groups)
@@ -204,6 +230,7 @@ def _distance(plan: DecodePlan, w: _Weights, wanted: Shape, tiles: int, row_tile
     ring = abs(math.log2(plan.depth * plan.chunk / (depth * chunk))) + 0.5 * abs(math.log2(plan.depth / depth))
     waves = abs(math.log2(plan.waves / (waves_k * waves_n))) + 0.5 * abs(math.log2(plan.waves_n / waves_n))
     other = abs(math.log2(plan.share / share)) if min(plan.share, share) > 0 else 2 * (plan.share != share)
+    other += 4 * (plan.early != early)
     waits = plan.depth == 1 and plan.chunk * plan.split * plan.waves_k < tiles
     return 2 * (idle + uneven) + ways + 0.5 * (waves + ring + other) + waits
 
@@ -225,7 +252,7 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
         raise ShapeError(f"decode GEMM of {scheme} M={m} N={n} K={k}", f"made for M <= {w.rows[-1]}", "use the GEMM")
     least = next((r for r in w.rows if m <= r), w.rows[-1])
     for rows in (least, 32) if least > 32 else (least,):  # by 32 where the activations of more do not fit
-        found = _enumerate(w, rows, n, k, cu_count, pairs, -(-m // rows))
+        found = _enumerate(w, m, rows, n, k, cu_count, pairs)
         if rows >= 16:
             found += _enumerate_prepared(w, rows, n, k, pairs)
         if found:
@@ -245,22 +272,15 @@ def _in_clusters(cu_count: int, split: int) -> int:
     return cu_count if split <= 2 else cu_count * 10 // 11
 
 
-def _resident(w: _Weights, lds: int, rows: int, waves: int) -> int:
+def _resident(w: _Weights, lds: int, rows: int, waves: int, x_waves: int = 0) -> int:
     """Blocks of so many waves that find a place on one multiprocessor."""
-    return min((arch_facts("sm_90").lds_bytes + 1024) // (lds + 1024), w.resident_waves(rows) // waves)
+    registers_for = _EARLY_WAVES[rows] if x_waves else w.resident_waves(rows)
+    return min((arch_facts("sm_90").lds_bytes + 1024) // (lds + 1024), registers_for // (waves + x_waves))
 
 
-def _enumerate(
-    w: _Weights,
-    rows: int,
-    n: int,
-    k: int,
-    cu_count: int,
-    pairs: bool,
-    row_blocks: int,
-) -> list[DecodePlan]:
-    tiles, row_tiles = -(-k // w.tile_k), -(-n // TILE_ROWS)
-    most = max_waves(w, rows)
+def _enumerate(w: _Weights, m: int, rows: int, n: int, k: int, cu_count: int, pairs: bool) -> list[DecodePlan]:
+    tiles, row_tiles, row_blocks = -(-k // w.tile_k), -(-n // TILE_ROWS), -(-m // rows)
+    most, most_lds = max_waves(w, rows), arch_facts("sm_90").lds_bytes
     found = []
     for waves, waves_k, split in itertools.product((4, 8, 12, 16), (1, 2, 4), (1, 2, 4, 8)):
         waves_n, mine = waves // waves_k, tiles / split / waves_k
@@ -269,7 +289,7 @@ def _enumerate(
         owned, uneven = divmod(waves_n * TILE_ROWS, split)
         if (rows >= w.wide_from and waves_n % 4) or uneven or (pairs and owned % TILE_ROWS) or split > tiles:
             continue
-        row_groups = -(-row_tiles // waves_n)
+        row_groups, most_tiles = -(-row_tiles // waves_n), -(-tiles // (split * waves_k))
         # Rings that hold all, or half, or a quarter of a wave's share of a row tile, in one chunk, two or four
         for depth, ring in itertools.product((1, 2, 4), (1, 2, 4)):
             chunk = min(12, max(1, math.ceil(mine / depth / ring)))
@@ -279,6 +299,12 @@ def _enumerate(
                 groups = min(row_groups, max(1, _in_clusters(cu_count, split) * resident // (split * row_blocks)))
                 plan = DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds)
                 found += [plan, replace(plan, share=RESIDENT)] if rows >= max(8, w.wide_from) else [plan]
+            lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, early=True)
+            if w.kind == "row_e2m1" and rows in EARLY_M and depth * chunk >= most_tiles and lds <= most_lds:
+                pieces = min(m, rows) * -(-tiles // split) * TILE_K // 8  # of x, each a thread's
+                x_waves = min(MOST_X_WAVES, -(-pieces // 32))
+                plan = DecodePlan(rows, split, waves_k, waves_n, row_groups, depth, chunk, lds, x_waves=x_waves)
+                found += [plan, replace(plan, share=RESIDENT, x_waves=1)]
     return list(dict.fromkeys(found))
 
 

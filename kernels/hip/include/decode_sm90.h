@@ -50,6 +50,53 @@ DEVICE void each_e2m1_fragment(const uint8_t* codes, Each each) {
     }
 }
 
+/// Bytes of two words by the four nibbles in the lower half of `selector`, each below 8. As __byte_perm, which would make sure of that
+/// by one more instruction.
+DEVICE uint32_t look_up(uint32_t low, uint32_t high, uint32_t selector) {
+    uint32_t bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+    return bytes;
+}
+
+// What logic and shifts would do as well, which take turns with `look_up` on one unit; this is the multipliers' work, which are idle.
+/// Byte `i` of a word.
+DEVICE uint32_t byte_of(uint32_t word, int i) {
+    uint32_t byte;
+    asm("dp4a.u32.u32 %0, %1, %2, 0;" : "=r"(byte) : "r"(word), "r"(1 << 8 * i));
+    return byte;
+}
+
+DEVICE uint32_t upper_half(uint32_t word) {
+    uint32_t half;
+    asm("dp2a.lo.u32.u32 %0, %1, 256, 0;" : "=r"(half) : "r"(word));
+    return half;
+}
+
+/// e4m3 of the magnitudes 0, .5, 1, 1.5 and 2, 3, 4, 6, times 2^(step - 5), 0 <= step < 12 being byte `i` of a word.
+struct MagnitudesE4m3 {
+    uint32_t low, high;
+    DEVICE MagnitudesE4m3(uint32_t steps, int i) {
+        const uint32_t step = byte_of(steps, i);
+        low = step * 0x08080800u + 0x14100800u, high = step * 0x08080808u + 0x24201c18u;
+    }
+};
+
+/// A lane's part of a tile of e2m1 codes as the matrix unit's left operand: of both MX blocks, rows g and g + 8 by turns, lower K first.
+/// A word has four codes of either block: their magnitudes in its lower and upper half, signs where they fit. `steps`: bytes of the
+/// lane's four scales.
+DEVICE void e4m3_from_e2m1(const Words& codes, uint32_t steps, uint32_t (&fragments)[2][4]) {
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        const MagnitudesE4m3 first(steps, 2 * row), second(steps, 2 * row + 1);
+#pragma unroll
+        for (int i = row; i < 4; i += 2) {
+            const uint32_t word = codes.v[i], magnitudes = word & 0x77777777u;
+            fragments[0][i] = look_up(first.low, first.high, magnitudes) | (word & 0x80808080u);
+            fragments[1][i] = look_up(second.low, second.high, upper_half(magnitudes)) | (word << 4 & 0x80808080u);
+        }
+    }
+}
+
 /// A number that the compiler knows.
 template <int>
 struct Number {};
@@ -89,19 +136,23 @@ constexpr bool THROUGHOUT = is_row(W) && M >= 16 && (M < 64 || Streaming);
 
 /// A wave's weights, chunk by chunk, through a ring in shared memory. Of waves that multiply together (`is_wide`),
 /// those that have no row tile of their own read the last one again, because the others cannot multiply without them.
-template <Weight W, int M>
+///
+/// `Early`, of row_e2m1: the ring holds all that the wave ever reads, as e4m3, into which it is decoded in place before x is there.
+/// Codes arrive in the second half of the room for that.
+template <Weight W, int M, bool Early = false>
 class Stream {
    public:
     /// `lds` is this wave's part, `bytes(a)` long. Starts fetching: weights depend on no launch before this one.
     DEVICE Stream(const DecodeArgs& a, const Share& s, int expert, uint8_t* lds, uint64_t* barriers)
         : a(a), s(s), ring(lds), barriers(barriers), expert(expert), group(s.first_group) {
-        if (lane_index() == 0) {
+        seek();
+        if (lane_index() == 0 && group < s.row_groups) {
+#pragma unroll 1
             for (int i = 0; i < a.depth; i++) barrier_init(barriers + i);
             barriers_are_ready();
         }
         __syncwarp();
-        seek();
-        begin(M >= 16 ? 1 : a.depth);
+        begin(M >= 16 && !Early ? 1 : a.depth);
     }
 
     /// Makes sure that the first `chunks` have been asked for. Many rows of x are asked for behind the first chunk alone: behind
@@ -111,7 +162,7 @@ class Stream {
         for (; begun < chunks; begun++) fetch();
     }
 
-    DEVICE static int bytes(const DecodeArgs& a) { return a.depth * a.chunk * (Tile<W>::BYTES + Tile<W>::SCALES); }
+    DEVICE static int bytes(const DecodeArgs& a) { return a.depth * a.chunk * (ROOM + Tile<W>::SCALES); }
 
     /// `each(t, number along K, Number of tiles)` for all tiles of the next row group, one or `Together` at a time; t is the
     /// first one's place in its chunk. `begin()` when a chunk has come. `settle`: as in `by_turns`.
@@ -119,7 +170,7 @@ class Stream {
     DEVICE void each_tile(Begin begin, Each each, Settle settle) {
         for (int first = s.wave_first; first < s.wave_end; first += s.wave_step) {
             const int count = smaller(a.chunk, s.wave_end - first);
-            wait();
+            if constexpr (!Early) wait();
             if constexpr (!is_wide(W, M)) {
                 int t = 0;
 #pragma unroll(M == 4 ? 2 : 1)
@@ -127,19 +178,38 @@ class Stream {
                 if (Together > 1 && t < count) each(t, first + t, Number<1>{});
             } else {
                 begin();
-                by_turns<THROUGHOUT<W, M, false>>(count, [&](int t) { each(t, first + t, Number<1>{}); }, settle);
+                by_turns<THROUGHOUT<W, M, false> || (Early && M == 8)>(
+                    count, [&](int t) { each(t, first + t, Number<1>{}); }, settle);
             }
-            release();
+            if constexpr (Early)
+                stage++;
+            else
+                release();
+        }
+    }
+
+    /// Early: decodes all, as it arrives.
+    DEVICE void decode() {
+        const int tiles = s.wave_end - s.wave_first;
+        for (int first = 0, i = 0; first < tiles; first += a.chunk, i++) {
+            barrier_wait(barriers + i, 0);
+#pragma unroll 2
+            for (int t = first; t < smaller(first + a.chunk, tiles); t++) {
+                const Words words = load_words(arriving() + t * Tile<W>::BYTES + lane_index() * 16);
+                uint32_t fragments[2][4];
+                e4m3_from_e2m1(words, scales_in_ring()[t * (Tile<W>::SCALES / 4) + lane_index() / 4], fragments);
+                __syncwarp();  // what is stored here may lie where this tile's codes were
+#pragma unroll
+                for (int b = 0; b < 2; b++) store_words(ring + t * ROOM + b * (ROOM / 2) + lane_index() * 16, Words{{fragments[b][0], fragments[b][1], fragments[b][2], fragments[b][3]}});
+            }
         }
     }
 
     /// Waits for the next chunk.
     DEVICE void wait() { barrier_wait(barriers + stage, parity); }
     /// Tile `t` of the chunk.
-    DEVICE const uint8_t* codes(int t) const { return ring + (stage * a.chunk + t) * Tile<W>::BYTES; }
-    DEVICE const uint32_t* scale_words(int t) const {
-        return reinterpret_cast<const uint32_t*>(ring + a.depth * a.chunk * Tile<W>::BYTES + (stage * a.chunk + t) * Tile<W>::SCALES);
-    }
+    DEVICE const uint8_t* codes(int t) const { return ring + (stage * a.chunk + t) * ROOM; }
+    DEVICE const uint32_t* scale_words(int t) const { return scales_in_ring() + (stage * a.chunk + t) * (Tile<W>::SCALES / 4); }
     /// Gives the chunk back and fetches into its place.
     DEVICE void release() {
         __syncwarp();
@@ -148,6 +218,11 @@ class Stream {
     }
 
    private:
+    static constexpr int ROOM = Tile<Early ? Weight::row_e4m3 : W>::BYTES;  // for a tile
+
+    DEVICE uint8_t* arriving() const { return ring + a.depth * a.chunk * (ROOM - Tile<W>::BYTES); }
+    DEVICE uint32_t* scales_in_ring() const { return reinterpret_cast<uint32_t*>(ring + a.depth * a.chunk * ROOM); }
+
     /// To the first tile of this wave's row tile in row group `group`, or beyond all groups if it has none.
     DEVICE void seek() {
         tile = s.wave_first;
@@ -171,9 +246,8 @@ class Stream {
             const int count = smaller(a.chunk, s.wave_end - tile), at = fetch_stage * a.chunk;
             uint64_t* barrier = barriers + fetch_stage;
             barrier_expect(barrier, count * Tile<W>::BYTES + scale_bytes(count));
-            bulk_copy(ring + at * Tile<W>::BYTES, codes_from, count * Tile<W>::BYTES, barrier);
-            uint8_t* scales = ring + a.depth * a.chunk * Tile<W>::BYTES;
-            if (Tile<W>::SCALES > 0) bulk_copy(scales + at * Tile<W>::SCALES, scales_from, scale_bytes(count), barrier);
+            bulk_copy(arriving() + at * Tile<W>::BYTES, codes_from, count * Tile<W>::BYTES, barrier);
+            if (Tile<W>::SCALES > 0) bulk_copy(scales_in_ring() + at * (Tile<W>::SCALES / 4), scales_from, scale_bytes(count), barrier);
         }
         if (++fetch_stage == a.depth) fetch_stage = 0;
         tile += s.wave_step, codes_from += s.wave_step * Tile<W>::BYTES, scales_from += s.wave_step * Tile<W>::SCALES;

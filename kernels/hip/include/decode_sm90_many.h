@@ -14,15 +14,19 @@ struct Activations<W, A, M, Way::MANY> {
     static constexpr float UNLIFT = W == Weight::e4m3 ? 0x1p60f : 1.0f;
 
     uint8_t* values;
+    Crew crew;
     Pieces<W> pieces;
 
-    DEVICE Activations(const DecodeArgs&, const Share& s, uint8_t* lds) : values(matrix_aligned(lds)), pieces(s) { expect_prepared(); }
+    DEVICE Activations(const DecodeArgs&, const Share& s, uint8_t* lds)
+        : values(matrix_aligned(lds)), crew{0, s.threads}, pieces(s, crew) {
+        expect_prepared();
+    }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::BYTES; }
 
     /// All threads: brings in the block's part of x. Visible to the block's matrix instructions after its next barrier.
     template <bool Grouped, typename Meanwhile>
     DEVICE void stage(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, Meanwhile meanwhile) {
-        if (a.workspace != nullptr) return fetch_prepared<W, M>(a, s, rows.first, values);
+        if (a.workspace != nullptr) return fetch_prepared<W, M>(a, s, crew, rows.first, values, meanwhile);
         stage_rows<M <= 16 ? 4 : 8>(*this, a, pieces, rows, meanwhile);
         show_to_matrix_unit();
     }

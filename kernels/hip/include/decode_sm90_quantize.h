@@ -109,18 +109,35 @@ struct Batch {
     int i[COUNT], j[COUNT];
 };
 
+/// Threads of a block.
+DEVICE int block_threads() { return blockDim.x; }
+
+/// Who brings x into a block's shared memory: all its threads, or those of waves of their own, so many from `first` on.
+struct Crew {
+    int first, threads;
+    DEVICE int thread() const { return thread_index() - first; }
+    /// All threads of the crew arrive before any leaves.
+    DEVICE void barrier() const {
+        if (first == 0)
+            block_barrier();
+        else
+            asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory");
+    }
+};
+
 /// Which pieces of what a block multiplies of all rows a thread takes: from piece j of row i on, by steps. Known before x is.
 template <Weight W>
 struct Pieces {
     int count, base, i, j, step_i, step_j;
     bool whole;  // a wave's pieces are of one row
 
-    DEVICE explicit Pieces(const Share& s)
+    DEVICE Pieces(const Share& s, const Crew& crew)
         : count(s.block_tiles * Tile<W>::K / 8), base(s.block_first * Tile<W>::K), i(1 << 30), j(0), step_i(0), step_j(0),
           whole(count % WAVE == 0) {
         if (count == 0) return;
-        i = anew(quotient(thread_index(), count)), j = thread_index() - i * count;
-        step_i = anew(quotient(s.threads, count)), step_j = s.threads - step_i * count;
+        if (crew.thread() < 0) return;
+        i = anew(quotient(crew.thread(), count)), j = crew.thread() - i * count;
+        step_i = anew(quotient(crew.threads, count)), step_j = crew.threads - step_i * count;
     }
 
     /// Whether a lane of the wave has any left.

@@ -17,22 +17,26 @@ struct Activations<W, A, M, Way::ROWS> {
     int carry;
     bool prepared;
     float static_scale = 1;
+    Crew crew;
     Pieces<W> pieces;
 
-    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : values(matrix_aligned(lds)), carry(a.carry), prepared(a.workspace != nullptr), pieces(s) {
+    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : Activations(a, s, lds, {0, s.threads}) {}
+    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds, const Crew& crew)
+        : values(matrix_aligned(lds)), carry(a.carry), prepared(a.workspace != nullptr), crew(crew), pieces(s, crew) {
         largest = reinterpret_cast<uint32_t*>(values + s.most_tiles(a) * XTile<W, M>::BYTES);
         if (thread_index() < M) largest[thread_index()] = 0;
         expect_prepared();
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::BYTES + M * 4; }
 
-    /// All threads: quantizes the block's part of x. Visible to the block's matrix instructions after its next barrier.
-    template <bool Grouped, typename Meanwhile>
+    /// All threads of the crew: quantizes the block's part of x. Visible to the block's matrix instructions after its next barrier.
+    /// Of what a thread takes, so many pieces are loaded once; others twice.
+    template <int HELD = A == Act::fp8_static || M == 8 ? 2 : 4, bool Grouped, typename Meanwhile>
     DEVICE void stage(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, Meanwhile meanwhile) {
         if (prepared) {
-            if (thread_index() < M)
-                largest[thread_index()] = bits<uint32_t>(prepared_factors<W>(a, a.workspace, M)[rows.first + thread_index()]);
-            return fetch_prepared<W, M>(a, s, rows.first, values);
+            if (const int row = crew.thread(); row < M)
+                largest[row] = bits<uint32_t>(prepared_factors<W>(a, a.workspace, M)[rows.first + row]);
+            return fetch_prepared<W, M>(a, s, crew, rows.first, values, meanwhile);
         }
         if (A == Act::fp8_static) static_scale = *a.x_scale;
         const auto look_at = [&](const Words& eight, int i, int, bool wanted) {
@@ -40,12 +44,12 @@ struct Activations<W, A, M, Way::ROWS> {
             if (wanted && (lane_index() & (pieces.whole ? WAVE - 1 : 3)) == 0) atomicMax(largest + i, of_all);
         };
         const auto take = [&](const Words& eight, int i, int j, bool wanted) { keep(eight, i, j, wanted); };
-        const auto held = pieces.template next<A == Act::fp8_static || M == 8 ? 2 : 4>(a, rows);  // the others are loaded twice
+        const auto held = pieces.template next<HELD>(a, rows);
         meanwhile();
         if constexpr (A != Act::fp8_static) {
             each_piece(held, rows, look_at);
             for (Pieces<W> rest = pieces; rest.any(rows);) each_piece(rest.template next<1>(a, rows), rows, look_at);
-            block_barrier();
+            crew.barrier();
         }
         each_piece(held, rows, take);
         while (pieces.any(rows)) each_piece(pieces.template next<1>(a, rows), rows, take);
@@ -68,37 +72,6 @@ struct Activations<W, A, M, Way::ROWS> {
     DEVICE void keep(const Words& x, int i, int j, bool wanted) {
         const Codes codes = row_codes<A>(x, wanted ? exponent_of<A>(largest[i], carry) : 0, carry, static_scale);
         if (wanted) *reinterpret_cast<Codes*>(values + j / 8 * XTile<W, M>::BYTES + XTile<W, M>::place(i, j % 8)) = codes;
-    }
-};
-
-/// Bytes of two words by the four nibbles in the lower half of `selector`, each below 8. As __byte_perm, which would make sure of that
-/// by one more instruction.
-DEVICE uint32_t look_up(uint32_t low, uint32_t high, uint32_t selector) {
-    uint32_t bytes;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
-    return bytes;
-}
-
-// What logic and shifts would do as well, which take turns with `look_up` on one unit; this is the multipliers' work, which are idle.
-/// Byte `i` of a word.
-DEVICE uint32_t byte_of(uint32_t word, int i) {
-    uint32_t byte;
-    asm("dp4a.u32.u32 %0, %1, %2, 0;" : "=r"(byte) : "r"(word), "r"(1 << 8 * i));
-    return byte;
-}
-
-DEVICE uint32_t upper_half(uint32_t word) {
-    uint32_t half;
-    asm("dp2a.lo.u32.u32 %0, %1, 256, 0;" : "=r"(half) : "r"(word));
-    return half;
-}
-
-/// e4m3 of the magnitudes 0, .5, 1, 1.5 and 2, 3, 4, 6, times 2^(step - 5), 0 <= step < 12 being byte `i` of a word.
-struct MagnitudesE4m3 {
-    uint32_t low, high;
-    DEVICE MagnitudesE4m3(uint32_t steps, int i) {
-        const uint32_t step = byte_of(steps, i);
-        low = step * 0x08080800u + 0x14100800u, high = step * 0x08080808u + 0x24201c18u;
     }
 };
 
@@ -130,7 +103,7 @@ struct Totals<W, A, M, Way::ROWS> {
     DEVICE void add(const Tiles& stream, int t, const Columns& x, int block, Number<1>) {
         uint32_t fragments[2][4];  // of two MX blocks: rows g and g + 8 by turns, lower K first
         if constexpr (W == Weight::row_e2m1) {
-            decode(fragments);
+            e4m3_from_e2m1(ahead, steps_ahead, fragments);
             look(stream, t + 1);
         } else {
 #pragma unroll
@@ -179,20 +152,5 @@ struct Totals<W, A, M, Way::ROWS> {
     template <typename Store>
     DEVICE void each(int columns, Store store) const {
         each_by_fours(sum, columns, store);
-    }
-
-   private:
-    /// A word has four codes of either block: their magnitudes in its lower and upper half, signs where they fit.
-    DEVICE void decode(uint32_t (&fragments)[2][4]) const {
-#pragma unroll
-        for (int row = 0; row < 2; row++) {
-            const MagnitudesE4m3 first(steps_ahead, 2 * row), second(steps_ahead, 2 * row + 1);
-#pragma unroll
-            for (int i = row; i < 4; i += 2) {
-                const uint32_t word = ahead.v[i], magnitudes = word & 0x77777777u;
-                fragments[0][i] = look_up(first.low, first.high, magnitudes) | (word & 0x80808080u);
-                fragments[1][i] = look_up(second.low, second.high, upper_half(magnitudes)) | (word << 4 & 0x80808080u);
-            }
-        }
     }
 };

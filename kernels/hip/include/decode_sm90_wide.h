@@ -40,16 +40,18 @@ DEVICE void expect_prepared() {
     block_barrier();
 }
 
-/// All threads: the block's part of an x that a launch in front has prepared, into shared memory. Returns when it is there.
-template <Weight W, int M>
-DEVICE void fetch_prepared(const DecodeArgs& a, const Share& s, int first_row, uint8_t* to) {
+/// All threads of a crew: the block's part of an x that a launch in front has prepared, into shared memory. Returns when it is there, and
+/// does `meanwhile()` until then.
+template <Weight W, int M, typename Meanwhile>
+DEVICE void fetch_prepared(const DecodeArgs& a, const Share& s, const Crew& crew, int first_row, uint8_t* to, Meanwhile meanwhile) {
     uint64_t* barrier = own_barriers() + 1;
-    if (thread_index() == 0) {
+    if (crew.thread() == 0) {
         const auto from = reinterpret_cast<const uint8_t*>(a.workspace);
         const int64_t tile = static_cast<int64_t>(first_row / M) * s.tiles + s.block_first;
         barrier_expect(barrier, s.block_tiles * XTile<W, M>::BYTES);
         bulk_copy(to, from + tile * XTile<W, M>::BYTES, s.block_tiles * XTile<W, M>::BYTES, barrier);
     }
+    meanwhile();
     barrier_wait(barrier, 0);
 }
 
