@@ -38,12 +38,10 @@ DEVICE void finish_group(const DecodeArgs& a, const Share& s, const Rows<Grouped
             sums.sum(output.row + 8 * half, column, value);
             finish<W, A>(e, s, rows.expert, first + output.row + 8 * half, value);
         }
+        if (paired)
 #pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            if (column + c >= rows.count) break;
-            const float result = paired ? activated(gate[c], value[c], e) : value[c];
-            store_result(e, rows.out(e, column + c), (paired ? first / 2 : first) + output.number, result);
-        }
+            for (int c = 0; c < COLUMNS; c++) value[c] = activated(gate[c], value[c], e);
+        store_results(e, rows, column, (paired ? first / 2 : first) + output.number, value);
     }
 }
 
@@ -122,7 +120,7 @@ DEVICE void decode_early(const DecodeArgs& a) {
     sums.meet();
     if (fetches_x) {
         wait_for_previous_launch();
-        x.template stage<4>(a, s, rows, [] {});
+        x.template stage<(M == 8 ? 4 : 6)>(a, s, rows, [] {});
     } else {
         weights.decode();
     }

@@ -145,7 +145,7 @@ def lds_bytes(
     barriers = _barriers(waves * depth)
     ring = waves * depth * chunk * (w.tile_bytes + (512 if early else 0))
     if w.x_bytes == 1:
-        activations = 1024 + most * rows * TILE_K + 4 * rows
+        activations = 1024 + most * rows * TILE_K + 8 * rows
     elif rows < w.wide_from:
         activations = 16 + most * w.tile_k // MX_BLOCK * (rows * (2 * MX_BLOCK + 4) + 16)
     else:

@@ -72,7 +72,7 @@ def _decode_lds(problem: GemmProblem, config: Config) -> int:
         return 1280 + rings + 8 * 4 * 16 + (4 * rows if quantized else 0)
     tiles = -(-problem.k // 512)  # of 64 along K, of one block
     ring = 4 * 4 * min(12, max(1, -(-tiles // (16 if quantized else 64)))) * tile
-    x = 1024 + tiles * rows * 64 if quantized else 16 + tiles * 2 * (rows * 68 + 16)
+    x = 1024 + tiles * rows * 64 + 4 * rows if quantized else 16 + tiles * 2 * (rows * 68 + 16)
     return 256 + ring + x + 4 * rows + 16 + 4 * 4 * 16 * rows
 
 

@@ -203,3 +203,19 @@ DEVICE void store_result(const DecodeArgs& a, int row, int column, float value) 
     else
         static_cast<float*>(a.y)[at] = value;
 }
+
+/// Results of one row of w, from column `column` of x on. The usual ones take a short way: with nothing else to do, each instruction
+/// is waited for.
+template <bool Grouped, int COLUMNS>
+DEVICE void store_results(const DecodeArgs& a, const Rows<Grouped>& rows, int column, int at, const float (&values)[COLUMNS]) {
+    const bool usual = TARGET_SM90 && a.out == OUT_BF16 && a.row_weights == nullptr && a.residual == nullptr;
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+        if (column + c >= rows.count) break;
+        const int row = rows.out(a, column + c);
+        if (usual)
+            static_cast<uint16_t*>(a.y)[row * a.y_stride + at] = bf16_from_float(values[c]);
+        else
+            store_result(a, row, at, values[c]);
+    }
+}

@@ -13,7 +13,8 @@ struct Activations<W, A, M, Way::ROWS> {
     static constexpr float UNLIFT = 1.0f;
 
     uint8_t* values;
-    uint32_t* largest;  // magnitude in a row, as a float's bits; or the row's factor, found by a launch in front
+    uint32_t* largest;  // magnitude in a row, as a float's bits
+    float* factors;     // of rows' sums
     int carry;
     bool prepared;
     float static_scale = 1;
@@ -24,18 +25,18 @@ struct Activations<W, A, M, Way::ROWS> {
     DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds, const Crew& crew)
         : values(matrix_aligned(lds)), carry(a.carry), prepared(a.workspace != nullptr), crew(crew), pieces(s, crew) {
         largest = reinterpret_cast<uint32_t*>(values + s.most_tiles(a) * XTile<W, M>::BYTES);
+        factors = reinterpret_cast<float*>(largest + M);
         if (thread_index() < M) largest[thread_index()] = 0;
         expect_prepared();
     }
-    DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::BYTES + M * 4; }
+    DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::BYTES + M * 8; }
 
     /// All threads of the crew: quantizes the block's part of x. Visible to the block's matrix instructions after its next barrier.
     /// Of what a thread takes, so many pieces are loaded once; others twice.
     template <int HELD = A == Act::fp8_static || M == 8 ? 2 : 4, bool Grouped, typename Meanwhile>
     DEVICE void stage(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, Meanwhile meanwhile) {
         if (prepared) {
-            if (const int row = crew.thread(); row < M)
-                largest[row] = bits<uint32_t>(prepared_factors<W>(a, a.workspace, M)[rows.first + row]);
+            if (const int row = crew.thread(); row < M) factors[row] = prepared_factors<W>(a, a.workspace, M)[rows.first + row];
             return fetch_prepared<W, M>(a, s, crew, rows.first, values, meanwhile);
         }
         if (A == Act::fp8_static) static_scale = *a.x_scale;
@@ -50,6 +51,7 @@ struct Activations<W, A, M, Way::ROWS> {
             each_piece(held, rows, look_at);
             for (Pieces<W> rest = pieces; rest.any(rows);) each_piece(rest.template next<1>(a, rows), rows, look_at);
             crew.barrier();
+            if (const int row = crew.thread(); row < M) factors[row] = float_from_e8m0(exponent_of<A>(largest[row], carry));
         }
         each_piece(held, rows, take);
         while (pieces.any(rows)) each_piece(pieces.template next<1>(a, rows), rows, take);
@@ -62,10 +64,7 @@ struct Activations<W, A, M, Way::ROWS> {
     }
 
     /// What sums of row `i` are to be multiplied by.
-    DEVICE float factor(int i) const {
-        if (prepared) return bits<float>(largest[i]);
-        return A == Act::fp8_static ? 1.0f : float_from_e8m0(exponent_of<A>(largest[i], carry));
-    }
+    DEVICE float factor(int i) const { return A == Act::fp8_static ? 1.0f : factors[i]; }
 
    private:
     /// Eight values, piece `j` along K, of row `i`.
