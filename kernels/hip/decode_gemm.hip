@@ -120,7 +120,7 @@ DEVICE void decode_early(const DecodeArgs& a) {
     sums.meet();
     if (fetches_x) {
         wait_for_previous_launch();
-        x.template stage<(M == 8 ? 4 : 6)>(a, s, rows, [] {});
+        x.template stage<(A == Act::fp8_static ? 1 : M == 8 ? 4 : 6)>(a, s, rows, [] {});
     } else {
         weights.decode();
     }

@@ -64,8 +64,9 @@ def test_weights_beyond_two_gibibytes(device, scheme, m):
     big = Problem(scheme, 32, 16, 3, sets=1)
     big.n, big.k = n * copies, k
     big.packed = [tuple(None if t is None else t.flatten().repeat(copies) for t in small.packed[0])]
-    if plan.share > 0:  # one row group a block
-        plan = replace(plan, groups=-(-big.n // (plan.waves_n * 16 * plan.share)) * plan.share)
+    if plan.one_group:
+        share = max(1, plan.share)
+        plan = replace(plan, groups=-(-big.n // (plan.waves_n * 16 * share)) * share)
     y = torch.full((m, big.n), torch.nan, device="cuda")
     launch(gpu, big, 0, reference.x, y, plan)
     parts = y.view(m, copies, n)

@@ -37,6 +37,15 @@ DEVICE float exponential(float x) {
 #endif
 }
 
+/// a / b, on sm_90 within two units in the last place: an exact one is a function call there. 0 if b > 2^126.
+DEVICE float quotient_of(float a, float b) {
+#if TARGET_SM90
+    return __fdividef(a, b);
+#else
+    return a / b;
+#endif
+}
+
 // ---- bf16 and half
 
 /// `bf16` in the low 16 bits (what lies above is dropped).

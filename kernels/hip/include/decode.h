@@ -189,7 +189,7 @@ DEVICE float activated(float gate, float up, const DecodeArgs& a) {
     if (a.limit > 0) gate = __builtin_fminf(gate, a.limit), up = __builtin_fminf(__builtin_fmaxf(up, -a.limit), a.limit);
     const bool silu = (a.activation & ACTIVATION_KIND) == SILU;
     const float slope = silu ? 1.0f : a.alpha;
-    return gate / (1 + exponential(-slope * gate)) * (silu ? up : up + 1);
+    return quotient_of(gate, 1 + exponential(-slope * gate)) * (silu ? up : up + 1);
 }
 
 DEVICE void store_result(const DecodeArgs& a, int row, int column, float value) {

@@ -284,7 +284,7 @@ DEVICE float row_factor(const DecodeArgs& a, const Share& s, int expert, int row
     using X = Activations<W, A, M>;
     float factor = X::UNLIFT;
     if constexpr (W == Weight::e2m1 || is_row(W)) factor = a.factors[static_cast<int64_t>(expert) * s.row_tiles * TILE_ROWS + row];
-    return A == Act::fp8_static ? factor * *a.x_scale : factor;
+    return factor;
 }
 
 /// Rows of a group that a block finishes, and what it knows of them beforehand.

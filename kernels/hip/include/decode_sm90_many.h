@@ -18,7 +18,7 @@ struct Activations<W, A, M, Way::MANY> {
     Pieces<W> pieces;
 
     DEVICE Activations(const DecodeArgs&, const Share& s, uint8_t* lds)
-        : values(matrix_aligned(lds)), crew{0, s.threads}, pieces(s, crew) {
+        : values(matrix_aligned(lds)), crew(everybody(s)), pieces(s, crew) {
         expect_prepared();
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::BYTES; }

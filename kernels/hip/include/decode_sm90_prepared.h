@@ -59,7 +59,7 @@ DEVICE void prepare_row(const uint16_t* x, const float* x_scale, uint8_t* prepar
     for (int first = HELD * THREADS; first < pieces; first += THREADS) put(load(first + thread_index()), first + thread_index());
     if (thread_index() == 0)
         reinterpret_cast<float*>(prepared + prepared_bytes<W>(m, k, room))[row] =
-            A == Act::fp8_static ? 1.0f : float_from_e8m0(exponent);
+            A == Act::fp8_static ? static_scale : float_from_e8m0(exponent);
 }
 
 template <Weight W, Act A>

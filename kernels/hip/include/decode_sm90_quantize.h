@@ -37,6 +37,13 @@ DEVICE int exponent_of(uint32_t largest, int carry) {
     return largest > 0x7f800000u ? 255 : larger(static_cast<int>((largest + carry) >> 23) - EMAX, 0);
 }
 
+/// v / scale to nearest, for what becomes e4m3: a quotient that is off, and what it is off by. Beyond 512 all is one.
+DEVICE float divided(float v, float scale) {
+    const float per = __frcp_rn(scale), about = v * per;
+    const float rest = __fmaf_rn(-about, scale, v);
+    return __builtin_fabsf(about) < 512.0f ? __fmaf_rn(rest, per, about) : about;
+}
+
 /// Eight activations as codes under their block's scale 2^(exponent - 127), static ones under `static_scale`; elements of e2m1 are
 /// written as e4m3.
 template <Act A>
@@ -45,7 +52,7 @@ DEVICE Codes codes_of_activations(const Words& x, int exponent, float static_sca
     floats_from_words(x, v);
     const float up = exponent >= 254 ? 0x1p-127f : bits<float>(static_cast<uint32_t>(254 - exponent) << 23);
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = A == Act::fp8_static ? v[i] / static_scale : v[i] * up;
+    for (int i = 0; i < 8; i++) v[i] = A == Act::fp8_static ? divided(v[i], static_scale) : v[i] * up;
     if constexpr (A == Act::e2m1) {
         float rounded[8];
         floats_from_e2m1(e2m1_from_floats(v), rounded);
@@ -124,6 +131,8 @@ struct Crew {
             asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory");
     }
 };
+
+DEVICE Crew everybody(const Share& s) { return {0, s.threads}; }
 
 /// Which pieces of what a block multiplies of all rows a thread takes: from piece j of row i on, by steps. Known before x is.
 template <Weight W>

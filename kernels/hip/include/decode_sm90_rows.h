@@ -21,7 +21,7 @@ struct Activations<W, A, M, Way::ROWS> {
     Crew crew;
     Pieces<W> pieces;
 
-    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : Activations(a, s, lds, {0, s.threads}) {}
+    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : Activations(a, s, lds, everybody(s)) {}
     DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds, const Crew& crew)
         : values(matrix_aligned(lds)), carry(a.carry), prepared(a.workspace != nullptr), crew(crew), pieces(s, crew) {
         largest = reinterpret_cast<uint32_t*>(values + s.most_tiles(a) * XTile<W, M>::BYTES);
@@ -33,13 +33,12 @@ struct Activations<W, A, M, Way::ROWS> {
 
     /// All threads of the crew: quantizes the block's part of x. Visible to the block's matrix instructions after its next barrier.
     /// Of what a thread takes, so many pieces are loaded once; others twice.
-    template <int HELD = A == Act::fp8_static || M == 8 ? 2 : 4, bool Grouped, typename Meanwhile>
+    template <int HELD = A == Act::fp8_static ? 2 : M == 8 ? 2 : 4, bool Grouped, typename Meanwhile>
     DEVICE void stage(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, Meanwhile meanwhile) {
         if (prepared) {
             if (const int row = crew.thread(); row < M) factors[row] = prepared_factors<W>(a, a.workspace, M)[rows.first + row];
             return fetch_prepared<W, M>(a, s, crew, rows.first, values, meanwhile);
         }
-        if (A == Act::fp8_static) static_scale = *a.x_scale;
         const auto look_at = [&](const Words& eight, int i, int, bool wanted) {
             const uint32_t of_lane = largest_of(eight), of_all = pieces.whole ? largest_in_wave(of_lane) : max_lanes<4>(of_lane);
             if (wanted && (lane_index() & (pieces.whole ? WAVE - 1 : 3)) == 0) atomicMax(largest + i, of_all);
@@ -51,9 +50,13 @@ struct Activations<W, A, M, Way::ROWS> {
             each_piece(held, rows, look_at);
             for (Pieces<W> rest = pieces; rest.any(rows);) each_piece(rest.template next<1>(a, rows), rows, look_at);
             crew.barrier();
-            if (const int row = crew.thread(); row < M) factors[row] = float_from_e8m0(exponent_of<A>(largest[row], carry));
+        } else {
+            static_scale = *a.x_scale;
         }
+        if (const int row = crew.thread(); row < M)
+            factors[row] = A == Act::fp8_static ? static_scale : float_from_e8m0(exponent_of<A>(largest[row], carry));
         each_piece(held, rows, take);
+#pragma unroll 1
         while (pieces.any(rows)) each_piece(pieces.template next<1>(a, rows), rows, take);
         show_to_matrix_unit();
     }
@@ -64,7 +67,7 @@ struct Activations<W, A, M, Way::ROWS> {
     }
 
     /// What sums of row `i` are to be multiplied by.
-    DEVICE float factor(int i) const { return A == Act::fp8_static ? 1.0f : factors[i]; }
+    DEVICE float factor(int i) const { return factors[i]; }
 
    private:
     /// Eight values, piece `j` along K, of row `i`.
