@@ -117,6 +117,11 @@ class DecodePlan:
         """Waves of a block that multiply."""
         return self.waves_k * self.waves_n
 
+    @property
+    def blocks(self) -> int:
+        """Blocks for `rows` of x."""
+        return self.groups * self.split
+
 
 def prepared_bytes(scheme: str, plan: DecodePlan, m: int, k: int) -> int:
     """Bytes that the launch in front leaves of x [m, k]: values, and a factor a row of quantized ones. 0 without it."""
@@ -160,7 +165,7 @@ def max_waves(w: _Weights, rows: int) -> int:
 
 
 Shape = tuple[int, ...]
-"""split, waves_k, waves_n, depth, chunk, share and early, where they are not 0 and False: `DecodePlan`."""
+"""split, waves_k, waves_n, depth, chunk, and share where x is prepared: `DecodePlan`."""
 
 
 _WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
@@ -179,17 +184,17 @@ _WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
     ("e4m3", 16): ((4, 1, 16, 2, 4), (8, 2, 8, 2, 2), (8, 1, 12, 2, 3), (4, 1, 16, 2, 2)),
     ("e4m3", 32): ((8, 1, 12, 2, 4), (4, 2, 4, 3, 4, 1), (8, 1, 12, 2, 3), (1, 4, 4, 3, 2, 1)),
     ("e4m3", 64): ((1, 1, 16, 4, 2, 1), (4, 2, 4, 4, 2, 1), (8, 1, 12, 4, 2, 1), (1, 4, 4, 4, 1, 1)),
-    ("row_e2m1", 2): ((2, 4, 4, 4, 4), (8, 1, 16, 2, 6, 0, 1), (8, 1, 8, 1, 12, 0, 1), (2, 1, 12, 4, 4, 0, 1)),
-    ("row_e2m1", 4): ((8, 1, 12, 2, 8), (8, 1, 16, 2, 6, 0, 1), (8, 1, 16, 2, 6, 0, 1), (2, 1, 12, 4, 4, 0, 1)),
-    ("row_e2m1", 8): ((8, 1, 16, 4, 4), (8, 1, 16, 2, 6, 0, 1), (8, 1, 12, 2, 6, 0, 1), (4, 1, 8, 1, 8, 0, 1)),
-    ("row_e2m1", 16): ((8, 1, 16, 2, 8), (8, 1, 8, 2, 6, -1, 1), (8, 1, 4, 4, 3, -1, 1), (1, 4, 4, 4, 2, -1, 1)),
-    ("row_e2m1", 32): ((1, 1, 8, 2, 8, 1), (4, 2, 4, 4, 3, -1, 1), (8, 1, 12, 2, 6, -1, 1), (1, 4, 4, 1, 8, -1, 1)),
-    ("row_e2m1", 64): ((1, 1, 16, 4, 4, 1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 1, 12, -1), (1, 4, 4, 2, 4, 1)),
+    ("row_e2m1", 2): ((2, 4, 4, 4, 4), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
+    ("row_e2m1", 4): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
+    ("row_e2m1", 8): ((8, 1, 16, 4, 4), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 4)),
+    ("row_e2m1", 16): ((8, 1, 16, 2, 8), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
+    ("row_e2m1", 32): ((1, 1, 8, 2, 8, 1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 1, 12, -1), (1, 4, 4, 2, 4, 1)),
+    ("row_e2m1", 64): ((1, 1, 8, 3, 4, 1), (4, 1, 4, 2, 12, -1), (8, 1, 12, 1, 12, -1), (1, 4, 4, 2, 4, 1)),
     ("row_e4m3", 2): ((2, 4, 4, 2, 4), (8, 1, 4, 1, 12), (8, 1, 8, 1, 12), (4, 1, 4, 1, 8)),
-    ("row_e4m3", 4): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 8, 1, 12), (4, 1, 8, 1, 8)),
+    ("row_e4m3", 4): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (4, 1, 8, 1, 8)),
     ("row_e4m3", 8): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 2)),
-    ("row_e4m3", 16): ((8, 2, 8, 2, 4), (8, 1, 16, 1, 12), (8, 1, 12, 4, 3), (4, 1, 8, 2, 4)),
-    ("row_e4m3", 32): ((2, 2, 4, 2, 4, -1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 2, 3, -1)),
+    ("row_e4m3", 16): ((8, 2, 8, 2, 4), (8, 2, 8, 2, 3), (8, 1, 12, 4, 3), (4, 1, 8, 2, 4)),
+    ("row_e4m3", 32): ((2, 2, 4, 2, 4, -1), (4, 2, 4, 4, 2, -1), (8, 1, 12, 4, 3, -1), (1, 4, 4, 2, 4, 1)),
     ("row_e4m3", 64): ((1, 1, 8, 2, 4, 1), (4, 2, 4, 4, 2, -1), (8, 1, 12, 4, 2, -1), (1, 2, 4, 3, 4, 1)),
 }
 """What measured best, or within a few percent, of 16 to 400 plans each for 70 dense problems (`python -m bench.decode
@@ -202,35 +207,41 @@ fewer. A launch in front costs a few microseconds, so x is prepared only where i
 to do.
 """
 
+_WANTED_EARLY: dict[tuple[str, int], tuple[Shape, Shape, Shape]] = {
+    ("row_e2m1", 2): ((8, 1, 16, 2, 6), (8, 1, 16, 2, 6), (2, 1, 12, 4, 4)),
+    ("row_e2m1", 4): ((8, 1, 16, 1, 12), (8, 1, 16, 2, 6), (2, 1, 12, 4, 4)),
+    ("row_e2m1", 8): ((8, 1, 16, 2, 6), (8, 1, 12, 2, 6), (4, 1, 8, 1, 8)),
+    ("row_e2m1", 16): ((8, 2, 4, 4, 2, -1), (8, 1, 4, 4, 3, -1), (1, 4, 4, 4, 2, -1)),
+    ("row_e2m1", 32): ((4, 2, 4, 4, 3, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 1, 8, -1)),
+}
+"""The same of plans that decode early, which are preferred where there are any: long K with few row tiles, or more;
+short K."""
 
-def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int) -> Shape:
+
+def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, early: bool) -> Shape:
     large, long = row_tiles >= 8 * cu_count, tiles >= 64
     which = 0 if large else 3 if not long else 1 if row_tiles <= cu_count else 2
-    return next(_WANTED[kind, most] for most in (1, 2, 4, 8, 16, 32, 64) if m <= most and (kind, most) in _WANTED)[
-        which
-    ]
+    most = next(most for most in (1, 2, 4, 8, 16, 32, 64) if m <= most and (kind, most) in _WANTED)
+    return _WANTED_EARLY[kind, most][which - 1] if early else _WANTED[kind, most][which]
 
 
 def _distance(plan: DecodePlan, w: _Weights, wanted: Shape, tiles: int, row_tiles: int, cu_count: int) -> float:
     """How far a plan is from what is wanted, in powers of two; idle multiprocessors and uneven shares count double, and
     a wave that must wait for a second chunk with nothing under way as one more."""
-    split, waves_k, waves_n, depth, chunk, share, early = (*wanted, 0, 0)[:7]
-    blocks = plan.groups * plan.split
-    idle = max(0.0, math.log2(min(cu_count, row_tiles * split * waves_k) / blocks) - 0.7)
+    split, waves_k, waves_n, depth, chunk, share = (*wanted, 0)[:6]
+    idle = max(0.0, math.log2(min(cu_count, row_tiles * split * waves_k) / plan.blocks) - 0.7)
     if (plan.split, plan.waves_k, plan.waves_n) == wanted[:3]:  # measured so
         idle = 0.0
     row_groups = -(-row_tiles // plan.waves_n)
     if plan.one_group:  # as many rounds as it takes
-        resident = _resident(w, plan.lds, plan.rows, plan.waves, plan.x_waves)
-        places = _in_clusters(cu_count, plan.split * max(1, plan.share)) * resident
-        uneven = math.log2(-(-blocks // places) * min(1, places / blocks))
+        places = _places(w, plan, cu_count)
+        uneven = math.log2(-(-plan.blocks // places) * min(1, places / plan.blocks))
     else:
         uneven = math.log2(-(-row_groups // plan.groups) * plan.groups / row_groups)
     ways = abs(math.log2(plan.split * plan.waves_k / (split * waves_k))) + 0.5 * abs(math.log2(plan.split / split))
     ring = abs(math.log2(plan.depth * plan.chunk / (depth * chunk))) + 0.5 * abs(math.log2(plan.depth / depth))
     waves = abs(math.log2(plan.waves / (waves_k * waves_n))) + 0.5 * abs(math.log2(plan.waves_n / waves_n))
     other = abs(math.log2(plan.share / share)) if min(plan.share, share) > 0 else 2 * (plan.share != share)
-    other += 4 * (plan.early != early)
     waits = plan.depth == 1 and plan.chunk * plan.split * plan.waves_k < tiles
     return 2 * (idle + uneven) + ways + 0.5 * (waves + ring + other) + waits
 
@@ -262,8 +273,9 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
 
 def _sorted(found: list[DecodePlan], w: _Weights, m: int, n: int, k: int, cu_count: int) -> tuple[DecodePlan, ...]:
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
-    wanted = _wanted(w.kind, m, tiles, row_tiles, cu_count)
-    return tuple(sorted(found, key=lambda p: _distance(p, w, wanted, tiles, row_tiles, cu_count)))
+    early = any(p.early for p in found)
+    wanted = _wanted(w.kind, m, tiles, row_tiles, cu_count, early)
+    return tuple(sorted(found, key=lambda p: (p.early != early, _distance(p, w, wanted, tiles, row_tiles, cu_count))))
 
 
 def _in_clusters(cu_count: int, split: int) -> int:
@@ -278,9 +290,15 @@ def _resident(w: _Weights, lds: int, rows: int, waves: int, x_waves: int = 0) ->
     return min((arch_facts("sm_90").lds_bytes + 1024) // (lds + 1024), registers_for // (waves + x_waves))
 
 
+def _places(w: _Weights, plan: DecodePlan, cu_count: int) -> int:
+    """Blocks of a plan that run at the same time."""
+    resident = _resident(w, plan.lds, plan.rows, plan.waves, plan.x_waves)
+    return _in_clusters(cu_count, plan.split * max(1, plan.share)) * resident
+
+
 def _enumerate(w: _Weights, m: int, rows: int, n: int, k: int, cu_count: int, pairs: bool) -> list[DecodePlan]:
     tiles, row_tiles, row_blocks = -(-k // w.tile_k), -(-n // TILE_ROWS), -(-m // rows)
-    most, most_lds = max_waves(w, rows), arch_facts("sm_90").lds_bytes
+    most = max_waves(w, rows)
     found = []
     for waves, waves_k, split in itertools.product((4, 8, 12, 16), (1, 2, 4), (1, 2, 4, 8)):
         waves_n, mine = waves // waves_k, tiles / split / waves_k
@@ -299,12 +317,15 @@ def _enumerate(w: _Weights, m: int, rows: int, n: int, k: int, cu_count: int, pa
                 groups = min(row_groups, max(1, _in_clusters(cu_count, split) * resident // (split * row_blocks)))
                 plan = DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds)
                 found += [plan, replace(plan, share=RESIDENT)] if rows >= max(8, w.wide_from) else [plan]
-            lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, early=True)
-            if w.kind == "row_e2m1" and rows in EARLY_M and depth * chunk >= most_tiles and lds <= most_lds:
+            if w.kind == "row_e2m1" and rows in EARLY_M and depth * chunk >= most_tiles:
+                lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, early=True)
                 pieces = min(m, rows) * -(-tiles // split) * TILE_K // 8  # of x, each a thread's
                 x_waves = min(MOST_X_WAVES, -(-pieces // 32))
                 plan = DecodePlan(rows, split, waves_k, waves_n, row_groups, depth, chunk, lds, x_waves=x_waves)
-                found += [plan, replace(plan, share=RESIDENT, x_waves=1)]
+                prepared = replace(plan, share=RESIDENT, x_waves=1)
+                # Only what starts at once is decoded while others wait; large weights stream.
+                small = row_tiles < 8 * cu_count
+                found += [p for p in (plan, prepared) if small and row_blocks * p.blocks <= _places(w, p, cu_count)]
     return list(dict.fromkeys(found))
 
 
