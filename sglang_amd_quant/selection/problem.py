@@ -19,6 +19,10 @@ FLOATS = ("bf16", "fp16", "fp32")
 
 ACT_BITS = {"e2m1": 4, "e4m3": 8, "fp8_static": 8, "bf16": 16}
 
+ACTIVATIONS = ("silu", "swigluoai", "gelu", "gelu_tanh", "relu2")
+CLAMPS = ("before", "after_silu")
+"""Kinds of `ops.activation.Activation`, and where it clamps."""
+
 SOURCES = ("exact", "padded_m", "nearest_e", "borrowed", "rule", "heuristic", "default", "reference")
 """Where a choice can come from, in the order in which they are tried."""
 
@@ -34,11 +38,11 @@ class Epilogue:
 
     Attributes:
         bias: a bias [N] is added.
-        activation: kind of the activation (`silu`, `swigluoai`, `gelu`, ...), None for none.
+        activation: one of `ACTIVATIONS`, None for none.
         gated: the activation takes gate and up and halves N; meaningless without one.
         interleaved: columns alternate gate, up (gpt-oss); otherwise all gates come first.
         limit, alpha: clamp and slope of the activation, None where it has none.
-        clamp: whether the gate is clamped `before` its function or `after_silu` (`ops.activation.Activation`).
+        clamp: whether the gate is clamped `before` its function or `after_silu`: `CLAMPS`.
         beta: what the activation adds to up, None where it adds nothing, or what is usual (1).
     """
 
@@ -115,7 +119,7 @@ class GemmProblem:
 
     Raises:
         ShapeError: dimensions that no GEMM has, or K that is not whole scale groups.
-        SchemeError: unknown op, scheme, layout, activation format or output dtype.
+        SchemeError: unknown op, scheme, layout, activation, activation format or output dtype.
     """
 
     op: str
@@ -160,9 +164,11 @@ class GemmProblem:
             ("op", self.op, OPS),
             ("out_dtype", self.out_dtype, OUT_DTYPES),
             ("act", self.act, tuple(ACT_BITS)),
+            ("activation", self.epilogue.activation, (None, *ACTIVATIONS)),
+            ("clamp", self.epilogue.clamp, CLAMPS),
         ):
             if value not in known:
-                raise SchemeError(f"{what} {value!r}", "unknown", f"use one of {', '.join(known)}")
+                raise SchemeError(f"{what} {value!r}", "unknown", f"use one of {', '.join(filter(None, known))}")
         if self.layout is not None:
             _parse_layout(self.layout)
         what = f"{self.op} M={self.m} N={self.n} K={self.k} E={self.e_local}/{self.e_total} top_k={self.top_k}"
