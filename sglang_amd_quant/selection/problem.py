@@ -257,11 +257,16 @@ class GemmProblem:
             raise ShapeError(f"problem {data}", f"wrong or missing: {', '.join(wrong)}", "see docs/selection.md")
         return cls(**data, epilogue=Epilogue(**epilogue))
 
+    @property
+    def of_dtype(self) -> str:
+        """What labels add where the op hands on something else than bf16."""
+        return "" if self.out_dtype == "bf16" else f" {self.out_dtype}"
+
     def label(self) -> str:
         """One line for people."""
         experts = f" E={self.e_local}/{self.e_total} top_k={self.top_k} tp={self.tp} ep={self.ep}" if self.moe else ""
         group = f" group={self.group}" if scheme_named(self.scheme).weight == "int4" else ""
-        return f"{self.op} {self.scheme} {self.arch} M={self.m} N={self.n} K={self.k}{group}{experts}"
+        return f"{self.op} {self.scheme} {self.arch} M={self.m} N={self.n} K={self.k}{group}{experts}{self.of_dtype}"
 
 
 PROBLEM_FIELDS = tuple(f.name for f in fields(GemmProblem) if f.init)
