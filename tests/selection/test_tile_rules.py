@@ -13,7 +13,7 @@ pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it is not said
 
 from sglang_amd_quant.kernels.triton.group_gemm import GroupGemmConfig
-from sglang_amd_quant.kernels.triton.manifest import SCHEMES, GroupVariant, Variant
+from sglang_amd_quant.kernels.triton.manifest import SCHEMES, Variant
 from sglang_amd_quant.kernels.triton.moe_gemm import PLAIN, Epilogue, moe_gemm, moe_gemm_kernel
 from sglang_amd_quant.kernels.triton.routing import route_torch
 
@@ -120,10 +120,10 @@ def test_group_tiles_compile_without_spills_in_the_lds_that_is_estimated(problem
     even = problem.group >= (config.block_k or 0)
     weights = {"int4_w4a16": "int4", "w4a16": "e2m1", "mxfp8": "e4m3"}[problem.scheme]
     made = compile_variant(
-        GroupVariant(
-            f"{config}", MEMBER.get(problem.arch, problem.arch), problem.out_dtype, weights, problem.group,
+        Variant(
+            f"{config}", MEMBER.get(problem.arch, problem.arch), problem.out_dtype, weights,
             GroupGemmConfig(*config.tile, **launch_options(config)), problem.moe, even,
-            claimed(problem.arch, "bf16"), (lies.value, lies.scale),
+            claimed(problem.arch, "bf16"), (lies.value, lies.scale), problem.group,
         )
     )  # fmt: skip
     assert made.report.problems == []
