@@ -140,8 +140,9 @@ def _fp16_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
 
 
 def _moe_tile(problem: GemmProblem) -> Config:
-    block_m = routed_block_m(problem)
-    return Config(block_m, 32, 128, num_warps=4, num_stages=1, nonkdim=16 if problem.arch.startswith("gfx9") else None)
+    block_m, block_k = routed_block_m(problem), 32 if problem.arch == "gfx11" else 128
+    nonkdim = 16 if problem.arch.startswith("gfx9") else None
+    return Config(block_m, 32, block_k, num_warps=4, num_stages=1, nonkdim=nonkdim)
 
 
 def _moe_lds(problem: GemmProblem, config: Config) -> int:
