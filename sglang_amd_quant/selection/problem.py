@@ -58,6 +58,9 @@ class Epilogue:
 
 NO_EPILOGUE = Epilogue()
 
+MOST = 2**31 - 1
+"""Sizes are 32-bit arguments of every kernel."""
+
 
 class Config(NamedTuple):
     """A kernel's compile- and launch-time parameters; None = not stated, the kernel's default applies.
@@ -175,15 +178,20 @@ class GemmProblem:
         positive = (self.n, self.k, self.e_local, self.top_k, self.tp, self.ep)
         if self.m < 0 or min(positive) < 1 or self.cu_count < 0 or self.block_m < 0:
             raise ShapeError(what, "a dimension is below its least value", "give M >= 0 and all others >= 1")
+        if max(self.m, self.rows, *positive, self.cu_count, self.block_m) > MOST:
+            raise ShapeError(what, f"a dimension is above {MOST}", "give sizes that a model has")
         if self.op == "linear" and (self.e_local, self.e_total, self.top_k) != (1, 1, 1):
             raise ShapeError(what, "a linear has no experts", "use op moe_gate_up or moe_down")
         if self.e_local > self.e_total or self.top_k > self.e_total:
             raise ShapeError(what, "more local experts or top_k than experts", "give e_total >= e_local and top_k")
         groups = (32, 64, 128) if scheme.weight == "int4" else (scheme.block,)
-        if self.group not in groups or self.k % self.group:
+        if self.group not in groups:
+            remedy = f"use one of {', '.join(map(str, groups))}"
+            raise ShapeError(f"scheme {self.scheme} group {self.group}", "no scale group of it", remedy)
+        if self.k % self.group:
             raise ShapeError(
                 f"{what} scheme {self.scheme} group {self.group}",
-                f"K must be whole groups of {' or '.join(map(str, groups))}",
+                f"K must be whole groups of {self.group}",
                 "pad K, or keep the layer bf16 in a recipe",
             )
 

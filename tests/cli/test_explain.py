@@ -83,6 +83,8 @@ def test_ep_divides_the_experts(capsys: Out) -> None:
     [
         ("--k 360", "K must be whole groups of 32"),
         ("--m -1", "below its least value"),
+        ("--n 3000000000", "a dimension is above 2147483647"),
+        ("--group 7", "scheme w4a8 group 7: no scale group of it; use one of 32"),
         ("--layout zigzag", "'zigzag' is unknown"),
         ("--arch gfx9000", "'gfx9000' is unknown"),
         ("--scheme fp5", "invalid choice"),
