@@ -11,27 +11,78 @@ from typing import Any
 
 from .group_gemm import GroupGemmConfig, group_gemm_kernel
 from .mx_gemm import MxGemmConfig, mx_gemm_kernel
-from .tiles import STRIDED, TileConfig, layout_constants
+from .tiles import STRIDED, layout_constants
 
 TRITON_ARCHS = ("gfx950", "gfx942", "gfx1100", "sm_90")
 
 _ELEMENT = {"e2m1": "*u8", "e4m3": "*fp8e4nv", "bf16": "*bf16", "fp16": "*fp16"}
+_WORDS = {"int4": "*i32", "e2m1": "*i32", "e4m3": "*u8"}
+"""How `group_gemm_kernel` has weights."""
 _ROUTING = {"row_ids": "*i32", "block_experts": "*i32", "row_weights": "*fp32"}
 _SIZES = {"M": "i32", "N": "i32", "K": "i32", "tiles_m": "i32"}
 
 
-class Promises:
-    """What is promised of the arguments of every variant."""
+@dataclass(frozen=True)
+class Variant:
+    """One specialization of `mx_gemm_kernel` or, with a `GroupGemmConfig`, of `group_gemm_kernel`.
 
+    Attributes:
+        name: how the report calls it.
+        arch: target.
+        x_format, w_format: element formats.
+        config: tile and launch options.
+        grouped: over experts, with row weights and bias; else dense.
+        even_k: steps end where K does.
+        claims: as in `kernels/hip/manifest.py`.
+        layout: of values and of scales of the weights.
+        group: elements of K that share a scale.
+    """
+
+    name: str
     arch: str
-    config: TileConfig
-    signature: dict[str, str]
+    x_format: str
+    w_format: str
+    config: MxGemmConfig | GroupGemmConfig
+    grouped: bool
+    even_k: bool
+    claims: tuple[str, ...]
+    layout: tuple[str, str] = STRIDED
+    group: int = 32
+
+    @property
+    def kernel(self) -> Any:
+        """The `triton.jit` function."""
+        return group_gemm_kernel if isinstance(self.config, GroupGemmConfig) else mx_gemm_kernel
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """Triton type of each argument that is no constexpr; pointers that are None are left out."""
+        words = _WORDS if isinstance(self.config, GroupGemmConfig) else {}
+        scales = {"x_scales": "*u8"} if self.x_format in ("e2m1", "e4m3") else {}
+        pointers = {"x": _ELEMENT[self.x_format], **scales, "w": (_ELEMENT | words)[self.w_format]}
+        pointers |= {"w_scales": "*i32" if self.w_format == "int4" else "*u8"}
+        pointers |= {"bias": "*bf16"} if self.grouped else {}
+        pointers |= {"y": "*fp16" if self.x_format == "fp16" else "*bf16"}
+        return pointers | (_ROUTING if self.grouped else {}) | _SIZES
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """The constexpr arguments, among them the pointers that are None."""
+        step, top_k = max(self.config.block_k, self.group), 2 if self.grouped else 1
+        k = step if self.even_k else step + self.group
+        if isinstance(self.config, GroupGemmConfig):
+            given = self.config.constants(self.w_format, self.group, top_k, k, self.arch)
+        else:
+            given = self.config.constants(self.x_format, self.w_format, top_k, k, self.arch)
+        optional = (n for n in ("x_scales", "bias", *_ROUTING) if n in self.kernel.arg_names)
+        absent = dict.fromkeys(n for n in optional if n not in self.signature)
+        return absent | given | layout_constants(self.layout)
 
     @property
     def divisible(self) -> tuple[str, ...]:
         """Arguments promised to be multiples of 16. N and K are in every model; M is not, and promising it would let
         masked rows be read out of bounds."""
-        return tuple(n for n, t in self.signature.items() if t.startswith("*") or n in ("N", "K"))
+        return (*self.short, "N", "K")
 
     @property
     def short(self) -> tuple[str, ...]:
@@ -42,98 +93,6 @@ class Promises:
     def options(self) -> dict[str, int]:
         """Compile options."""
         return self.config.options(self.arch)
-
-
-@dataclass(frozen=True)
-class Variant(Promises):
-    """One specialization of `mx_gemm_kernel`.
-
-    Attributes:
-        name: how the report calls it.
-        arch: target.
-        x_format, w_format: element formats.
-        config: tile and launch options.
-        grouped: over experts, with row weights and bias; else dense.
-        even_k: BLOCK_K divides K.
-        claims: as in `kernels/hip/manifest.py`.
-        layout: of values and of scales of the weights.
-    """
-
-    name: str
-    arch: str
-    x_format: str
-    w_format: str
-    config: MxGemmConfig
-    grouped: bool
-    even_k: bool
-    claims: tuple[str, ...]
-    layout: tuple[str, str] = STRIDED
-
-    @property
-    def kernel(self) -> Any:
-        """The `triton.jit` function."""
-        return mx_gemm_kernel
-
-    @property
-    def signature(self) -> dict[str, str]:
-        """Triton type of each argument that is no constexpr; pointers that are None are left out."""
-        scales = {} if self.x_format == "bf16" else {"x_scales": "*u8"}
-        pointers = {"x": _ELEMENT[self.x_format], **scales, "w": _ELEMENT[self.w_format], "w_scales": "*u8"}
-        pointers |= {"bias": "*bf16"} if self.grouped else {}
-        return pointers | {"y": "*bf16"} | (_ROUTING if self.grouped else {}) | _SIZES
-
-    @property
-    def constants(self) -> dict[str, object]:
-        """The constexpr arguments, among them the pointers that are None."""
-        k = self.config.block_k * (1 if self.even_k else 2) - (0 if self.even_k else 32)
-        given = self.config.constants(self.x_format, self.w_format, 2 if self.grouped else 1, k, self.arch)
-        optional = ("x_scales", "bias", *_ROUTING)
-        return {name: None for name in optional if name not in self.signature} | given | layout_constants(self.layout)
-
-
-@dataclass(frozen=True)
-class GroupVariant(Promises):
-    """One specialization of `group_gemm_kernel`.
-
-    Attributes:
-        name, arch, config, grouped, claims, layout: as of a `Variant`.
-        x_format: `bf16` or `fp16`, the output's too.
-        w_format: `int4`, or for fp16 `e2m1` or `e4m3`.
-        group: elements that share a scale.
-        even_k: steps end where K does.
-    """
-
-    name: str
-    arch: str
-    x_format: str
-    w_format: str
-    group: int
-    config: GroupGemmConfig
-    grouped: bool
-    even_k: bool
-    claims: tuple[str, ...]
-    layout: tuple[str, str] = STRIDED
-
-    @property
-    def kernel(self) -> Any:
-        """The `triton.jit` function."""
-        return group_gemm_kernel
-
-    @property
-    def signature(self) -> dict[str, str]:
-        """Triton type of each argument that is no constexpr; pointers that are None are left out."""
-        element = _ELEMENT[self.x_format]
-        codes, scales = ("*u8" if self.w_format == "e4m3" else "*i32"), ("*i32" if self.w_format == "int4" else "*u8")
-        pointers = {"x": element, "w": codes, "w_scales": scales} | ({"bias": "*bf16"} if self.grouped else {})
-        return pointers | {"y": element} | (_ROUTING if self.grouped else {}) | _SIZES
-
-    @property
-    def constants(self) -> dict[str, object]:
-        """The constexpr arguments, among them the pointers that are None."""
-        k = self.config.block_k * (1 if self.even_k else 2) - (0 if self.even_k else self.group)
-        given = self.config.constants(self.w_format, self.group, 2 if self.grouped else 1, k, self.arch)
-        optional = ("bias", *_ROUTING)
-        return {name: None for name in optional if name not in self.signature} | given | layout_constants(self.layout)
 
 
 _TILES = {
@@ -173,23 +132,23 @@ INT4_VALUES = {"gfx950": "cdna_int4", "gfx942": "cdna_int4", "gfx1100": "rdna_in
 """Arch -> layout of values that its decode kernels read."""
 
 
-def group_variants() -> Iterator[GroupVariant]:
+def group_variants() -> Iterator[Variant]:
     """What is compiled: of int4, with small tiles, grouped, strided weights in groups of 32, and a tail of K; with
     large ones, dense, what decode kernels read, in groups of 128 and a model in fp16. Of MX formats, which are for
     models in fp16, strided weights both ways."""
     for arch in TRITON_ARCHS:
         few, many = _GROUP_TILES[arch]
         plain = replace(many, block_k=64)  # strided weights need more registers
-        decode = INT4_VALUES[arch], "tile_group"
-        yield GroupVariant("group_gemm_int4_grouped", arch, "bf16", "int4", 32, few, True, False, ("matrix",))
-        yield GroupVariant("group_gemm_int4_dense", arch, "fp16", "int4", 128, many, False, True, ("matrix",), decode)
-        yield GroupVariant("group_gemm_e2m1_grouped", arch, "fp16", "e2m1", 32, few, True, False, ("matrix",))
-        yield GroupVariant("group_gemm_e2m1_dense", arch, "fp16", "e2m1", 32, plain, False, True, ("matrix",))
-        yield GroupVariant("group_gemm_e4m3_grouped", arch, "fp16", "e4m3", 32, few, True, True, ("matrix",))
-        yield GroupVariant("group_gemm_e4m3_dense", arch, "fp16", "e4m3", 32, plain, False, False, ("matrix",))
+        decode, matrix = (INT4_VALUES[arch], "tile_group"), ("matrix",)
+        yield Variant("group_gemm_int4_grouped", arch, "bf16", "int4", few, True, False, matrix)
+        yield Variant("group_gemm_int4_dense", arch, "fp16", "int4", many, False, True, matrix, decode, 128)
+        yield Variant("group_gemm_e2m1_grouped", arch, "fp16", "e2m1", few, True, False, matrix)
+        yield Variant("group_gemm_e2m1_dense", arch, "fp16", "e2m1", plain, False, True, matrix)
+        yield Variant("group_gemm_e4m3_grouped", arch, "fp16", "e4m3", few, True, True, matrix)
+        yield Variant("group_gemm_e4m3_dense", arch, "fp16", "e4m3", plain, False, False, matrix)
 
 
-def variants() -> Iterator[Variant | GroupVariant]:
+def variants() -> Iterator[Variant]:
     """All that is compiled ahead of time."""
     yield from mx_variants()
     yield from group_variants()

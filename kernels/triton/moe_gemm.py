@@ -34,7 +34,7 @@ from .tiles import STRIDED, column_offsets, layout_constants, row_offsets, tile_
 
 @triton.jit
 def weight_step(
-    total, left, x_tile, x_scale, w, w_scales, w_rows, s_rows, inside, k, K,
+    total, left, x_tile, x_scale, w, w_scales, w_rows, s_rows, k, K,
     X_FORMAT: tl.constexpr, W_FORMAT: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VALUES: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
@@ -43,12 +43,10 @@ def weight_step(
     W_PACK: tl.constexpr = 2 if W_FORMAT == "e2m1" else 1
     w_k = k // W_PACK + tl.arange(0, BLOCK_K // W_PACK)[None, :]
     s_k = k // 32 + tl.arange(0, BLOCK_K // 32)[None, :]
-    w_mask, s_mask = inside, inside
-    if MASKED:
-        w_mask = inside & (w_k < K // W_PACK)
-        s_mask = inside & (s_k < K // 32)
-    w_tile = tl.load(w + w_rows + column_offsets(w_k, VALUES), mask=w_mask, other=0.0)
-    w_scale = tl.load(w_scales + s_rows + column_offsets(s_k, SCALES), mask=s_mask, other=127)
+    w_mask = w_k < K // W_PACK if MASKED else None
+    s_mask = s_k < K // 32 if MASKED else None
+    w_tile = tl.load(w + w_rows + column_offsets(w_k, VALUES), mask=w_mask, other=0.0 if MASKED else None)
+    w_scale = tl.load(w_scales + s_rows + column_offsets(s_k, SCALES), mask=s_mask, other=127 if MASKED else None)
     if SCALED:
         total = tl.dot_scaled(x_tile, x_scale, X_FORMAT, w_tile.T, w_scale, W_FORMAT, total)
     else:
@@ -58,7 +56,7 @@ def weight_step(
 
 @triton.jit
 def k_step(
-    first, second, x, x_scales, x_rows, x_inside, w, w_scales, w_rows, s_rows, w_rows2, s_rows2, w_inside, k, K,
+    first, second, x, x_scales, x_rows, w, w_scales, w_rows, s_rows, w_rows2, s_rows2, k, K,
     X_FORMAT: tl.constexpr, W_FORMAT: tl.constexpr, PAIRED: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VALUES: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
@@ -66,27 +64,25 @@ def k_step(
     X_PACK: tl.constexpr = 2 if X_FORMAT == "e2m1" else 1
     x_k = k // X_PACK + tl.arange(0, BLOCK_K // X_PACK)[None, :]
     s_k = k // 32 + tl.arange(0, BLOCK_K // 32)[None, :]
-    x_mask, s_mask = x_inside, x_inside
-    if MASKED:
-        x_mask = x_inside & (x_k < K // X_PACK)
-        s_mask = x_inside & (s_k < K // 32)
-    x_tile = tl.load(x + x_rows * (K // X_PACK) + x_k, mask=x_mask, other=0.0)
+    x_mask = x_k < K // X_PACK if MASKED else None
+    s_mask = s_k < K // 32 if MASKED else None
+    x_tile = tl.load(x + x_rows * (K // X_PACK) + x_k, mask=x_mask, other=0.0 if MASKED else None)
     x_scale = None
     left = x_tile
     if x_scales is not None:
-        x_scale = tl.load(x_scales + x_rows * (K // 32) + s_k, mask=s_mask, other=127)
+        x_scale = tl.load(x_scales + x_rows * (K // 32) + s_k, mask=s_mask, other=127 if MASKED else None)
         if not SCALED:
             left = dequantize(x_tile, x_scale, X_FORMAT, BLOCK_M, BLOCK_K)
     elif not SCALED:
         left = x_tile.to(tl.bfloat16)
     first = weight_step(
-        first, left, x_tile, x_scale, w, w_scales, w_rows, s_rows, w_inside, k, K, X_FORMAT, W_FORMAT, SCALED, MASKED,
+        first, left, x_tile, x_scale, w, w_scales, w_rows, s_rows, k, K, X_FORMAT, W_FORMAT, SCALED, MASKED,
         BLOCK_N, BLOCK_K, VALUES, SCALES,
     )  # fmt: skip
     if PAIRED:
         second = weight_step(
-            second, left, x_tile, x_scale, w, w_scales, w_rows2, s_rows2, w_inside, k, K, X_FORMAT, W_FORMAT, SCALED,
-            MASKED, BLOCK_N, BLOCK_K, VALUES, SCALES,
+            second, left, x_tile, x_scale, w, w_scales, w_rows2, s_rows2, k, K, X_FORMAT, W_FORMAT, SCALED, MASKED,
+            BLOCK_N, BLOCK_K, VALUES, SCALES,
         )  # fmt: skip
     return first, second
 
@@ -99,16 +95,16 @@ def moe_gemm_kernel(
     INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr, OUT: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, XCDS: tl.constexpr,
-    SCALED: tl.constexpr, NATIVE: tl.constexpr, EVEN_K: tl.constexpr,
+    SCALED: tl.constexpr, NATIVE: tl.constexpr, STEP: tl.constexpr, RAGGED: tl.constexpr,
     VALUES: tl.constexpr = "strided", SCALES: tl.constexpr = "strided", PAD: tl.constexpr = 1,
     SCALE_PAD: tl.constexpr = 1,
 ):  # fmt: skip
     """BLOCK_M routed rows and BLOCK_N columns of the result; see `moe_gemm` for the arguments.
 
     M: routed rows. N: columns of the result, so half the weights' rows with an activation. OUT: `e4m3`, `e2m1` or
-        `none`: y is what it is. HALF: what is quantized is rounded to fp16 before, else to bf16. EVEN_K: BLOCK_K
-        divides K; else the last step stands behind the loop, with masks. VALUES, SCALES, PAD, SCALE_PAD: as in
-        `mx_gemm_kernel`.
+        `none`: y is what it is. HALF: what is quantized is rounded to fp16 before, else to bf16. STEP: what K
+        has beyond whole BLOCK_Ks goes by so many; RAGGED: with masks. VALUES, SCALES, PAD,
+        SCALE_PAD: as in `mx_gemm_kernel`.
     """
     PAIRED: tl.constexpr = ACTIVATION != "none"
     W_PACK: tl.constexpr = 2 if W_FORMAT == "e2m1" else 1
@@ -124,33 +120,36 @@ def moe_gemm_kernel(
     w += expert * stored * w_cols
     w_scales += expert * stored * s_cols
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # What lies beyond reads the last row or column, and is stored nowhere: masks in the loop cost a pair of scalar
+    # registers each.
+    column = tl.minimum(columns, N - 1)
     if PAIRED and INTERLEAVED:
-        b_rows, b_rows2 = 2 * columns, 2 * columns + 1
+        b_rows, b_rows2 = 2 * column, 2 * column + 1
     else:
-        b_rows, b_rows2 = columns, columns + N
+        b_rows, b_rows2 = column, column + N
     rows1, rows2 = b_rows, b_rows2
     if PAIRED and VALUES != "strided":
-        rows1 = columns // 8 * 16 + columns % 8
+        rows1 = column // 8 * 16 + column % 8
         rows2 = rows1 + 8
     wide1, wide2 = rows1.to(tl.int64)[:, None], rows2.to(tl.int64)[:, None]
     w_rows, w_rows2 = row_offsets(wide1, w_cols, VALUES), row_offsets(wide2, w_cols, VALUES)
     s_rows, s_rows2 = row_offsets(wide1, s_cols, SCALES), row_offsets(wide2, s_cols, SCALES)
-    w_inside = (columns < N)[:, None]
-    x_rows = (rows // TOP_K).to(tl.int64)[:, None]
-    x_inside = (rows < M)[:, None]
+    x_rows = (tl.minimum(rows, M - 1) // TOP_K).to(tl.int64)[:, None]
 
     first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     second = first
     whole = K // BLOCK_K * BLOCK_K
+    # The end of K comes first: behind the loop over whole blocks it needs registers beside all that this one leaves.
+    if STEP < BLOCK_K or RAGGED:
+        for k in tl.range(whole, K, STEP, num_stages=1):
+            first, second = k_step(
+                first, second, x, x_scales, x_rows, w, w_scales, w_rows, s_rows, w_rows2, s_rows2, k, K,
+                X_FORMAT, W_FORMAT, PAIRED, SCALED, RAGGED, BLOCK_M, BLOCK_N, STEP, VALUES, SCALES,
+            )  # fmt: skip
     for k in range(0, whole, BLOCK_K):
         first, second = k_step(
-            first, second, x, x_scales, x_rows, x_inside, w, w_scales, w_rows, s_rows, w_rows2, s_rows2, w_inside, k, K,
+            first, second, x, x_scales, x_rows, w, w_scales, w_rows, s_rows, w_rows2, s_rows2, k, K,
             X_FORMAT, W_FORMAT, PAIRED, SCALED, False, BLOCK_M, BLOCK_N, BLOCK_K, VALUES, SCALES,
-        )  # fmt: skip
-    if not EVEN_K:
-        first, second = k_step(
-            first, second, x, x_scales, x_rows, x_inside, w, w_scales, w_rows, s_rows, w_rows2, s_rows2, w_inside,
-            whole, K, X_FORMAT, W_FORMAT, PAIRED, SCALED, True, BLOCK_M, BLOCK_N, BLOCK_K, VALUES, SCALES,
         )  # fmt: skip
 
     if x_scale is not None:
@@ -159,15 +158,16 @@ def moe_gemm_kernel(
         second *= static
     if bias is not None:
         bias += expert * n_rows
-        first += tl.load(bias + b_rows, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        first += tl.load(bias + b_rows).to(tl.float32)[None, :]
         if PAIRED:
-            second += tl.load(bias + b_rows2, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+            second += tl.load(bias + b_rows2).to(tl.float32)[None, :]
     if PAIRED:
         first = activate(first, second, ACTIVATION, CLAMP, alpha, limit, beta)
     if row_weights is not None:
         first *= tl.load(row_weights + rows, mask=rows < M, other=0.0)[:, None]
 
     wide = rows.to(tl.int64)[:, None]
+    x_inside = (rows < M)[:, None]
     if OUT == "none":
         tl.store(y + wide * N + columns[None, :], first.to(y.dtype.element_ty), mask=x_inside & (columns < N)[None, :])
     else:
@@ -224,6 +224,13 @@ class Epilogue:
 PLAIN = Epilogue()
 
 
+def last_steps(k: int, block_k: int, scaled: bool) -> dict[str, object]:
+    """The constexpr arguments that say how K ends: in steps of 32 or 64 that divide K and need no masks; of 128, which
+    do, where a matrix instruction with scales takes no less."""
+    step = min(128 if scaled else min(k & -k, 64), block_k)
+    return {"STEP": step, "RAGGED": k % step > 0}
+
+
 def moe_gemm(
     x: torch.Tensor,
     x_scales: torch.Tensor | None,
@@ -274,7 +281,9 @@ def moe_gemm(
     tiles_m = routing.block_experts.numel()
     if tiles_m:
         constants = config.constants(element_of(x), element_of(w), top_k, k, arch) | epilogue.constants()
-        constants |= layout_constants(layout)
+        scaled = constants["SCALED"] and element_of(x) != "bf16"
+        constants |= layout_constants(layout) | last_steps(k, config.block_k, bool(scaled))
+        del constants["EVEN_K"]
         moe_gemm_kernel[(tiles_m * triton.cdiv(n, config.block_n),)](
             x, x_scales, x_scale, w, w_scales, bias, y, y_scales, routing.row_ids, routing.block_experts, row_weights,
             y.shape[0], n, k, tiles_m, epilogue.alpha, epilogue.limit or 0.0, epilogue.beta,

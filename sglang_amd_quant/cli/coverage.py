@@ -19,6 +19,7 @@ from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.selection.choose import Selector
 from sglang_amd_quant.selection.coverage import DEFAULT_MS, Report, coverage, recorded
 from sglang_amd_quant.selection.heatmap import LETTERS, html
+from sglang_amd_quant.selection.problem import FLOATS
 from sglang_amd_quant.selection.specs import shipped
 from sglang_amd_quant.selection.trace import read_choices, write_untuned
 from sglang_amd_quant.shapes.recipes import AMD_MX, recipe_for
@@ -29,7 +30,8 @@ MODEL is a checkpoint folder, a config.json, or a shipped model card. By default
 selection knows, published mechanisms included, and says how many cells this build has no kernel binary for; with
 --kernels shipped it looks only at kernels that this build has. --from-trace reports what a server recorded instead
 (SGLANG_AMD_MX_TRACE=choices.jsonl, or a log with its `amd_mx untuned` lines)."""
-EXAMPLE = "amd-mx coverage gpt-oss-120b --arch gfx950 --tp 8 --ep 2 --scheme w4a8 --missing untuned.jsonl"
+EXAMPLE = """amd-mx coverage gpt-oss-120b --arch gfx950 --tp 8 --ep 2 --scheme w4a8 --missing untuned.jsonl
+amd-mx coverage gpt-oss-120b --arch gfx950 --scheme w4a16 --out-dtype fp16 --kernels shipped"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", choices=[AMD_MX, *SCHEMES], default=AMD_MX, help=f"default {AMD_MX}")
     parser.add_argument("--recipe", metavar="FILE", help="recipe (JSON) that gives layers their schemes")
     parser.add_argument("--group", type=int, default=0, help="elements per int4 scale (default: as served)")
+    parser.add_argument(
+        "--out-dtype", choices=FLOATS, default="bf16", help="the model's, SGLang's --dtype (default bf16)"
+    )
     parser.add_argument("--m", type=wholes, default=DEFAULT_MS, metavar="M,M,…", help="default 1,2,4,…,8192")
     parser.add_argument("--kernels", choices=("all", "shipped"), default="all", help="what to plan with (default all)")
     parser.add_argument(
@@ -95,7 +100,7 @@ def _report(args: argparse.Namespace) -> Report:
     recipe = Recipe.load(args.recipe) if args.recipe else recipe_for(facts, args.scheme, args.arch)
     recipe = replace(recipe, group=args.group or recipe.group)
     selector = Selector(available=shipped() if args.kernels == "shipped" else None)
-    return coverage(facts, args.arch, args.tp, args.ep, recipe, args.m, selector, args.cu_count)
+    return coverage(facts, args.arch, args.tp, args.ep, recipe, args.m, selector, args.cu_count, args.out_dtype)
 
 
 def _written(write, path: Path) -> int:  # type: ignore[no-untyped-def]
@@ -141,4 +146,4 @@ def _lines(report: Report) -> Iterator[str]:
             "the reference would run there"
         )
     if report.bf16:
-        yield f"  stays bf16, run by the engine: {', '.join(report.bf16)}"
+        yield f"  not quantized, run by the engine: {', '.join(report.bf16)}"

@@ -12,7 +12,7 @@ from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.selection import Selector
 from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.explain import explain
-from sglang_amd_quant.selection.problem import ACT_BITS, OPS, OUT_DTYPES, Epilogue, GemmProblem
+from sglang_amd_quant.selection.problem import ACT_BITS, ACTIVATIONS, OPS, OUT_DTYPES, Epilogue, GemmProblem
 
 DESCRIPTION = """Say which kernel a GEMM gets, its config and source, and why each other candidate was refused.
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out-dtype", choices=OUT_DTYPES, default="bf16", help="what the op hands on (default bf16)")
     parser.add_argument("--block-m", type=int, default=0, help="BLOCK_M that routing has fixed (default: free)")
     parser.add_argument("--bias", action="store_true", help="the GEMM adds a bias")
-    parser.add_argument("--activation", help="activation fused after it, as silu or swigluoai")
+    parser.add_argument("--activation", choices=ACTIVATIONS, help="gated activation fused after it (default: none)")
     parser.add_argument("--weighted", action="store_true", help="the routing weight is multiplied in")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglang_amd_quant.errors import UnsupportedError
+from sglang_amd_quant.selection.problem import ACTIVATIONS, CLAMPS
 
 if TYPE_CHECKING:
     import torch
-
-KINDS = ("silu", "swigluoai", "gelu", "gelu_tanh", "relu2")
-CLAMPS = ("before", "after_silu")
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,11 @@ class Activation:
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or self.clamp not in CLAMPS:
+        if self.kind not in ACTIVATIONS or self.clamp not in CLAMPS:
             raise UnsupportedError(
                 f"activation {self.kind!r} (clamp {self.clamp!r})",
                 "no kernel or reference knows it",
-                f"supported are {', '.join(KINDS)}; keep the layer bf16 with a recipe",
+                f"supported are {', '.join(ACTIVATIONS)}; keep the layer bf16 with a recipe",
             )
 
     def columns(self, n: int) -> int:

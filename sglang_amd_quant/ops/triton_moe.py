@@ -54,7 +54,9 @@ def run_mx_then_moe(call: MoeCall) -> torch.Tensor:
 
 def down(call: MoeCall, routing: Routing, hidden: Quantized) -> torch.Tensor:
     """Down with the routing weights, and the sum over each token's slots."""
-    routed = torch.empty(routing.rows, call.w2.n, dtype=call.x.dtype, device=call.x.device)
+    # An expert may be beyond fp16 where the sum is not.
+    dtype = torch.bfloat16 if call.x.dtype == torch.bfloat16 else torch.float32
+    routed = torch.empty(routing.rows, call.w2.n, dtype=dtype, device=call.x.device)
     _gemm(hidden, call.w2, routed, None, routing, call.config2, call.down.arch, bias=call.b2,
           row_weights=row_weights(call))  # fmt: skip
     return combined(call, routed)

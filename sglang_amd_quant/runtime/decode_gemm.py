@@ -7,9 +7,10 @@ from typing import Any
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.kernels.hip.manifest import QUANTIZED_SCHEMES
-from sglang_amd_quant.runtime.decode_plans import RESIDENT, TILE_K, TILE_ROWS, DecodePlan, plans, prepared_bytes
+from sglang_amd_quant.runtime.decode_plans import RESIDENT, DecodePlan, plans, prepared_bytes
 from sglang_amd_quant.runtime.launch import LaunchDescription
 from sglang_amd_quant.schemes import MX_BLOCK
+from sglang_amd_quant.selection.hopper_decode import TILE_K, TILE_ROWS
 
 OUTS = {"bf16": 0, "fp16": 1, "fp32": 2}
 ACTIVATIONS = {None: 0, "silu": 1, "swigluoai": 2}

@@ -1,70 +1,27 @@
 """How a problem is split over clusters, blocks and waves by `kernels/hip/decode_gemm.hip` on sm_90.
 
-AMD targets have plans of their own, in `decode_gemm_amd.py`. The sizes of tiles and of shared memory repeat those of
-`kernels/hip/include/decode_sm90.h`; `tests/device` holds the two together by running plans of many shapes.
+AMD targets have plans of their own, in `decode_gemm_amd.py`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.kernels.hip.manifest import DECODE_M, EARLY_M, FEW_M, INT4_GROUPS, INT4_SCHEMES, QUANTIZED_M
+from sglang_amd_quant.kernels.hip.manifest import EARLY_M
 from sglang_amd_quant.runtime.arch import arch_facts
-from sglang_amd_quant.schemes import MX_BLOCK
-
-TILE_ROWS, TILE_K = 16, 64
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """What a plan must know of a scheme's weights.
-
-    Attributes:
-        kind: what plans were measured with.
-        group: elements along K that share a scale.
-        tile_k: elements of a row in a tile.
-        tile_bytes: of a tile, with its scales.
-        rows: of activations that entry points are instantiated for.
-        wide_from: rows from which on four waves multiply together, by wgmma.
-        x_bytes: of an activation there.
-        waves: that find registers on a multiprocessor, by rows; elsewhere 16.
-    """
-
-    kind: str
-    group: int
-    tile_k: int
-    tile_bytes: int
-    rows: tuple[int, ...] = DECODE_M
-    wide_from: int = 16
-    x_bytes: int = 2
-    waves: Mapping[int, int] = field(default_factory=lambda: {16: 28, 32: 20})
-
-    def resident_waves(self, rows: int) -> int:
-        return self.waves.get(rows, 16)
-
-
-_BF16 = {
-    "w4a16": _Weights("e2m1", MX_BLOCK, TILE_K, 512 + 32),
-    "w8a16": _Weights("e4m3", MX_BLOCK, TILE_K, 1024 + 32, waves={2: 20, 4: 20, 8: 20, 16: 28, 32: 20}),
-}
-_ROW_E2M1, _ROW_E4M3 = (
-    _Weights(kind, MX_BLOCK, TILE_K, tile_bytes, QUANTIZED_M, wide_from=1, x_bytes=1, waves={8: 32, 16: 20, 32: 20})
-    for kind, tile_bytes in (("row_e2m1", 512 + 32), ("row_e4m3", 1024))
+from sglang_amd_quant.selection.hopper_decode import (
+    DECODE_WEIGHTS,
+    TILE_K,
+    TILE_ROWS,
+    DecodeWeights,
+    lds_bytes,
+    prepared_lds,
+    ring_chunk,
 )
-_INT4 = {
-    32: _Weights("e2m1", 32, TILE_K, 512 + 128, FEW_M),
-    64: _Weights("e2m1", 64, TILE_K, 512 + 64, FEW_M),
-    128: _Weights("e2m1", 128, 2 * TILE_K, 1024 + 64, FEW_M),
-}
-_OF_SCHEME = _BF16 | dict.fromkeys(("mxfp8", "mxfp8_static"), _ROW_E4M3)
-_OF_SCHEME |= dict.fromkeys(("w4a8", "mxfp4", "w4a8_static"), _ROW_E2M1)
-_OF_SCHEME |= {f"{scheme}_g{group}": _INT4[group] for scheme in INT4_SCHEMES for group in INT4_GROUPS}
-
 
 MOST_X_WAVES = 8
 _EARLY_WAVES = {8: 32, 16: 28, 32: 24}
@@ -125,41 +82,12 @@ class DecodePlan:
 
 def prepared_bytes(scheme: str, plan: DecodePlan, m: int, k: int) -> int:
     """Bytes that the launch in front leaves of x [m, k]: values, and a factor a row of quantized ones. 0 without it."""
-    w, rows = _OF_SCHEME[scheme], -(-m // plan.rows) * plan.rows
+    w, rows = DECODE_WEIGHTS[scheme], -(-m // plan.rows) * plan.rows
     factors = 4 if w.x_bytes == 1 else 0
     return rows * (-(-k // TILE_K) * TILE_K * w.x_bytes + factors) if plan.share else 0
 
 
-def _barriers(of_rings: int) -> int:
-    return -(-(2 + of_rings) * 8 // 128) * 128
-
-
-def lds_bytes(
-    w: _Weights,
-    rows: int,
-    tiles: int,
-    split: int,
-    waves_k: int,
-    waves_n: int,
-    depth: int,
-    chunk: int,
-    early: bool = False,
-) -> int:
-    """Shared memory of a block: barriers, rings, activations with their factors, row factors and partial sums."""
-    waves, most, columns = waves_k * waves_n, -(-tiles // split), rows if rows < 16 else rows + 4
-    barriers = _barriers(waves * depth)
-    ring = waves * depth * chunk * (w.tile_bytes + (512 if early else 0))
-    if w.x_bytes == 1:
-        activations = 1024 + most * rows * TILE_K + 8 * rows
-    elif rows < w.wide_from:
-        activations = 16 + most * w.tile_k // MX_BLOCK * (rows * (2 * MX_BLOCK + 4) + 16)
-    else:
-        activations = 1024 + most * 128 * rows
-    sums = 2 * 4 * waves_n * TILE_ROWS // split + 4 * waves * TILE_ROWS * columns
-    return barriers + ring + activations + sums
-
-
-def max_waves(w: _Weights, rows: int) -> int:
+def max_waves(w: DecodeWeights, rows: int) -> int:
     """Waves that a block may have: `KERNEL(...)` in decode_gemm.hip."""
     return 16 if rows >= w.wide_from else 8
 
@@ -218,14 +146,19 @@ _WANTED_EARLY: dict[tuple[str, int], tuple[Shape, Shape, Shape]] = {
 short K."""
 
 
+def _large(row_tiles: int, cu_count: int) -> bool:
+    """Whether a block has many row groups to take."""
+    return row_tiles >= 8 * cu_count
+
+
 def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, early: bool) -> Shape:
-    large, long = row_tiles >= 8 * cu_count, tiles >= 64
-    which = 0 if large else 3 if not long else 1 if row_tiles <= cu_count else 2
+    long = tiles >= 64
+    which = 0 if _large(row_tiles, cu_count) else 3 if not long else 1 if row_tiles <= cu_count else 2
     most = next(most for most in (1, 2, 4, 8, 16, 32, 64) if m <= most and (kind, most) in _WANTED)
     return _WANTED_EARLY[kind, most][which - 1] if early else _WANTED[kind, most][which]
 
 
-def _distance(plan: DecodePlan, w: _Weights, wanted: Shape, tiles: int, row_tiles: int, cu_count: int) -> float:
+def _distance(plan: DecodePlan, w: DecodeWeights, wanted: Shape, tiles: int, row_tiles: int, cu_count: int) -> float:
     """How far a plan is from what is wanted, in powers of two; idle multiprocessors and uneven shares count double, and
     a wave that must wait for a second chunk with nothing under way as one more."""
     split, waves_k, waves_n, depth, chunk, share = (*wanted, 0)[:6]
@@ -257,7 +190,7 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
     Raises:
         ShapeError: no such problem, or none that shared memory holds.
     """
-    w = _OF_SCHEME[scheme]
+    w = DECODE_WEIGHTS[scheme]
     _check(w, m, n, k)
     if m > w.rows[-1] < w.wide_from:
         raise ShapeError(f"decode GEMM of {scheme} M={m} N={n} K={k}", f"made for M <= {w.rows[-1]}", "use the GEMM")
@@ -271,7 +204,7 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
     raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
 
 
-def _sorted(found: list[DecodePlan], w: _Weights, m: int, n: int, k: int, cu_count: int) -> tuple[DecodePlan, ...]:
+def _sorted(found: list[DecodePlan], w: DecodeWeights, m: int, n: int, k: int, cu_count: int) -> tuple[DecodePlan, ...]:
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
     early = any(p.early for p in found)
     wanted = _wanted(w.kind, m, tiles, row_tiles, cu_count, early)
@@ -284,19 +217,19 @@ def _in_clusters(cu_count: int, split: int) -> int:
     return cu_count if split <= 2 else cu_count * 10 // 11
 
 
-def _resident(w: _Weights, lds: int, rows: int, waves: int, x_waves: int = 0) -> int:
+def _resident(w: DecodeWeights, lds: int, rows: int, waves: int, x_waves: int = 0) -> int:
     """Blocks of so many waves that find a place on one multiprocessor."""
     registers_for = _EARLY_WAVES[rows] if x_waves else w.resident_waves(rows)
     return min((arch_facts("sm_90").lds_bytes + 1024) // (lds + 1024), registers_for // (waves + x_waves))
 
 
-def _places(w: _Weights, plan: DecodePlan, cu_count: int) -> int:
+def _places(w: DecodeWeights, plan: DecodePlan, cu_count: int) -> int:
     """Blocks of a plan that run at the same time."""
     resident = _resident(w, plan.lds, plan.rows, plan.waves, plan.x_waves)
     return _in_clusters(cu_count, plan.split * max(1, plan.share)) * resident
 
 
-def _enumerate(w: _Weights, m: int, rows: int, n: int, k: int, cu_count: int, pairs: bool) -> list[DecodePlan]:
+def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: int, pairs: bool) -> list[DecodePlan]:
     tiles, row_tiles, row_blocks = -(-k // w.tile_k), -(-n // TILE_ROWS), -(-m // rows)
     most = max_waves(w, rows)
     found = []
@@ -310,36 +243,30 @@ def _enumerate(w: _Weights, m: int, rows: int, n: int, k: int, cu_count: int, pa
         row_groups, most_tiles = -(-row_tiles // waves_n), -(-tiles // (split * waves_k))
         # Rings that hold all, or half, or a quarter of a wave's share of a row tile, in one chunk, two or four
         for depth, ring in itertools.product((1, 2, 4), (1, 2, 4)):
-            chunk = min(12, max(1, math.ceil(mine / depth / ring)))
+            chunk = ring_chunk(mine, depth, ring)
             lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk)
             resident = _resident(w, lds, rows, waves)
             if resident:
                 groups = min(row_groups, max(1, _in_clusters(cu_count, split) * resident // (split * row_blocks)))
                 plan = DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds)
                 found += [plan, replace(plan, share=RESIDENT)] if rows >= max(8, w.wide_from) else [plan]
-            if w.kind == "row_e2m1" and rows in EARLY_M and depth * chunk >= most_tiles:
+            if (
+                w.kind == "row_e2m1"
+                and rows in EARLY_M
+                and depth * chunk >= most_tiles
+                and not _large(row_tiles, cu_count)
+            ):
                 lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, early=True)
                 pieces = min(m, rows) * -(-tiles // split) * TILE_K // 8  # of x, each a thread's
                 x_waves = min(MOST_X_WAVES, -(-pieces // 32))
                 plan = DecodePlan(rows, split, waves_k, waves_n, row_groups, depth, chunk, lds, x_waves=x_waves)
-                prepared = replace(plan, share=RESIDENT, x_waves=1)
-                # Only what starts at once is decoded while others wait; large weights stream.
-                small = row_tiles < 8 * cu_count
-                found += [p for p in (plan, prepared) if small and row_blocks * p.blocks <= _places(w, p, cu_count)]
+                both = plan, replace(plan, share=RESIDENT, x_waves=1)
+                # only what starts at once is decoded while others wait
+                found += [p for p in both if row_blocks * p.blocks <= _places(w, p, cu_count)]
     return list(dict.fromkeys(found))
 
 
-def prepared_lds(w: _Weights, rows: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int) -> int:
-    """Shared memory of a block that multiplies a prepared x: barriers, rings, which partial sums of waves use again,
-    factors of rows, and the partial sums of the blocks that share K."""
-    of_rows = waves_n * TILE_ROWS * (rows + 4) * 4
-    barriers = _barriers((2 + waves_k * waves_n) * depth)
-    rings = 1024 + depth * waves_k * chunk * (TILE_K * w.x_bytes * rows + waves_n * w.tile_bytes)
-    factors = 8 * waves_n * TILE_ROWS // split + (4 * rows if w.x_bytes == 1 else 0)
-    return barriers + max(rings, waves_k * of_rows) + factors + (of_rows if split > 1 else 0)
-
-
-def _enumerate_prepared(w: _Weights, rows: int, n: int, k: int, pairs: bool) -> list[DecodePlan]:
+def _enumerate_prepared(w: DecodeWeights, rows: int, n: int, k: int, pairs: bool) -> list[DecodePlan]:
     room = arch_facts("sm_90").lds_bytes
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
     found = []
@@ -360,7 +287,7 @@ def _enumerate_prepared(w: _Weights, rows: int, n: int, k: int, pairs: bool) -> 
     return list(dict.fromkeys(found))
 
 
-def _check(w: _Weights, m: int, n: int, k: int) -> None:
+def _check(w: DecodeWeights, m: int, n: int, k: int) -> None:
     if m < 1 or n < 1 or k < w.group or k % w.group:
         raise ShapeError(
             f"decode GEMM M={m} N={n} K={k}", f"needs M, N >= 1 and K a multiple of {w.group}", "use the GEMM"

@@ -41,7 +41,7 @@ class Row:
     def label(self) -> str:
         p = self.problem
         experts = f" E={p.e_local}" if p.moe else ""
-        return f"{p.op} {p.scheme} {p.n}x{p.k}{experts}"
+        return f"{p.op} {p.scheme} {p.n}x{p.k}{experts}{p.of_dtype}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Report:
         title: model, arch and parallelism.
         ms: columns.
         rows: one a distinct GEMM.
-        bf16: modules that stay bf16: the engine runs them, not this package.
+        bf16: modules that are not quantized: the engine runs them, not this package.
         recorded: the choices were read from a trace, not planned.
     """
 
@@ -116,24 +116,26 @@ class Report:
     def to_csv_rows(self) -> Iterable[list[object]]:
         """A header, then one row a cell."""
         yield [
-            "op", "scheme", "arch", "N", "K", "E_local", "E_total", "top_k", "count", "M", "source", "kernel", "layout",
-            "config", "in_build", "layers",
+            "op", "scheme", "arch", "out_dtype", "N", "K", "E_local", "E_total", "top_k", "count", "M", "source",
+            "kernel", "layout", "config", "in_build", "layers",
         ]  # fmt: skip
         for row in self.rows:
             p = row.problem
             for m, choice in row.choices.items():
                 yield [
-                    p.op, p.scheme, p.arch, p.n, p.k, p.e_local, p.e_total, p.top_k, row.count, m, choice.source,
-                    choice.kernel, choice.layout, choice.config, choice.in_build, " ".join(row.layers),
+                    p.op, p.scheme, p.arch, p.out_dtype, p.n, p.k, p.e_local, p.e_total, p.top_k, row.count, m,
+                    choice.source, choice.kernel, choice.layout, choice.config, choice.in_build, " ".join(row.layers),
                 ]  # fmt: skip
 
 
-def problem_of(gemm: Gemm, arch: str, m: int, tp: int, ep: int, cu_count: int = 0) -> GemmProblem:
+def problem_of(
+    gemm: Gemm, arch: str, m: int, tp: int, ep: int, cu_count: int = 0, out_dtype: str = "bf16"
+) -> GemmProblem:
     """The problem that a planned GEMM is at M tokens. gate_up carries a gated activation, down the routing weight."""
     return GemmProblem(
         gemm.op, gemm.scheme, arch, m, gemm.N, gemm.K, cu_count, gemm.E_local, gemm.E_total, gemm.top_k, tp, ep,
         epilogue=_SILU if gemm.op == "moe_gate_up" else Epilogue(), weighted=gemm.op == "moe_down",
-        group=gemm.block,
+        out_dtype=out_dtype, group=gemm.block,
     )  # fmt: skip
 
 
@@ -146,6 +148,7 @@ def coverage(
     ms: Sequence[int] = DEFAULT_MS,
     selector: Selector | None = None,
     cu_count: int = 0,
+    out_dtype: str = "bf16",
 ) -> Report:
     """Plan every quantized GEMM of a model at every M.
 
@@ -156,6 +159,7 @@ def coverage(
         recipe: scheme name or recipe.
         ms: tokens.
         selector: what may be chosen; None = all kernels known, published ones included, with the installed packs.
+        out_dtype: the model's dtype.
 
     Raises:
         ShapeError: the model cannot be divided so; one line says why.
@@ -167,7 +171,7 @@ def coverage(
         if gemm.scheme == BF16:
             bf16.append(gemm.layer)
         else:
-            groups.setdefault(problem_of(gemm, arch, 1, tp, ep, cu_count), []).append(gemm)
+            groups.setdefault(problem_of(gemm, arch, 1, tp, ep, cu_count, out_dtype), []).append(gemm)
     rows = []
     for problem, gemms in groups.items():
         layout = choose_layout(problem, selector)
@@ -175,7 +179,8 @@ def coverage(
         layers = tuple(dict.fromkeys(gemm.layer for gemm in gemms))
         choices = {m: selector(replace(here, m=m)) for m in ms}
         rows.append(Row(here, layers, sum(gemm.count for gemm in gemms), layout, choices))
-    title = f"{facts.name} on {arch}, TP {tp} EP {ep}, {recipe if isinstance(recipe, str) else recipe.source}"
+    title = f"{facts.name} in {out_dtype} on {arch}, TP {tp} EP {ep}, "
+    title += recipe if isinstance(recipe, str) else recipe.source
     return Report(title, tuple(ms), tuple(rows), tuple(dict.fromkeys(bf16)))
 
 

@@ -71,7 +71,7 @@ def html(report: Report) -> str:
             "binary; there the torch reference would run."
         )
     if report.bf16:
-        told.append(f"Stays bf16, run by the engine: {', '.join(report.bf16)}.")
+        told.append(f"Not quantized, run by the engine: {', '.join(report.bf16)}.")
     kind = "recorded" if report.recorded else "planned"
     return "\n".join(
         (

@@ -19,6 +19,10 @@ FLOATS = ("bf16", "fp16", "fp32")
 
 ACT_BITS = {"e2m1": 4, "e4m3": 8, "fp8_static": 8, "bf16": 16}
 
+ACTIVATIONS = ("silu", "swigluoai", "gelu", "gelu_tanh", "relu2")
+CLAMPS = ("before", "after_silu")
+"""Kinds of `ops.activation.Activation`, and where it clamps."""
+
 SOURCES = ("exact", "padded_m", "nearest_e", "borrowed", "rule", "heuristic", "default", "reference")
 """Where a choice can come from, in the order in which they are tried."""
 
@@ -34,11 +38,11 @@ class Epilogue:
 
     Attributes:
         bias: a bias [N] is added.
-        activation: kind of the activation (`silu`, `swigluoai`, `gelu`, ...), None for none.
+        activation: one of `ACTIVATIONS`, None for none.
         gated: the activation takes gate and up and halves N; meaningless without one.
         interleaved: columns alternate gate, up (gpt-oss); otherwise all gates come first.
         limit, alpha: clamp and slope of the activation, None where it has none.
-        clamp: whether the gate is clamped `before` its function or `after_silu` (`ops.activation.Activation`).
+        clamp: whether the gate is clamped `before` its function or `after_silu`: `CLAMPS`.
         beta: what the activation adds to up, None where it adds nothing, or what is usual (1).
     """
 
@@ -53,6 +57,9 @@ class Epilogue:
 
 
 NO_EPILOGUE = Epilogue()
+
+MOST = 2**31 - 1
+"""Sizes are 32-bit arguments of every kernel."""
 
 
 class Config(NamedTuple):
@@ -115,7 +122,7 @@ class GemmProblem:
 
     Raises:
         ShapeError: dimensions that no GEMM has, or K that is not whole scale groups.
-        SchemeError: unknown op, scheme, layout, activation format or output dtype.
+        SchemeError: unknown op, scheme, layout, activation, activation format or output dtype.
     """
 
     op: str
@@ -160,24 +167,31 @@ class GemmProblem:
             ("op", self.op, OPS),
             ("out_dtype", self.out_dtype, OUT_DTYPES),
             ("act", self.act, tuple(ACT_BITS)),
+            ("activation", self.epilogue.activation, (None, *ACTIVATIONS)),
+            ("clamp", self.epilogue.clamp, CLAMPS),
         ):
             if value not in known:
-                raise SchemeError(f"{what} {value!r}", "unknown", f"use one of {', '.join(known)}")
+                raise SchemeError(f"{what} {value!r}", "unknown", f"use one of {', '.join(filter(None, known))}")
         if self.layout is not None:
             _parse_layout(self.layout)
         what = f"{self.op} M={self.m} N={self.n} K={self.k} E={self.e_local}/{self.e_total} top_k={self.top_k}"
         positive = (self.n, self.k, self.e_local, self.top_k, self.tp, self.ep)
         if self.m < 0 or min(positive) < 1 or self.cu_count < 0 or self.block_m < 0:
             raise ShapeError(what, "a dimension is below its least value", "give M >= 0 and all others >= 1")
+        if max(self.m, self.rows, *positive, self.cu_count, self.block_m) > MOST:
+            raise ShapeError(what, f"a dimension is above {MOST}", "give sizes that a model has")
         if self.op == "linear" and (self.e_local, self.e_total, self.top_k) != (1, 1, 1):
             raise ShapeError(what, "a linear has no experts", "use op moe_gate_up or moe_down")
         if self.e_local > self.e_total or self.top_k > self.e_total:
             raise ShapeError(what, "more local experts or top_k than experts", "give e_total >= e_local and top_k")
         groups = (32, 64, 128) if scheme.weight == "int4" else (scheme.block,)
-        if self.group not in groups or self.k % self.group:
+        if self.group not in groups:
+            remedy = f"use one of {', '.join(map(str, groups))}"
+            raise ShapeError(f"scheme {self.scheme} group {self.group}", "no scale group of it", remedy)
+        if self.k % self.group:
             raise ShapeError(
                 f"{what} scheme {self.scheme} group {self.group}",
-                f"K must be whole groups of {' or '.join(map(str, groups))}",
+                f"K must be whole groups of {self.group}",
                 "pad K, or keep the layer bf16 in a recipe",
             )
 
@@ -251,11 +265,16 @@ class GemmProblem:
             raise ShapeError(f"problem {data}", f"wrong or missing: {', '.join(wrong)}", "see docs/selection.md")
         return cls(**data, epilogue=Epilogue(**epilogue))
 
+    @property
+    def of_dtype(self) -> str:
+        """What labels add where the op hands on something else than bf16."""
+        return "" if self.out_dtype == "bf16" else f" {self.out_dtype}"
+
     def label(self) -> str:
         """One line for people."""
         experts = f" E={self.e_local}/{self.e_total} top_k={self.top_k} tp={self.tp} ep={self.ep}" if self.moe else ""
         group = f" group={self.group}" if scheme_named(self.scheme).weight == "int4" else ""
-        return f"{self.op} {self.scheme} {self.arch} M={self.m} N={self.n} K={self.k}{group}{experts}"
+        return f"{self.op} {self.scheme} {self.arch} M={self.m} N={self.n} K={self.k}{group}{experts}{self.of_dtype}"
 
 
 PROBLEM_FIELDS = tuple(f.name for f in fields(GemmProblem) if f.init)

@@ -211,7 +211,7 @@ TILE_RULES: tuple[TileRule, ...] = (
     *_groups("gfx950", *_CDNA_GROUPS),
     *_groups("gfx942", *_CDNA_GROUPS),
     *_groups("gfx11", (16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (None, 64, 64, 64, 8), num_stages=1),
-    *_groups("sm_90", (16, 16, 64, 128, 4), (32, 32, 128, 64, 8), (1023, 64, 64, 64, 8), (None, 128, 64, 64, 8),
+    *_groups("sm_90", (16, 16, 64, 128, 4), (32, 32, 64, 64, 8), (1023, 64, 64, 64, 8), (None, 128, 64, 64, 8),
            num_stages=3),
     *_few("gfx950", 64, 256),
     TileRule("triton_mx_moe", "gfx950", _AOT, 32, routed=True),

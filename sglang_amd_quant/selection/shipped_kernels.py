@@ -15,6 +15,7 @@ from sglang_amd_quant.selection import families  # noqa: F401  registers first, 
 from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS, DECODE_SCHEMES
 from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.buckets import routed_block_m
+from sglang_amd_quant.selection.hopper_decode import least_lds
 from sglang_amd_quant.selection.lds import lds_bytes
 from sglang_amd_quant.selection.legality import operand_bits
 from sglang_amd_quant.selection.problem import Config, GemmProblem
@@ -58,22 +59,8 @@ def _grouped_tile(problem: GemmProblem) -> Config:
 
 
 def _decode_lds(problem: GemmProblem, config: Config) -> int:
-    """Shared memory of a plan that `runtime/decode_plans.py` always tries. Up to 8 rows: eight blocks share K, four
-    waves along K (of quantized activations along N) their part of it, with rings of a quarter of what a wave reads.
-    Beyond: x streams through by two.
-    """
-    quantized, int4 = problem.act != "bf16", problem.scheme == "int4_w4a16"
-    rows = next((r for r in (8, 16, 32) if problem.m <= r and (quantized or r > 8 or problem.m > 4)), 64)
-    rows = next((r for r in (2, 4) if problem.m <= r and not quantized), rows)
-    scales = 4096 // problem.group if int4 else 0 if problem.weight_bits == 8 else 32
-    tile = problem.weight_bits * 128 + scales  # 16 rows x 64 of K; four waves, a tile each
-    if rows > 8:
-        rings = max(2 * (64 * rows * (1 if quantized else 2) + 4 * tile), 4 * 16 * (rows + 4) * 4)
-        return 1280 + rings + 8 * 4 * 16 + (4 * rows if quantized else 0)
-    tiles = -(-problem.k // 512)  # of 64 along K, of one block
-    ring = 4 * 4 * min(12, max(1, -(-tiles // (16 if quantized else 64)))) * tile
-    x = 1024 + tiles * rows * 64 + 4 * rows if quantized else 16 + tiles * 2 * (rows * 68 + 16)
-    return 256 + ring + x + 4 * rows + 16 + 4 * 4 * 16 * rows
+    name = f"{problem.scheme}_g{problem.group}" if problem.scheme == "int4_w4a16" else problem.scheme
+    return least_lds(name, problem.m, problem.k)
 
 
 def _mx_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ("strided",)) -> KernelSpec:
@@ -153,8 +140,9 @@ def _fp16_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
 
 
 def _moe_tile(problem: GemmProblem) -> Config:
-    block_m = routed_block_m(problem)
-    return Config(block_m, 32, 128, num_warps=4, num_stages=1, nonkdim=16 if problem.arch.startswith("gfx9") else None)
+    block_m, block_k = routed_block_m(problem), 32 if problem.arch == "gfx11" else 128
+    nonkdim = 16 if problem.arch.startswith("gfx9") else None
+    return Config(block_m, 32, block_k, num_warps=4, num_stages=1, nonkdim=nonkdim)
 
 
 def _moe_lds(problem: GemmProblem, config: Config) -> int:

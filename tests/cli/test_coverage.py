@@ -44,7 +44,7 @@ def test_table(capsys: Out) -> None:
     code, out, _ = run(capsys, "gpt-oss-120b", "--tp", "4", "--scheme", "w4a8", "--m", "1,8192")
     assert code == 0
     lines = out.splitlines()
-    assert lines[0].startswith("gpt-oss-120b on gfx950, TP 4 EP 1")
+    assert lines[0].startswith("gpt-oss-120b in bf16 on gfx950, TP 4 EP 1")
     (gate_up,) = [line for line in lines if "moe_gate_up" in line]
     assert gate_up.split()[-4:] == ["B*", "E*", "strided", "mlp.experts.gate_up_proj"]
     assert any("cells plan a published mechanism of which this build has no kernel binary" in line for line in lines)
@@ -76,6 +76,26 @@ def test_int4_groups(capsys: Out) -> None:
     data = json.loads(run(capsys, "gpt-oss-120b", *argv[1:])[1])
     experts = [gemm["problem"] for gemm in data["gemms"] if gemm["problem"]["op"] != "linear"]
     assert [problem["group"] for problem in experts] == [64, 64]  # K = 2880
+
+
+def test_a_model_in_fp16_gets_what_reads_it(capsys: Out) -> None:
+    """Its activations are not rounded to bf16, so of decode kernels only those of int4 serve it."""
+    argv = ("gpt-oss-120b", "--arch", "gfx950", "--m", "1,64", "--kernels", "shipped", "--json")
+    for scheme, dtype, linear, experts in (
+        ("w4a16", "bf16", "hip_decode_gfx950_e2m1", "hip_moe_decode_gfx950_e2m1"),
+        ("w4a16", "fp16", "triton_fp16_gemm", "triton_fp16_moe"),
+        ("int4_w4a16", "fp16", "hip_decode_gfx950_int4", "hip_moe_decode_gfx950_int4"),
+        ("w4a8", "fp32", "triton_mx_gemm", "triton_mx_moe"),
+    ):
+        data = json.loads(run(capsys, *argv, "--scheme", scheme, "--out-dtype", dtype)[1])
+        assert data["title"].startswith(f"gpt-oss-120b in {dtype} on gfx950")
+        assert {gemm["problem"].get("out_dtype", "bf16") for gemm in data["gemms"]} == {dtype}
+        chosen = {(gemm["problem"]["op"], gemm["choices"]["1"]["kernel"]) for gemm in data["gemms"]}
+        assert chosen == {("linear", linear), ("moe_gate_up", experts), ("moe_down", experts)}
+    table = run(capsys, *argv[:-1], "--scheme", "w4a16", "--out-dtype", "fp16")[1]
+    assert table.count(" fp16  ") == table.count(" strided ") == 4
+    rows = csv.DictReader(io.StringIO(run(capsys, *argv[:-1], "--csv", "--out-dtype", "fp16")[1]))
+    assert {row["out_dtype"] for row in rows} == {"fp16"}
 
 
 @pytest.mark.parametrize("group", ["32", "64", "128"])
@@ -145,6 +165,7 @@ def test_from_trace(capsys: Out, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (("nosuchmodel",), "nosuchmodel"),
         (("gpt-oss-120b", "--tp", "3"), "TP 3"),
         (("gpt-oss-120b", "--tp", "2", "--ep", "4"), "TP 2, EP 4"),
+        (("gpt-oss-120b", "--out-dtype", "fp64"), "invalid choice"),
         (("gpt-oss-120b", "--m", "0"), "write whole numbers of at least 1"),
         (("gpt-oss-120b", "--arch", "gfx1"), "'gfx1' is unknown"),
         (("gpt-oss-120b", "--from-trace", "x"), "two different reports"),

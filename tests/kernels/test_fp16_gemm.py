@@ -15,7 +15,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it
 
 from emulated_triton import emulated_triton
 from sglang_amd_quant.kernels.triton.group_gemm import GroupGemmConfig, group_gemm, group_gemm_torch
-from sglang_amd_quant.kernels.triton.manifest import GroupVariant, group_variants
+from sglang_amd_quant.kernels.triton.manifest import Variant, group_variants
 from sglang_amd_quant.kernels.triton.routing import route_torch
 
 from sglang_amd_quant.formats import dequantize_mx
@@ -105,7 +105,7 @@ def assert_close(y: torch.Tensor, p: Problem) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.arch}-{v.name}")
-def test_variants_compile_without_spills_and_keep_their_claims(variant: GroupVariant) -> None:
+def test_variants_compile_without_spills_and_keep_their_claims(variant: Variant) -> None:
     assert compile_variant(variant).report.problems == []
 
 
@@ -195,7 +195,7 @@ def _sm90() -> bool:
 
 @pytest.mark.skipif(not _sm90(), reason="no sm_90 GPU")
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.arch == "sm_90"], ids=lambda v: v.name)
-def test_agrees_on_the_gpu(variant: GroupVariant) -> None:
+def test_agrees_on_the_gpu(variant: Variant) -> None:
     p = problem(variant.w_format, 75, 200, 160, variant.config.block_m if variant.grouped else 0, bias=True)
     given = {name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in p.options.items()}
     y = torch.full((p.rows, 200), torch.nan, device="cuda")

@@ -16,7 +16,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it
 from emulated_triton import emulated_triton
 from sglang_amd_quant.kernels.triton.group_gemm import GroupGemmConfig, group_gemm, group_gemm_torch
 from sglang_amd_quant.kernels.triton.hopper_pack import row_order
-from sglang_amd_quant.kernels.triton.manifest import GroupVariant, group_variants
+from sglang_amd_quant.kernels.triton.manifest import Variant, group_variants
 
 from sglang_amd_quant.formats import dequantize_int4, group_words
 from sglang_amd_quant.layouts.names import TensorLayout
@@ -141,7 +141,7 @@ def executed(
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.arch}-{v.name}")
-def test_variants_compile_without_spills_and_keep_their_claims(variant: GroupVariant) -> None:
+def test_variants_compile_without_spills_and_keep_their_claims(variant: Variant) -> None:
     assert compile_variant(variant).report.problems == []
 
 
@@ -224,7 +224,7 @@ def _sm90() -> bool:
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.arch == "sm_90"], ids=lambda v: v.name)
 @pytest.mark.parametrize("layout", ["strided", "mma_int4+tile_group"])
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_agrees_on_the_gpu(variant: GroupVariant, layout: str, group: int) -> None:
+def test_agrees_on_the_gpu(variant: Variant, layout: str, group: int) -> None:
     p = problem(
         75, 200, 5 * group, group, variant.x_format, variant.config.block_m if variant.grouped else 0, bias=True
     )

@@ -100,6 +100,22 @@ def test_moe(arch, scheme, activation):
     assert (out.double() - want.double()).abs().max() <= want.double().abs().max() * (3 * 2**-11 + step)
 
 
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
+def test_an_expert_may_be_beyond_fp16_where_the_sum_is_not(scheme):
+    """Two experts whose biases are a token's result, of opposite signs."""
+    plain = make_moe(scheme, 2, 64, 32, 2, "gfx942", GPT_OSS, biases=True)
+    x, ids, weights = tokens(3, 64, 2, 2, torch.float16)
+    ids[:] = torch.tensor([0, 1], dtype=ids.dtype)
+    weights[:] = 1.0
+    plain.b2[0], plain.b2[1] = 1e5, -1e5 + 512
+    with emulated_triton("gfx942"):
+        out = in_fp16(plain)(x, ids, weights)
+    want = as_served_on_a_cpu(plain)(x, ids, weights)
+    assert torch.isfinite(want).all()
+    assert torch.isfinite(out).all()
+    assert (out.double() - want.double()).abs().max() <= want.double().abs().max() * 2**-5
+
+
 @pytest.mark.parametrize("arch", GPUS)
 @pytest.mark.parametrize("scheme", [*MX, "static"])
 @pytest.mark.parametrize("activation", [Activation(), GPT_OSS, RELU2], ids=lambda a: a.kind)

@@ -1,3 +1,4 @@
+from bisect import bisect_right
 from dataclasses import replace
 
 import pytest
@@ -5,6 +6,8 @@ import pytest
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.runtime.decode_plans import plans
 from sglang_amd_quant.selection import Config, Epilogue, GemmProblem, kernel, legal
+from sglang_amd_quant.selection.arch import ARCHES
+from sglang_amd_quant.selection.hopper_decode import least_lds
 from sglang_amd_quant.selection.legality import unfused
 
 MOE = GemmProblem("moe_gate_up", "w4a8", "gfx950", 256, 5760, 2880, e_local=128, e_total=128, top_k=4)
@@ -168,3 +171,8 @@ def test_decode_is_legal_only_where_it_has_a_plan(scheme, layout, group):
                 assert k > 16384 or (m > 8 and group)
                 with pytest.raises(ShapeError):
                     plans(name, m, 4096, 2 * k, 132)
+    for m in (1, 4, 8):
+        step = group or 32
+        ks = range(step, 1 << 18, step)
+        room = bisect_right(ks, ARCHES["sm_90"].lds_bytes, key=lambda k, m=m: least_lds(name, m, k))
+        assert plans(name, m, 4096, ks[room - 1], 132)

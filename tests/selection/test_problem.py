@@ -53,6 +53,9 @@ def test_derived():
         ({"layout": "swizzled"}, SchemeError),
         ({"out_dtype": "fp64"}, SchemeError),
         ({"act": "int8"}, SchemeError),
+        ({"epilogue": Epilogue(activation="tanh")}, SchemeError),
+        ({"epilogue": Epilogue(activation="")}, SchemeError),
+        ({"epilogue": Epilogue(activation="silu", clamp="after")}, SchemeError),
     ],
 )
 def test_what_no_gemm_is_raises_in_one_line(change, error):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -13,14 +14,14 @@ pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it is not said
 
 from sglang_amd_quant.kernels.triton.group_gemm import GroupGemmConfig
-from sglang_amd_quant.kernels.triton.manifest import SCHEMES, GroupVariant, Variant
+from sglang_amd_quant.kernels.triton.manifest import SCHEMES, Variant
 from sglang_amd_quant.kernels.triton.moe_gemm import PLAIN, Epilogue, moe_gemm, moe_gemm_kernel
 from sglang_amd_quant.kernels.triton.routing import route_torch
 
 from sglang_amd_quant.layouts.names import TensorLayout
 from sglang_amd_quant.ops.triton_mx import launch_options, tile_of
 from sglang_amd_quant.selection import GemmProblem, Selector
-from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS
+from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS
 from sglang_amd_quant.selection.legality import lds_need
 from sglang_amd_quant.selection.rules import LAYOUT_RULES
 from sglang_amd_quant.selection.shipped_kernels import GPUS
@@ -120,10 +121,10 @@ def test_group_tiles_compile_without_spills_in_the_lds_that_is_estimated(problem
     even = problem.group >= (config.block_k or 0)
     weights = {"int4_w4a16": "int4", "w4a16": "e2m1", "mxfp8": "e4m3"}[problem.scheme]
     made = compile_variant(
-        GroupVariant(
-            f"{config}", MEMBER.get(problem.arch, problem.arch), problem.out_dtype, weights, problem.group,
+        Variant(
+            f"{config}", MEMBER.get(problem.arch, problem.arch), problem.out_dtype, weights,
             GroupGemmConfig(*config.tile, **launch_options(config)), problem.moe, even,
-            claimed(problem.arch, "bf16"), (lies.value, lies.scale),
+            claimed(problem.arch, "bf16"), (lies.value, lies.scale), problem.group,
         )
     )  # fmt: skip
     assert made.report.problems == []
@@ -131,27 +132,30 @@ def test_group_tiles_compile_without_spills_in_the_lds_that_is_estimated(problem
 
 
 def moe_tiles():
-    """(arch, scheme, op, tile) of experts in the MoE GEMM, by the height that routing gives."""
+    """(arch, scheme, op, layout, what K has beyond whole BLOCK_Ks, tile) of experts in the MoE GEMM, by the height that
+    routing gives."""
     here = Selector(available={"triton_moe"})
-    for arch in GPUS:
-        for scheme in SCHEMES:
-            for op in ("moe_gate_up", "moe_down"):
-                problem = GemmProblem(op, scheme, arch, 64, 1536, 2048, 0, 64, 64, 8, layout="strided")
-                choices = [here.decide(replace(problem, block_m=block_m)) for block_m in (16, 32, 64, 128)]
-                for config in dict.fromkeys(c.config for c in choices if c.source == "heuristic"):
-                    name = f"{arch}-{scheme}-{op}-{'x'.join(map(str, config.tile))}"
-                    yield pytest.param(arch, scheme, op, config, id=name)
+    for arch, scheme, op, tail in product(GPUS, SCHEMES, ("moe_gate_up", "moe_down"), (0, 32, 64, 128)):
+        decode = AMD_MOE_DECODE_LAYOUTS.get((arch, SCHEMES[scheme][1]))
+        for layout in ("strided", decode) if tail >= 64 and decode else ("strided",):
+            problem = GemmProblem(op, scheme, arch, 64, 1536, 2048 + tail, 0, 64, 64, 8, layout=layout)
+            choices = [here.decide(replace(problem, block_m=block_m)) for block_m in (16, 32, 64, 128)]
+            for config in dict.fromkeys(c.config for c in choices if c.source == "heuristic"):
+                if not tail or tail % config.block_k:
+                    name = f"{arch}-{scheme}-{op}-{layout}-{tail}-{'x'.join(map(str, config.tile))}"
+                    yield pytest.param(arch, scheme, op, layout, tail, config, id=name)
 
 
-@pytest.mark.parametrize(("arch", "scheme", "op", "config"), moe_tiles())
-def test_moe_tiles_compile_without_spills_with_all_that_gpt_oss_has(arch, scheme, op, config):
+@pytest.mark.parametrize(("arch", "scheme", "op", "layout", "tail", "config"), moe_tiles())
+def test_moe_tiles_compile_without_spills_with_all_that_gpt_oss_has(arch, scheme, op, layout, tail, config):
     """Biases, gates and ups that alternate and are clamped, and MX blocks as output, in a model of fp16."""
     x_format, w_format = SCHEMES[scheme]
     paired, quantized, arch = op == "moe_gate_up", x_format != "bf16", MEMBER.get(arch, arch)
     epilogue = PLAIN
     if paired:
         epilogue = Epilogue("swigluoai", True, 7.0, out=x_format if quantized else None, half=quantized)
-    experts, k, columns = 2, 2 * config.block_k, 64
+    experts, k, columns = 2, 2 * config.block_k + tail, 64
+    values = layout.removeprefix("decode_")
     n, pack = columns * (2 if paired else 1), {"e2m1": 2, "e4m3": 1, "bf16": 1}
     dtypes = {"e2m1": torch.uint8, "e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}
 
@@ -173,5 +177,6 @@ def test_moe_tiles_compile_without_spills_with_all_that_gpt_oss_has(arch, scheme
             route_torch(torch.zeros(4, 2, dtype=torch.int32), experts, config.block_m), tile_of(config), arch,
             top_k=2 if paired else 1, bias=torch.zeros(experts, n), epilogue=epilogue,
             row_weights=None if paired else torch.zeros(8),
+            layout=(values, "strided" if values == "strided" else "tile_scale"),
         )  # fmt: skip
     assert compile_variant(made[0]).report.problems == []

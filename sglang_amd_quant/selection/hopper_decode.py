@@ -1,0 +1,120 @@
+"""What sm_90's decode kernels read and keep in shared memory: specs take it from here, and `runtime/decode_plans.py`.
+
+The sizes of tiles and of shared memory repeat those of `kernels/hip/include/decode_sm90.h`; `tests/device` holds the
+two together by running plans of many shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sglang_amd_quant.kernels.hip.manifest import DECODE_M, FEW_M, INT4_GROUPS, INT4_SCHEMES, QUANTIZED_M
+from sglang_amd_quant.schemes import MX_BLOCK
+
+TILE_ROWS, TILE_K = 16, 64
+
+
+@dataclass(frozen=True)
+class DecodeWeights:
+    """What a plan must know of a scheme's weights.
+
+    Attributes:
+        kind: what plans were measured with.
+        group: elements along K that share a scale.
+        tile_k: elements of a row in a tile.
+        tile_bytes: of a tile, with its scales.
+        rows: of activations that entry points are instantiated for.
+        wide_from: rows from which on four waves multiply together, by wgmma.
+        x_bytes: of an activation there.
+        waves: that find registers on a multiprocessor, by rows; elsewhere 16.
+    """
+
+    kind: str
+    group: int
+    tile_k: int
+    tile_bytes: int
+    rows: tuple[int, ...] = DECODE_M
+    wide_from: int = 16
+    x_bytes: int = 2
+    waves: Mapping[int, int] = field(default_factory=lambda: {16: 28, 32: 20})
+
+    def resident_waves(self, rows: int) -> int:
+        return self.waves.get(rows, 16)
+
+
+_BF16 = {
+    "w4a16": DecodeWeights("e2m1", MX_BLOCK, TILE_K, 512 + 32),
+    "w8a16": DecodeWeights("e4m3", MX_BLOCK, TILE_K, 1024 + 32, waves={2: 20, 4: 20, 8: 20, 16: 28, 32: 20}),
+}
+_ROW_E2M1, _ROW_E4M3 = (
+    DecodeWeights(kind, MX_BLOCK, TILE_K, nbytes, QUANTIZED_M, wide_from=1, x_bytes=1, waves={8: 32, 16: 20, 32: 20})
+    for kind, nbytes in (("row_e2m1", 512 + 32), ("row_e4m3", 1024))
+)
+_INT4 = {
+    32: DecodeWeights("e2m1", 32, TILE_K, 512 + 128, FEW_M),
+    64: DecodeWeights("e2m1", 64, TILE_K, 512 + 64, FEW_M),
+    128: DecodeWeights("e2m1", 128, 2 * TILE_K, 1024 + 64, FEW_M),
+}
+DECODE_WEIGHTS = _BF16 | dict.fromkeys(("mxfp8", "mxfp8_static"), _ROW_E4M3)
+DECODE_WEIGHTS |= dict.fromkeys(("w4a8", "mxfp4", "w4a8_static"), _ROW_E2M1)
+DECODE_WEIGHTS |= {f"{scheme}_g{group}": _INT4[group] for scheme in INT4_SCHEMES for group in INT4_GROUPS}
+
+
+def _barriers(of_rings: int) -> int:
+    return -(-(2 + of_rings) * 8 // 128) * 128
+
+
+def lds_bytes(
+    w: DecodeWeights,
+    rows: int,
+    tiles: int,
+    split: int,
+    waves_k: int,
+    waves_n: int,
+    depth: int,
+    chunk: int,
+    early: bool = False,
+) -> int:
+    """Shared memory of a block: barriers, rings, activations with their factors, row factors and partial sums. `early`:
+    rings have room for e2m1 as e4m3."""
+    waves, most, columns = waves_k * waves_n, -(-tiles // split), rows if rows < 16 else rows + 4
+    barriers = _barriers(waves * depth)
+    ring = waves * depth * chunk * (w.tile_bytes + (512 if early else 0))
+    if w.x_bytes == 1:
+        activations = 1024 + most * rows * TILE_K + 8 * rows
+    elif rows < w.wide_from:
+        activations = 16 + most * w.tile_k // MX_BLOCK * (rows * (2 * MX_BLOCK + 4) + 16)
+    else:
+        activations = 1024 + most * 128 * rows
+    sums = 2 * 4 * waves_n * TILE_ROWS // split + 4 * waves * TILE_ROWS * columns
+    return barriers + ring + activations + sums
+
+
+def prepared_lds(w: DecodeWeights, rows: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int) -> int:
+    """Shared memory of a block that multiplies a prepared x: barriers, rings, which partial sums of waves use again,
+    factors of rows, and the partial sums of the blocks that share K."""
+    of_rows = waves_n * TILE_ROWS * (rows + 4) * 4
+    barriers = _barriers((2 + waves_k * waves_n) * depth)
+    rings = 1024 + depth * waves_k * chunk * (TILE_K * w.x_bytes * rows + waves_n * w.tile_bytes)
+    factors = 8 * waves_n * TILE_ROWS // split + (4 * rows if w.x_bytes == 1 else 0)
+    return barriers + max(rings, waves_k * of_rows) + factors + (of_rows if split > 1 else 0)
+
+
+def least_lds(scheme: str, m: int, k: int) -> int:
+    """Shared memory of a plan that is always tried, for any N, where every wave has work. Up to 8 rows: eight blocks
+    share K, four waves along K (of quantized activations along N) their part of it, with rings of a quarter of what a
+    wave reads. Beyond: x streams through by two."""
+    w = DECODE_WEIGHTS[scheme]
+    rows = next((r for r in w.rows if m <= r), w.rows[-1])
+    if rows > FEW_M[-1]:
+        return prepared_lds(w, rows, split=1, waves_k=1, waves_n=4, depth=2, chunk=1)
+    tiles, waves_k = -(-k // w.tile_k), 1 if rows >= w.wide_from else 4
+    chunk = ring_chunk(tiles / 8 / waves_k, depth=4, part=4)
+    return lds_bytes(w, rows, tiles, 8, waves_k, 4 // waves_k, 4, chunk)
+
+
+def ring_chunk(mine: float, depth: int, part: int) -> int:
+    """Tiles of a bulk copy where `depth` of them are 1/part of a wave's."""
+    return min(12, max(1, math.ceil(mine / depth / part)))
