@@ -1,0 +1,183 @@
+// Weights on sm_90: how they lie, and how a wave gets hold of them.
+#pragma once
+#include "decode.h"
+#include "decode_sm90_fragments.h"
+#include "hopper.h"
+
+/// e4m3: layout `mma_tile`. e2m1: layout `hopper_bf16`; rows of either: `hopper_e4m3`. Both have scales relative to a row's largest,
+/// which `factors` keeps; rows of e4m3 have no others. int4: layout `mma_int4`, two of whose tiles are one here if a group is as long.
+template <Weight W>
+struct Tile {
+    static constexpr int BLOCKS = W == Weight::int4_g128 ? 4 : 2;  // of 32 elements of a row: MX blocks
+    static constexpr int K = BLOCKS * MX_BLOCK;
+    static constexpr int BYTES = TILE_ROWS * K / (W == Weight::e4m3 || W == Weight::row_e4m3 ? 1 : 2);
+    static constexpr int SCALES = W == Weight::row_e4m3 ? 0 : is_int4(W) ? TILE_ROWS * K / group_of(W) * 4 : TILE_ROWS * BLOCKS;
+    static constexpr bool SHORT = W == Weight::int4_g32;  // a row's last tile may have scales for one block only
+};
+
+/// A number that the compiler knows.
+template <int>
+struct Number {};
+
+/// `each(t)` for `count` tiles: while one is multiplied, the next is decoded, into other registers. `settle(n)` waits until at most
+/// n of those that `each` started are under way. `Throughout`: always one, until the last; else by fours, which takes fewer registers.
+template <bool Throughout, typename Each, typename Settle>
+DEVICE void by_turns(int count, Each each, Settle settle) {
+    constexpr Number<1> one{};
+    constexpr Number<0> none{};
+    int t = 0;
+    if constexpr (Throughout) {
+        each(t++);
+#pragma unroll 1
+        for (; t + 1 < count; t += 2) {
+            each(t), settle(one);
+            each(t + 1), settle(one);
+        }
+        if (t < count) each(t);
+        settle(none);
+    } else {
+#pragma unroll 1
+        for (; t + 3 < count; t += 4) {
+            each(t), each(t + 1), settle(one);
+            each(t + 2), settle(one);
+            each(t + 3), settle(none);
+        }
+#pragma unroll 1
+        for (; t + 1 < count; t += 2) each(t), each(t + 1), settle(none);
+        if (t < count) each(t), settle(none);
+    }
+}
+
+/// Where registers suffice to multiply throughout; streaming x takes fewer.
+template <Weight W, int M, bool Streaming>
+constexpr bool THROUGHOUT = is_row(W) && (M >= 16 || W == Weight::row_e4m3) && (M < 64 || Streaming);
+
+/// A wave's weights, chunk by chunk, through a ring in shared memory. Of waves that multiply together (`is_wide`),
+/// those that have no row tile of their own read the last one again, because the others cannot multiply without them.
+///
+/// `Early`, of row_e2m1: the ring holds all that the wave ever reads, as e4m3, into which it is decoded in place before x is there.
+/// Codes arrive in the second half of the room for that.
+template <Weight W, int M, bool Early = false>
+class Stream {
+   public:
+    /// `lds` is this wave's part, `bytes(a)` long. Starts fetching: weights depend on no launch before this one.
+    DEVICE Stream(const DecodeArgs& a, const Share& s, int expert, uint8_t* lds, uint64_t* barriers)
+        : a(a), s(s), ring(lds), barriers(barriers), expert(expert), group(s.first_group) {
+        seek();
+        if (lane_index() == 0 && group < s.row_groups) {
+#pragma unroll 1
+            for (int i = 0; i < a.depth; i++) barrier_init(barriers + i);
+            barriers_are_ready();
+        }
+        __syncwarp();
+        begin(M >= 16 && !Early ? 1 : a.depth);
+    }
+
+    /// Makes sure that the first `chunks` have been asked for. Many rows of x are asked for behind the first chunk alone: behind
+    /// all of them, they would come when memory has delivered those.
+    DEVICE void begin(int chunks) {
+#pragma unroll 1
+        for (; begun < chunks; begun++) fetch();
+    }
+
+    DEVICE static int bytes(const DecodeArgs& a) { return a.depth * a.chunk * (ROOM + Tile<W>::SCALES); }
+
+    /// `each(t, number along K, Number of tiles)` for all tiles of the next row group, one or `Together` at a time; t is the
+    /// first one's place in its chunk. `begin()` when a chunk has come. `settle`: as in `by_turns`.
+    template <int Together, typename Begin, typename Each, typename Settle>
+    DEVICE void each_tile(Begin begin, Each each, Settle settle) {
+        for (int first = s.wave_first; first < s.wave_end; first += s.wave_step) {
+            const int count = smaller(a.chunk, s.wave_end - first);
+            if constexpr (!Early) wait();
+            if constexpr (!is_wide(W, M)) {
+                int t = 0;
+#pragma unroll(M == 4 ? 2 : 1)
+                for (; t + Together <= count; t += Together) each(t, first + t, Number<Together>{});
+                if (Together > 1 && t < count) each(t, first + t, Number<1>{});
+            } else {
+                begin();
+                by_turns<THROUGHOUT<W, M, false> || (Early && M == 8)>(
+                    count, [&](int t) { each(t, first + t, Number<1>{}); }, settle);
+            }
+            if constexpr (Early)
+                stage++;
+            else
+                release();
+        }
+    }
+
+    /// Early: decodes all, as it arrives.
+    DEVICE void decode() {
+        const int tiles = s.wave_end - s.wave_first;
+        for (int first = 0, i = 0; first < tiles; first += a.chunk, i++) {
+            barrier_wait(barriers + i, 0);
+#pragma unroll 2
+            for (int t = first; t < smaller(first + a.chunk, tiles); t++) {
+                const Words words = load_words(arriving() + t * Tile<W>::BYTES + lane_index() * 16);
+                uint32_t fragments[2][4];
+                e4m3_from_e2m1(words, scales_in_ring()[t * (Tile<W>::SCALES / 4) + lane_index() / 4], fragments);
+                __syncwarp();  // what is stored here may lie where this tile's codes were
+#pragma unroll
+                for (int b = 0; b < 2; b++) store_words(ring + t * ROOM + b * (ROOM / 2) + lane_index() * 16, Words{{fragments[b][0], fragments[b][1], fragments[b][2], fragments[b][3]}});
+            }
+        }
+    }
+
+    /// Waits for the next chunk.
+    DEVICE void wait() { barrier_wait(barriers + stage, parity); }
+    /// Tile `t` of the chunk.
+    DEVICE const uint8_t* codes(int t) const { return ring + (stage * a.chunk + t) * ROOM; }
+    DEVICE const uint32_t* scale_words(int t) const { return scales_in_ring() + (stage * a.chunk + t) * (Tile<W>::SCALES / 4); }
+    /// Gives the chunk back and fetches into its place.
+    DEVICE void release() {
+        __syncwarp();
+        fetch();
+        if (++stage == a.depth) stage = 0, parity ^= 1;
+    }
+
+   private:
+    static constexpr int ROOM = Tile<Early ? Weight::row_e4m3 : W>::BYTES;  // for a tile
+
+    DEVICE uint8_t* arriving() const { return ring + a.depth * a.chunk * (ROOM - Tile<W>::BYTES); }
+    DEVICE uint32_t* scales_in_ring() const { return reinterpret_cast<uint32_t*>(ring + a.depth * a.chunk * ROOM); }
+
+    /// To the first tile of this wave's row tile in row group `group`, or beyond all groups if it has none.
+    DEVICE void seek() {
+        tile = s.wave_first;
+        const int wanted = group * s.waves_n + s.wave_n;
+        const int row_tile = is_wide(W, M) ? smaller(wanted, s.row_tiles - 1) : wanted;
+        if (row_tile >= s.row_tiles || s.wave_first >= s.wave_end) group = s.row_groups;
+        const int64_t row = static_cast<int64_t>(expert) * s.row_tiles + row_tile, from = row * s.tiles + tile;
+        codes_from = a.w + from * Tile<W>::BYTES;
+        scales_from = a.scales + (Tile<W>::SHORT ? row * row_scales() + tile * Tile<W>::SCALES : from * Tile<W>::SCALES);
+    }
+
+    /// Bytes of scales of a row tile, and of `count` of its tiles from `tile` on.
+    DEVICE int row_scales() const { return a.k / group_of(W) * TILE_ROWS * 4; }
+    DEVICE int scale_bytes(int count) const {
+        if constexpr (Tile<W>::SHORT) return smaller(count * Tile<W>::SCALES, row_scales() - tile * Tile<W>::SCALES);
+        return count * Tile<W>::SCALES;
+    }
+
+    DEVICE void fetch() {
+        if (group < s.row_groups && lane_index() == 0) {
+            const int count = smaller(a.chunk, s.wave_end - tile), at = fetch_stage * a.chunk;
+            uint64_t* barrier = barriers + fetch_stage;
+            barrier_expect(barrier, count * Tile<W>::BYTES + scale_bytes(count));
+            bulk_copy(arriving() + at * Tile<W>::BYTES, codes_from, count * Tile<W>::BYTES, barrier);
+            if (Tile<W>::SCALES > 0) bulk_copy(scales_in_ring() + at * (Tile<W>::SCALES / 4), scales_from, scale_bytes(count), barrier);
+        }
+        if (++fetch_stage == a.depth) fetch_stage = 0;
+        tile += s.wave_step, codes_from += s.wave_step * Tile<W>::BYTES, scales_from += s.wave_step * Tile<W>::SCALES;
+        if (tile >= s.wave_end) group += s.groups, seek();
+    }
+
+    const DecodeArgs& a;
+    const Share& s;
+    uint8_t* ring;
+    uint64_t* barriers;
+    const int expert;
+    const uint8_t *codes_from, *scales_from;  // what is fetched next: of row group `group`, from `tile` on
+    int group, tile, begun = 0, fetch_stage = 0, stage = 0;
+    uint32_t parity = 0;
+};
