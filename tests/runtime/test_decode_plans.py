@@ -1,0 +1,66 @@
+"""Every plan for sm_90 is one that its kernels can follow; `tests/device` runs some of them."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sglang_amd_quant.kernels.hip.manifest import EARLY_M, FEW_M
+
+from sglang_amd_quant.runtime.arch import arch_facts
+from sglang_amd_quant.runtime.decode_plans import MOST_X_WAVES, RESIDENT, DecodePlan, plans
+from sglang_amd_quant.selection.hopper_decode import DECODE_WEIGHTS, TILE_K, TILE_ROWS
+
+H100 = 132
+"""Multiprocessors."""
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[str, int, int, int, bool]:
+    """scheme, M, N, K, and whether an activation follows."""
+    scheme = draw(st.sampled_from(sorted(DECODE_WEIGHTS)))
+    w = DECODE_WEIGHTS[scheme]
+    m = draw(st.integers(1, FEW_M[-1] if scheme.startswith("int4") else 64))
+    pairs = draw(st.booleans())
+    n = 16 * draw(st.integers(1, 2000)) if pairs else draw(st.integers(1, 32000))
+    return scheme, m, n, w.group * draw(st.integers(1, 12288 // w.group)), pairs
+
+
+def check(plan: DecodePlan, scheme: str, m: int, n: int, k: int, pairs: bool) -> None:
+    """What `kernels/hip/include/decode_sm90*.h` takes for granted."""
+    w, tiles = DECODE_WEIGHTS[scheme], -(-k // DECODE_WEIGHTS[scheme].tile_k)
+    owned, part = divmod(plan.waves_n * TILE_ROWS, plan.split)
+    assert plan.lds <= arch_facts("sm_90").lds_bytes
+    assert plan.waves <= 16
+    assert plan.x_waves <= MOST_X_WAVES
+    assert plan.rows in w.rows
+    assert m <= plan.rows or plan.rows == 32
+    assert part == 0
+    assert owned % TILE_ROWS == 0 or not pairs
+    assert plan.waves_n % 4 == 0 or plan.rows < w.wide_from
+    assert 1 <= plan.split <= tiles
+    assert plan.split * max(1, plan.share) <= 8
+    assert plan.groups * plan.waves_n * TILE_ROWS >= n or not plan.one_group
+    if plan.early:
+        assert plan.rows in EARLY_M
+        assert plan.share in (0, RESIDENT)
+        assert plan.depth * plan.chunk * plan.waves_k * plan.split * TILE_K >= k
+        assert plan.blocks * plan.lds <= H100 * arch_facts("sm_90").lds_bytes  # all of them start at once
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_every_plan_is_one_that_its_kernel_can_follow(problem: tuple[str, int, int, int, bool]) -> None:
+    scheme, m, n, k, pairs = problem
+    found = plans(scheme, m, n, k, H100, pairs)
+    for plan in found:
+        check(plan, *problem)
+    assert len(set(found)) == len(found)
+    assert found[0].early == any(plan.early for plan in found)
+
+
+def test_few_rows_of_small_weights_are_decoded_early() -> None:
+    for k, n in ((6144, 2304), (2048, 6144), (6144, 1536), (1536, 6144)):
+        assert all(plans("w4a8", m, n, k, H100)[0].early for m in (1, 2, 4, 8, 16, 32))
+        assert not plans("w4a8", 64, n, k, H100)[0].early  # registers do not suffice
+        assert not plans("mxfp8", 1, n, k, H100)[0].early  # nothing to decode
+    assert not plans("w4a8", 1, 28672, 8192, H100)[0].early  # streams
