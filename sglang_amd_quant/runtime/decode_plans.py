@@ -38,7 +38,7 @@ class DecodePlan:
         rows: of activations that the entry point is instantiated for.
         split: blocks, a cluster, that share K.
         waves_k, waves_n: waves of a block along K, and along N.
-        groups: clusters that take the row groups (waves_n tiles of 16 rows) round robin; of an `one_group` plan, one each.
+        groups: clusters that take the row groups (waves_n tiles of 16 rows) round robin; `one_group`: one each.
         depth, chunk: `depth` bulk copies of `chunk` tiles are under way for every wave.
         lds: bytes of shared memory a block.
         share: 0 where every block quantizes its part of x; else a launch in front does: RESIDENT where every block then

@@ -184,6 +184,8 @@ class GemmProblem:
             raise ShapeError(what, "a linear has no experts", "use op moe_gate_up or moe_down")
         if self.e_local > self.e_total or self.top_k > self.e_total:
             raise ShapeError(what, "more local experts or top_k than experts", "give e_total >= e_local and top_k")
+        if self.epilogue.activation and self.epilogue.gated and self.n % 2:
+            raise ShapeError(f"{what} {self.epilogue.activation}", "gates and ups are as many", "give an even N")
         groups = (32, 64, 128) if scheme.weight == "int4" else (scheme.block,)
         if self.group not in groups:
             remedy = f"use one of {', '.join(map(str, groups))}"

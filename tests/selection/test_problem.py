@@ -39,6 +39,7 @@ def test_derived():
     [
         ({"m": -1}, ShapeError),
         ({"n": 0}, ShapeError),
+        ({"n": 5761, "epilogue": Epilogue(activation="silu")}, ShapeError),
         ({"k": 360}, ShapeError),
         ({"k": 2880 + 16}, ShapeError),
         ({"e_local": 129}, ShapeError),

@@ -266,10 +266,11 @@ def random_problem(rng: random.Random, arch: str) -> GemmProblem:
         if int4
         else ("cdna4_scale", "cdna4_scale_256", "preshuffle")
     )
+    activations = (None,) if n % 2 else (None, "silu", "swigluoai")
     return GemmProblem(
         op, scheme, arch, rng.choice(MS), n, max(group, k // group * group), rng.choice((0, 0, 128)),
         -(-e_total // ep), e_total, 1 if linear else rng.choice((1, 4, 5, 8)), ep, ep,
-        Epilogue(rng.random() < 0.3, rng.choice((None, "silu", "swigluoai")), beta=rng.choice((None, None, 1.0, 0.5))),
+        Epilogue(rng.random() < 0.3, rng.choice(activations), beta=rng.choice((None, None, 1.0, 0.5))),
         rng.choice(("bf16",) * 7 + ("fp16", "fp32", "mxfp8", "mxfp4")),
         rng.choice((None, None, "strided", rng.choice(others), "hopper_bf16" if int4 else rng.choice(packed))),
         group, {"w4a8": "fp8_static", "mxfp8": "bf16"}.get(scheme, "") if rng.random() < 0.2 else "",
