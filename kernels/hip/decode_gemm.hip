@@ -23,7 +23,6 @@
 template <Weight W, Act A, bool Grouped, typename AllSums>
 DEVICE void finish_group(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, const AllSums& sums, int group) {
     constexpr int COLUMNS = AllSums::COLUMNS;
-    if (TARGET_AMD && sums.owned == 0) return;  // of the blocks that share K the last one finishes all
     const Output output = sums.output();
     const int first = group * s.waves_n * TILE_ROWS + sums.first;
     if (first + output.row >= a.n) return;
