@@ -79,13 +79,19 @@ class Tiled(Layout):
     """Storage is a permutation of bytes within tiles: split rows and columns, reorder the parts, lay them down.
 
     Attributes:
-        split_n, split_cols: how a tile's rows and columns divide, slowest first; their products are the tile.
+        split_n, split_cols: how a tile's rows and columns divide, slowest first; their products are the tile. Storage
+            has a row for each row of tiles.
         order: the stored order, slowest first, of the parts (row tile, *split_n, column tile, *split_cols).
     """
 
     split_n: ClassVar[tuple[int, ...]]
     split_cols: ClassVar[tuple[int, ...]]
     order: ClassVar[tuple[int, ...]]
+
+    def storage_shape(self, n: int, cols: int) -> tuple[int, ...]:
+        rows, columns = self.spec.padded(n, cols)
+        tile_rows = math.prod(self.split_n)
+        return rows // tile_rows, tile_rows * columns
 
     def _parts(self, n: int, cols: int) -> tuple[int, ...]:
         rows, columns = self.spec.padded(n, cols)

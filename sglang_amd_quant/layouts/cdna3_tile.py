@@ -28,10 +28,6 @@ class Cdna3E2m1(Tiled):
     def spec(self) -> LayoutSpec:
         return VALUE_LAYOUTS["cdna3_e2m1"]
 
-    def storage_shape(self, n: int, cols: int) -> tuple[int, ...]:
-        rows, columns = self.spec.padded(n, cols)
-        return rows // 16, 16 * columns
-
 
 @dataclass(frozen=True)
 class Cdna3E4m3(Tiled):
@@ -49,10 +45,6 @@ class Cdna3E4m3(Tiled):
     @property
     def spec(self) -> LayoutSpec:
         return VALUE_LAYOUTS["cdna3_e4m3"]
-
-    def storage_shape(self, n: int, cols: int) -> tuple[int, ...]:
-        rows, columns = self.spec.padded(n, cols)
-        return rows // 16, 16 * columns
 
 
 @dataclass(frozen=True)
@@ -73,7 +65,3 @@ class TileScale(Tiled):
     @property
     def spec(self) -> LayoutSpec:
         return SCALE_LAYOUTS["tile_scale"]
-
-    def storage_shape(self, n: int, cols: int) -> tuple[int, ...]:
-        rows, columns = self.spec.padded(n, cols)
-        return rows // 16, 16 * columns

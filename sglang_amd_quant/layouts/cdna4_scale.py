@@ -38,7 +38,3 @@ class Cdna4Scale(Tiled):
     @property
     def spec(self) -> LayoutSpec:
         return SCALE_LAYOUTS["cdna4_scale" if self.rows == 32 else "cdna4_scale_256"]
-
-    def storage_shape(self, n: int, cols: int) -> tuple[int, ...]:
-        rows, columns = self.spec.padded(n, cols)
-        return rows // 32, 32 * columns

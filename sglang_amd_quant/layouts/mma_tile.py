@@ -29,10 +29,6 @@ class MmaTile(Tiled):
     def spec(self) -> LayoutSpec:
         return VALUE_LAYOUTS["mma_tile"]
 
-    def storage_shape(self, n: int, cols: int) -> tuple[int, ...]:
-        rows, columns = self.spec.padded(n, cols)
-        return rows // 16, 16 * columns
-
 
 @dataclass(frozen=True)
 class MmaScale(Tiled):
@@ -50,7 +46,3 @@ class MmaScale(Tiled):
     @property
     def spec(self) -> LayoutSpec:
         return SCALE_LAYOUTS["mma_scale"]
-
-    def storage_shape(self, n: int, cols: int) -> tuple[int, ...]:
-        rows, columns = self.spec.padded(n, cols)
-        return rows // 16, 16 * columns

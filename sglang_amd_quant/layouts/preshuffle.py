@@ -26,7 +26,3 @@ class Preshuffle(Tiled):
     @property
     def spec(self) -> LayoutSpec:
         return VALUE_LAYOUTS["preshuffle"]
-
-    def storage_shape(self, n: int, cols: int) -> tuple[int, ...]:
-        rows, columns = self.spec.padded(n, cols)
-        return rows // 16, 16 * columns

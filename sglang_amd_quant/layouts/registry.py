@@ -32,8 +32,6 @@ SCALES: Mapping[str, Layout] = {
     item.name: item
     for item in (Strided(Role.SCALE), Cdna4Scale(rows=32), Cdna4Scale(rows=256), MmaScale(), TileScale(), TileGroup())
 }
-
-
 SOURCES: Mapping[str, SourceLayout] = {item.name: item for item in (AutoAwq(), Gptq(version=1), Gptq(version=2))}
 
 
