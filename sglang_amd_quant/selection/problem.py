@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sglang_amd_quant.errors import SchemeError, ShapeError
 from sglang_amd_quant.layouts.names import TensorLayout, round_up
-from sglang_amd_quant.schemes import Scheme
+from sglang_amd_quant.schemes import INT4_GROUPS, Scheme
 from sglang_amd_quant.schemes import scheme as scheme_named
 from sglang_amd_quant.selection.arch import ARCHES, canonical
 
@@ -186,7 +186,7 @@ class GemmProblem:
             raise ShapeError(what, "more local experts or top_k than experts", "give e_total >= e_local and top_k")
         if self.epilogue.activation and self.epilogue.gated and self.n % 2:
             raise ShapeError(f"{what} {self.epilogue.activation}", "gates and ups are as many", "give an even N")
-        groups = (32, 64, 128) if scheme.weight == "int4" else (scheme.block,)
+        groups = INT4_GROUPS if scheme.weight == "int4" else (scheme.block,)
         if self.group not in groups:
             remedy = f"use one of {', '.join(map(str, groups))}"
             raise ShapeError(f"scheme {self.scheme} group {self.group}", "no scale group of it", remedy)

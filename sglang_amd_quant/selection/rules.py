@@ -26,7 +26,6 @@ def _m3_down(rows: Range) -> Rule:
     )  # fmt: skip
 
 
-_MXFP4_WEIGHTS = ("w4a16", "w4a8", "mxfp4")
 _AMD_DECODE = tuple((*key, scheme) for key in AMD_DECODE_LAYOUTS for scheme in DECODE_SCHEMES[key[1]])
 """Arch, weight format and scheme of every decode kernel there."""
 _MOE_BOUNDS = "aiter #3783: bounds on M_routed of its own kernel; not measured with this one"
@@ -76,10 +75,6 @@ RULES: tuple[Rule, ...] = (
     ),
     *(rule for kind in _AMD_DECODE for rule in _amd_moe(*kind)),
 )
-
-HIP_MARGIN = 1.03
-"""#3783 keeps a HIP kernel only where t_triton / t_hip is above this (`use_hip`); an entry that names the Triton kernel
-is its `use_hip=0`. A tuner for these packs applies it; lookup only reads the winner."""
 
 _DECODING = "kernels/hip/decode_gemm.hip reads it, and others that serve more rows"
 _FRAGMENTS = "kernels/triton/hopper_moe.py: weights go from memory to wgmma without a way back through it"

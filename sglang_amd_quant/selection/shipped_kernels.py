@@ -1,16 +1,16 @@
 """The kernels that this package brings, with the envelopes that they really have.
 
-What launches each is in `ops/hip.py` and `ops/triton_mx.py`, under the same name; which of them a device can launch is
-`runtime/detect.py`'s to find out.
+What launches each stands under the same name in `KERNELS` of `ops/linear.py` and `ops/moe.py`; which of them a device
+can launch is `runtime/detect.py`'s to find out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-from sglang_amd_quant.kernels.hip.manifest import AMD_MOE_DECODE_M, QUANTIZED_SCHEMES
+from sglang_amd_quant.kernels.hip.manifest import AMD_MOE_DECODE_M, FEW_M, QUANTIZED_SCHEMES
+from sglang_amd_quant.schemes import INT4_GROUPS
 from sglang_amd_quant.selection import families  # noqa: F401  registers first, whoever imports this: plans depend on order
 from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS, DECODE_SCHEMES
 from sglang_amd_quant.selection.arch import ARCHES
@@ -129,7 +129,7 @@ def _int4_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ()) -
         _group_gemm(name, ops),
         schemes=("int4_w4a16",),
         layouts=("strided", *INT4_LAYOUTS, *layouts),
-        groups=(32, 64, 128),
+        groups=INT4_GROUPS,
         x_dtypes=("bf16", "fp16"),
     )
 
@@ -257,7 +257,7 @@ def _amd_decode(arch: str, weight: str) -> KernelSpec:
         ops=("linear",),
         layouts=(AMD_DECODE_LAYOUTS[arch, weight],),
         acts=("bf16",) if int4 else ("e4m3", "e2m1", "bf16", "fp8_static"),
-        groups=(32, 64, 128) if int4 else (),
+        groups=INT4_GROUPS if int4 else (),
         out_dtypes=("bf16", "fp16", "fp32"),
         fuses=("quantize_input", "bias"),
         x_dtypes=("bf16", "fp16") if int4 else ("bf16",),
@@ -289,14 +289,23 @@ def _amd_moe_decode(arch: str, weight: str) -> KernelSpec:
     )
 
 
-_SM90_DECODE: dict[str, Any] = {
-    "out_dtypes": ("bf16", "fp16", "fp32"),
-    "fuses": ("quantize_input", "bias"),
-    "x_dtypes": ("bf16",),
-    "lds": _decode_lds,
-    "m_max": 64,
-    "k_multiple": 32,
-}
+_SM90_DECODE = KernelSpec(
+    "hip_decode",
+    SHIPPED,
+    "kernels/hip/decode_gemm.hip",
+    archs=("sm_90",),
+    schemes=("w4a16",),
+    ops=("linear",),
+    layouts=("hopper_bf16",),
+    acts=("bf16",),
+    out_dtypes=("bf16", "fp16", "fp32"),
+    fuses=("quantize_input", "bias"),
+    x_dtypes=("bf16",),
+    lds=_decode_lds,
+    code_objects=("decode_w4a16",),
+    m_max=64,
+    k_multiple=32,
+)
 
 SHIPPED_KERNELS = (
     KernelSpec(
@@ -313,46 +322,24 @@ SHIPPED_KERNELS = (
         m_max=4,
         k_multiple=32,
     ),
-    KernelSpec(
-        "hip_decode",
-        SHIPPED,
-        "kernels/hip/decode_gemm.hip",
-        archs=("sm_90",),
-        schemes=("w4a16",),
-        ops=("linear",),
-        layouts=("hopper_bf16",),
-        acts=("bf16",),
-        code_objects=("decode_w4a16",),
-        **_SM90_DECODE,
-    ),
-    KernelSpec(
-        "hip_decode_e4m3",
-        SHIPPED,
-        "kernels/hip/decode_gemm.hip",
-        archs=("sm_90",),
+    _SM90_DECODE,
+    replace(
+        _SM90_DECODE,
+        name="hip_decode_e4m3",
         schemes=("mxfp8", "w4a8", "mxfp4"),
-        ops=("linear",),
         layouts=("hopper_e4m3",),
         acts=("e4m3", "e2m1", "fp8_static"),
         code_objects=tuple(f"decode_{scheme}" for scheme in QUANTIZED_SCHEMES),
-        **_SM90_DECODE,
     ),
-    KernelSpec(
-        "hip_decode_int4",
-        SHIPPED,
-        "kernels/hip/decode_gemm.hip",
-        archs=("sm_90",),
+    replace(
+        _SM90_DECODE,
+        name="hip_decode_int4",
         schemes=("int4_w4a16",),
-        ops=("linear",),
         layouts=("mma_int4+tile_group",),
-        groups=(32, 64, 128),
-        out_dtypes=("bf16", "fp16", "fp32"),
-        fuses=("quantize_input", "bias"),
+        groups=INT4_GROUPS,
         x_dtypes=("bf16", "fp16"),
-        lds=_decode_lds,
         code_objects=("decode_int4_w4a16", "decode_int4_w4a16_fp16"),
-        m_max=8,
-        k_multiple=32,
+        m_max=FEW_M[-1],
     ),
     *(_amd_decode(arch, weight) for arch, weight in AMD_DECODE_LAYOUTS),
     *(_amd_moe_decode(arch, weight) for arch, weight in AMD_MOE_DECODE_LAYOUTS),
