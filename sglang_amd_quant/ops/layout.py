@@ -10,7 +10,7 @@ from sglang_amd_quant.ops.packed import Weight, pack
 from sglang_amd_quant.runtime.detect import current_arch, launchable
 from sglang_amd_quant.selection import GemmProblem, KernelChoice, Selector, choose_layout
 from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS
-from sglang_amd_quant.selection.arch import canonical
+from sglang_amd_quant.selection.arch import member
 from sglang_amd_quant.selection.choose import REFERENCE, process_selector
 from sglang_amd_quant.selection.layout_choice import SAMPLE_MS
 from sglang_amd_quant.tensor import MxTensor
@@ -56,6 +56,5 @@ def _laid_out(weight: MxTensor, layout: TensorLayout, problem: GemmProblem) -> W
     if layout.name == AMD_DECODE_LAYOUTS.get((problem.arch, weight.scheme.weight)):
         from sglang_amd_quant.ops.decode_weights import decode_weights
 
-        arch = current_arch()
-        return decode_weights(weight, arch if canonical(arch) == problem.arch else problem.arch)
+        return decode_weights(weight, member(current_arch(), problem.arch))
     return pack(weight, layout, problem) if layout.packed else weight.to_layout(layout)

@@ -18,8 +18,8 @@ from sglang_amd_quant.ops.packed import Weight, unpacked
 from sglang_amd_quant.ops.reference import MoeProblem
 from sglang_amd_quant.runtime.detect import launchable
 from sglang_amd_quant.selection import Config, GemmProblem, KernelChoice, choose
+from sglang_amd_quant.selection.amd_decode import AMD_MOE_DECODE_LAYOUTS
 from sglang_amd_quant.selection.choose import REFERENCE
-from sglang_amd_quant.selection.shipped_kernels import AMD_MOE_DECODE_LAYOUTS
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import ScaleMode
 from sglang_amd_quant.schemes import scheme as scheme_named
 from sglang_amd_quant.selection import GemmProblem
-from sglang_amd_quant.selection.arch import canonical
+from sglang_amd_quant.selection.arch import member
 from sglang_amd_quant.tensor import MxForm, PadPlan
 
 DTYPES: dict[torch.dtype, str] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -63,8 +63,7 @@ class Operand:
         if weight.scheme.weight == "int4" and weight.tensors[1].dtype != torch.int32:
             what = f"int4 weights {list(weight.shape)} with scales of {weight.tensors[1].dtype}"
             raise SchemeError(what, "ops take words of scale and zero point", "lay them out, or pass `with_words()`")
-        here = current_arch()
-        arch = here if canonical(here) == problem.arch else problem.arch
+        arch = member(current_arch(), problem.arch)
         return cls(replace(problem, m=0, layout=weight.layout.name), arch, weight.pad, act.mode)
 
     @cached_property

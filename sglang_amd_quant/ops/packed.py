@@ -13,7 +13,7 @@ from sglang_amd_quant.layouts.names import PACKED_LAYOUTS, TensorLayout
 from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import Scheme
 from sglang_amd_quant.selection import GemmProblem, KernelChoice
-from sglang_amd_quant.selection.arch import canonical
+from sglang_amd_quant.selection.arch import member
 from sglang_amd_quant.tensor import MxTensor, PadPlan
 
 logger = logging.getLogger(__name__)
@@ -131,12 +131,12 @@ def _decode(weight: MxTensor, problem: GemmProblem) -> list[torch.Tensor]:
     from sglang_amd_quant.kernels.triton.hopper_pack import row_order
     from sglang_amd_quant.ops.decode_weights import decode_weights
 
-    pairs, here = pairs_of(problem), current_arch()
+    pairs = pairs_of(problem)
     if pairs is not None:
         order = row_order(weight.n, pairs).to(weight.device)
         data = weight.data.view(torch.uint8).index_select(-2, order).view(weight.data.dtype)
         weight = replace(weight, data=data, scales=weight.scales.index_select(-2, order))
-    return decode_weights(weight, here if canonical(here) == problem.arch else problem.arch).tensors
+    return decode_weights(weight, member(current_arch(), problem.arch)).tensors
 
 
 PACKERS: dict[str, Callable[[MxTensor, GemmProblem], list[torch.Tensor]]] = {

@@ -9,6 +9,7 @@ import torch
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.ops.devices import has_triton
+from sglang_amd_quant.selection.buckets import block_bound
 
 if TYPE_CHECKING:
     from sglang_amd_quant.ops.moe import MoeCall
@@ -51,15 +52,6 @@ class Routing:
     def blocks(self) -> int:
         """Blocks of rows, those without work included."""
         return int(self.block_experts.shape[0])
-
-
-def block_bound(rows: int, num_experts: int, block_m: int) -> int:
-    """The most blocks that `rows` routed rows can need.
-
-    With fewer rows than experts each row may have a block of its own; else every expert may waste all but one row of
-    its last block (aiter #3580's `n_blocks`).
-    """
-    return rows if rows <= num_experts else -(-(rows - num_experts + 1) // block_m) + num_experts - 1
 
 
 def route(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Routing:

@@ -59,3 +59,8 @@ def canonical(name: str) -> str:
     """
     name = name.partition(":")[0]
     return next((family for pattern, family in _FAMILY if pattern.fullmatch(name)), name)
+
+
+def member(here: str, family: str) -> str:
+    """The architecture to make something for: `here`, as the driver names it, if it is of the family; else that."""
+    return here if canonical(here) == family else family

@@ -48,6 +48,15 @@ def tuning_m(problem: GemmProblem) -> int:
     return padded_ms(problem)[-1]
 
 
+def block_bound(rows: int, experts: int, block_m: int) -> int:
+    """The most blocks that `rows` routed rows can need: known without reading the routing.
+
+    With fewer rows than experts each row may have a block of its own; else every expert may waste all but one row of
+    its last block (aiter #3580's `n_blocks`).
+    """
+    return rows if rows <= experts else -(-(rows - experts + 1) // block_m) + experts - 1
+
+
 def routed_block_m(problem: GemmProblem) -> int:
     """BLOCK_M that routing gives: next_pow2(tokens per expert), clamped to 16...128 (aiter #3580).
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from sglang_amd_quant.selection.arch import ARCHES
-from sglang_amd_quant.selection.buckets import next_pow2, routed_block_m
+from sglang_amd_quant.selection.buckets import block_bound, next_pow2, routed_block_m
 from sglang_amd_quant.selection.lds import fitting_stages
 from sglang_amd_quant.selection.legality import MX_OUT_COLUMNS, lds_need, operand_bits
 from sglang_amd_quant.selection.problem import MX_OUT, Config, GemmProblem
@@ -25,13 +25,6 @@ class Tile(NamedTuple):
 
     config: Config
     why: str
-
-
-def n_blocks(rows: int, experts: int, block_m: int) -> int:
-    """Most tiles that `rows` rows routed to `experts` experts can need: known without reading the routing (#3580)."""
-    if rows <= experts:
-        return rows
-    return -(-max(rows - experts + 1, 0) // block_m) + experts - 1
 
 
 def heuristic_tiles(problem: GemmProblem, kernel: KernelSpec) -> Iterator[Tile]:
@@ -94,7 +87,7 @@ def _config(problem: GemmProblem, kernel: KernelSpec, rule: TileRule) -> Config:
         block_n = min(max(next_pow2(problem.n), block_n_floor(problem)), rule.n_pow2_max)
     if rule.shrink:
         least, grid = rule.shrink[0], rule.shrink[1] or problem.cu_count
-        rows = n_blocks(problem.rows, problem.e_local, rule.block_m)
+        rows = block_bound(problem.rows, problem.e_local, rule.block_m)
         while block_n >= least and block_n > block_n_floor(problem) and rows * -(-problem.n // block_n) < grid:
             block_n //= 2
     config = Config(rule.block_m, block_n, rule.block_k, num_warps=rule.num_warps, num_stages=rule.num_stages or 2)

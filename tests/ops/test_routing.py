@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.ops.routing import Routing, block_bound, combine, route
+from sglang_amd_quant.ops.routing import Routing, combine, route
+from sglang_amd_quant.selection.buckets import block_bound
 
 
 def expected(ids: list[int], experts: int, block_m: int) -> tuple[list[int], list[int]]:

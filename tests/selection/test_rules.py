@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sglang_amd_quant.selection import Config, GemmProblem, Selector
-from sglang_amd_quant.selection.heuristics import n_blocks
+from sglang_amd_quant.selection.buckets import block_bound
 from sglang_amd_quant.selection.packs import Packs
 from sglang_amd_quant.selection.rules import RULES, e_thresholds
 
@@ -168,7 +168,7 @@ def test_3580_sync_free_bound_of_tiles():
     for rows in range(18):
         for experts in range(1, 5):
             for block_m in (1, 2, 4, 16):
-                assert n_blocks(rows, experts, block_m) == most(rows, experts, block_m)
+                assert block_bound(rows, experts, block_m) == most(rows, experts, block_m)
 
 
 def test_46117_decode_tile_and_stock_tile(select):
