@@ -107,10 +107,6 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["layout read"] * (choice.layout not in read)
         out += ["x is bf16 where nothing quantizes it"] * (p.act == "bf16" and p.out_dtype in ("fp16", "fp32"))
         out += ["op"] * ((p.op == "linear") != (choice.kernel != "triton_mx_moe"))
-        out += ["activation and quantization are the op's"] * (
-            bool(p.epilogue.activation) != ("activation" in choice.unfused)
-            or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
-        )
     if choice.kernel in INT4:
         out += ["scheme"] * (p.scheme != "int4_w4a16" or p.act != "bf16" or p.group not in (32, 64, 128))
         out += ["op"] * ((p.op == "linear") != (choice.kernel == "triton_int4_gemm"))
@@ -119,10 +115,6 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["layout read"] * (choice.layout not in read)
         out += ["whole tiles of gates and ups"] * (choice.layout in paired and bool(p.n % 16))
         out += ["x is bf16 or fp16"] * (p.out_dtype == "fp32")
-        out += ["activation and quantization are the op's"] * (
-            bool(p.epilogue.activation) != ("activation" in choice.unfused)
-            or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
-        )
         out += ["tiles of the layout"] * (
             c.block_k < {"cdna": 128, "mma_": 64}.get(choice.layout.removeprefix("decode_")[:4], 32)
         )
@@ -131,6 +123,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["operands"] * (p.scheme not in ("w4a16", "mxfp8") or p.act != "bf16")
         out += ["x is fp16"] * (p.out_dtype in ("bf16", "fp32"))
         out += ["layout read"] * (choice.layout != "strided")
+    if choice.kernel in (*OWN, *INT4, *FP16):
         out += ["activation and quantization are the op's"] * (
             bool(p.epilogue.activation) != ("activation" in choice.unfused)
             or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
