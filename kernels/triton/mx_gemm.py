@@ -184,6 +184,9 @@ def mx_gemm(
         row_weights: [M] fp32, the routing weights.
         top_k: rows of y a row of x.
         layout: names of the layouts of w and w_scales, which then have the shapes that those give them; dense only.
+
+    Raises:
+        ValueError: grouped weights in another layout than strided.
     """
     m, n = y.shape
     k = x.shape[-1] * (2 if element_of(x) == "e2m1" else 1)
