@@ -19,13 +19,13 @@ import torch
 
 import bench.source_tree  # noqa: F401
 from bench.timing import graph_us, read_bandwidth
+from sglang_amd_quant import formats
 from sglang_amd_quant.runtime.device import Gpu, gpu
 from sglang_amd_quant.runtime.gemv_mxfp4 import GemvPlan, gemv_mxfp4, plans
 from sglang_amd_quant.runtime.launch import LaunchDescription
 from sglang_amd_quant.toolchain.build import available_archs, build
 
 SHAPES = "6144x2304,2048x6144,6144x1536,1536x6144,2880x5760,8192x28672"  # K x N
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 
 
 def weights(n: int, k: int, seed: int, scales: tuple[int, int] = (112, 125)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,10 +38,7 @@ def weights(n: int, k: int, seed: int, scales: tuple[int, int] = (112, 125)) -> 
 
 def dequantize(w: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     """Weights as fp64 [n, k]; a scale of 255 is NaN."""
-    table = E2M1.cuda()
-    values = torch.stack([table[(w & 15).long()], table[(w >> 4).long()]], -1).reshape(w.shape[0], -1)
-    scale = torch.exp2(s.double() - 127).masked_fill(s == 255, torch.nan)
-    return values * scale.repeat_interleave(32, 1)
+    return formats.dequantize_mx(w, s, "e2m1", torch.float64)
 
 
 def start(device: Gpu, description: LaunchDescription) -> None:
