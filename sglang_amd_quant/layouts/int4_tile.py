@@ -79,19 +79,21 @@ class RdnaInt4(Int4Tiled):
 
 @dataclass(frozen=True)
 class MmaInt4(Int4Tiled):
-    """Tiles of 16 rows x 64 of K (512 bytes) of what the lanes of Hopper's 16 x 8 x 16 mma take, together.
+    """Tiles of 16 rows x 64 of K (512 bytes) of what lanes hold of the left operand of Hopper's matrix instructions,
+    16 of K at a time (PTX, m16n8k16 and wgmma).
 
     With Kb = K / 2 padded to a multiple of 32, byte (n, k) of the words lies at
 
-        (n // 16) * 16 * Kb + (k // 32) * 512 + (n % 8) * 64 + (k % 16 // 4) * 16 + (k % 32 // 16) * 8
-            + (n % 16 // 8) * 4 + k % 4
+        (n // 16) * 16 * Kb + (k // 32) * 512 + (n % 8) * 64 + (k % 4) * 16 + (k % 32 // 16) * 8
+            + (n % 16 // 8) * 4 + k % 16 // 4
 
-    so lane 4 * (n % 8) + q holds, of rows n and n + 8, elements 8 q ... 8 q + 7 of both 32-blocks of the tile.
+    so lane 4 * (n % 8) + q holds four words, of rows n and n + 8 by turns, first of one 32-block of the tile, then of
+    the other; element pairs of a word are 2 q, 2 q + 8, 2 q + 16 and 2 q + 24 of the block, each with its neighbour.
     """
 
     split_n = (2, 8)
     split_cols = (2, 4, 4)
-    order = (0, 3, 2, 5, 4, 1, 6)
+    order = (0, 3, 2, 6, 4, 1, 5)
 
     @property
     def spec(self) -> LayoutSpec:

@@ -50,10 +50,10 @@ BYTE_OFFSETS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
         (n // 16) * 16 * cols
         + (k // 32) * 512
         + (n % 8) * 64
-        + (k % 16 // 4) * 16
+        + (k % 4) * 16
         + (k % 32 // 16) * 8
         + (n % 16 // 8) * 4
-        + k % 4
+        + k % 16 // 4
     ),
     "mma_scale": lambda n, k, cols: (n // 16) * 16 * cols + (k // 2) * 32 + (n % 8) * 4 + (n % 16 // 8) * 2 + k % 2,
 }
