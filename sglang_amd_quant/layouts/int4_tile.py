@@ -12,9 +12,9 @@ from sglang_amd_quant.layouts.names import SCALE_LAYOUTS, VALUE_LAYOUTS, LayoutS
 
 
 class Int4Tiled(Tiled):
-    """Tiles of int32 words of eight elements, whose nibbles lie as in `exllama`: 0, 2, 4, 6, 1, 3, 5, 7.
+    """Tiles of int32 words of four bytes, eight elements whose nibbles lie as in `exllama`: 0, 2, 4, 6, 1, 3, 5, 7.
 
-    So `(word >> 4 * i) & 0x000F000F` is elements 2i and 2i + 1, each where a half of a register begins.
+    So `(word >> 4 * i) & 0x000F000F` is the elements of byte i, each where a half of a register begins.
     """
 
     storage_dtype = torch.int32
@@ -26,15 +26,13 @@ class Int4Tiled(Tiled):
     def pack(self, matrix: torch.Tensor) -> torch.Tensor:
         n, cols = matrix.shape[-2:]
         octets = padded_matrix(matrix, *self.spec.padded(n, cols), fill=self.spec.pad_byte)
-        paired = nibbles.as_octets(nibbles.pair(nibbles.as_words(octets)))
-        stored = nibbles.as_words(permuted(paired, self._parts(n, cols), self.order))
+        stored = nibbles.pair(nibbles.as_words(permuted(octets, self._parts(n, cols), self.order)))
         return stored.view(*matrix.shape[:-2], *self.storage_shape(n, cols))
 
     def unpack(self, storage: torch.Tensor, n: int, cols: int) -> torch.Tensor:
         lead = self.leading(storage, n, cols)
         parts = tuple(self._parts(n, cols)[axis] for axis in self.order)
-        paired = permuted(nibbles.as_octets(storage), parts, inverse(self.order))
-        octets = nibbles.as_octets(nibbles.unpair(nibbles.as_words(paired)))
+        octets = permuted(nibbles.as_octets(nibbles.unpair(storage)), parts, inverse(self.order))
         return octets.view(*lead, *self.spec.padded(n, cols))[..., :n, :cols].contiguous()
 
 
