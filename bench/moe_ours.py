@@ -76,7 +76,7 @@ class Ours:
 
     def place(self, ids: torch.Tensor, block_m: int) -> Routing | Alone:
         """Routing as `fused_moe_hopper` does it."""
-        experts = self.w13.factors.shape[0]
+        experts = self.w13.experts
         return alone(ids, experts, block_m) or route(ids, experts, block_m)
 
     def whole(self, x: torch.Tensor, ids: torch.Tensor, topk_weights: torch.Tensor, configs: Configs) -> torch.Tensor:
@@ -95,7 +95,7 @@ class Ours:
             x, routing, ids.shape[1], self.w13, self.w2, *configs, quantize, quantize, b13=self.weights.b13,
             b2=self.weights.b2, row_weights=topk_weights, **self.activation,
         )  # fmt: skip
-        return combine(routed, ids, self.w13.factors.shape[0], torch.empty_like(x))
+        return combine(routed, ids, self.w13.experts, torch.empty_like(x))
 
     def gate_up(self, left, factors, hidden, routing, config: HopperConfig) -> torch.Tensor:
         """The first GEMM, as it is launched in the whole."""

@@ -46,7 +46,7 @@ class HopperConfig:
     run: int = 1
 
     def shared_bytes(self, x_format: str, w_format: str) -> int:
-        """Shared memory of the pipeline, and of the store where the pipeline goes on meanwhile."""
+        """Shared memory of the pipeline, and of the store where the pipeline goes on meanwhile; of MX weights."""
         x = self.block_m * (2 if x_format == "bf16" else 1)
         w = self.block_n if w_format == "e4m3" else self.block_n * 17 / 32
         store = 2 * self.block_m * (self.block_n + 8) if self.run > 1 else 0
@@ -106,10 +106,10 @@ def hopper_gemm(
     No host read of device data: may be captured in a graph. Rows that are dropped are not written.
 
     Args:
-        x: [R / top_k, K] bf16, or float8_e4m3fn with `x_factors`; contiguous, like all that follow.
+        x: [R / top_k, K] bf16 or fp16, or float8_e4m3fn with `x_factors`; contiguous, like all that follow.
         x_factors: [R / top_k] fp32, powers of two.
         w: packed for x's format; with `pairs` if there is an activation.
-        y: [R, N] bf16 or fp32; [R, N / 2] after an activation.
+        y: [R, N] bf16, fp16 or fp32; [R, N / 2] after an activation.
         routing: of `config.block_m`; None: dense, E is 1 and every row is taken.
         config: tile and launch options.
         overlapping: None: it begins when all launches before it have ended.
@@ -119,11 +119,12 @@ def hopper_gemm(
         activation: `none`, `silu` or `swigluoai`; with limit, alpha, beta as in `ops.activation.Activation`.
     """
     rows, k_tiles, groups = y.shape[0], triton.cdiv(w.k, 64), triton.cdiv(w.n, 16)
-    fits = w.factors.shape[0] == 1 if routing is None else routing.block_m == config.block_m
+    s_tiles = w.k // w.group if w.w_format == "int4" else k_tiles
+    fits = w.experts == 1 if routing is None else routing.block_m == config.block_m
     if not fits or (activation != "none") != (w.pairs is not None):
         made = "no routing" if routing is None else f"blocks of {routing.block_m} rows"
         raise ValueError(
-            f"{made} for {w.factors.shape[0]} experts with {config}, activation {activation} with pairs {w.pairs}: "
+            f"{made} for {w.experts} experts with {config}, activation {activation} with pairs {w.pairs}: "
             "routing and packing must be made for the launch; route and pack again"
         )
     row_ids = None if routing is None or isinstance(routing, Alone) else routing.row_ids
@@ -136,8 +137,8 @@ def hopper_gemm(
             early |= {"AHEAD": overlapping.ahead, "LATE": overlapping.late}
         hopper_moe_kernel[grid](
             x, x_factors, w.data, w.scales, w.factors, bias, y, row_ids, experts, row_weights,
-            rows, w.n, w.k, k_tiles, groups, tiles_m, w.factors.shape[0], alpha, limit or 0.0, beta,
-            w.x_format, w.w_format, top_k, activation, w.pairs == "interleaved", limit is not None,
+            rows, w.n, w.k, k_tiles, s_tiles, groups, tiles_m, w.experts, alpha, limit or 0.0, beta,
+            w.x_format, w.w_format, w.group, top_k, activation, w.pairs == "interleaved", limit is not None,
             config.block_m, config.block_n, config.block_k, config.num_stages, config.group_m,
             config.run, num_warps=config.num_warps, **early,
         )  # fmt: skip
@@ -177,7 +178,7 @@ def fused_moe_hopper(
         activation, limit, alpha, beta: between the GEMMs.
         scale: of the combined sum.
     """
-    experts = w13.factors.shape[0]
+    experts = w13.experts
     routing = alone(topk_ids, experts, config13.block_m) or route(topk_ids, experts, config13.block_m)
     routed = routed_hopper(
         x, routing, topk_ids.shape[1], w13, w2, config13, config2,
@@ -210,7 +211,9 @@ def routed_hopper(
     row_weights: torch.Tensor | None = None,
     **activation: Any,
 ) -> torch.Tensor:
-    """Both GEMMs, each behind the quantization of its input: x[M, H] -> [M * top_k, H] bf16, dropped rows unwritten.
+    """Both GEMMs, each behind the quantization of its input: x[M, H] -> [M * top_k, H], dropped rows unwritten.
+
+    The result is bf16; of fp16 models fp32, as that of an expert may be beyond 65504 where the sum of all is not.
 
     Args:
         routing: of the configs' block_m.
@@ -221,7 +224,7 @@ def routed_hopper(
     """
     rows = x.shape[0] * top_k
     hidden = torch.empty(rows, w13.n // 2, dtype=x.dtype, device=x.device)
-    routed = torch.empty(rows, w2.n, dtype=x.dtype, device=x.device)
+    routed = torch.empty(rows, w2.n, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype, device=x.device)
     left, factors = quantize13(x, x_format=w13.x_format)
     plain = left is x  # nothing is launched between routing and the GEMM, nor between the GEMMs
     hopper_gemm(
@@ -266,7 +269,7 @@ def activations(
     Under one factor a row, MXFP8 with RCEIL scales is what e4m3 gives anyway, but for elements that are small against
     the row, and needs no blocks in between.
     """
-    if x_format == "bf16":
+    if x_format != "e4m3":
         return (x, None) if element is None else quant_mx(x, element, "bf16", mode, native=True)
     direct = element == "e4m3" and mode in (None, "rceil")
     return quant_mx(x, None if direct else element, "row", mode, native=True)

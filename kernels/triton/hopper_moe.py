@@ -1,15 +1,18 @@
-"""Grouped MX GEMM for Hopper: weights in the order of wgmma's fragments, dequantized in registers, E = 1 for dense.
+"""Grouped GEMM for Hopper: weights in the order of wgmma's fragments, dequantized in registers, E = 1 for dense.
 
 y^T = w x^T: the weights are wgmma's left operand, which may lie in registers, so 4-bit codes go from shared memory to
-the tensor core without a way back through it, and a block of few tokens wastes no rows of 64. Three kinds of operands:
+the tensor core without a way back through it, and a block of few tokens wastes no rows of 64. Four kinds of operands:
 
 - `e2m1` x `bf16`: exact. A code times 2^-126 is a bf16 by its bits alone; one multiplication by a power of two, the
   block's scale over the row's largest, makes it the value.
 - `e2m1` x `e4m3`: a code times 2^d is an e4m3 for twelve values of d, looked up four at a time. So a row of weights is
   e4m3 under one power of two, exact where its scales span 12 octaves. Activations are e4m3 under one scale a row.
 - `e4m3` x `e4m3`: weights re-encoded under one power of two a row (`hopper_pack.py`), no work in the loop.
+- `int4` x `bf16` or `fp16`: a code less its zero point, exact, times its group's scale: rounded once, to x's dtype, as
+  the checkpoint's own dequantization is. fp32 scales become that dtype first.
 
-`hopper_pack.py` has the order of the bytes; `moe.py` what is done around these GEMMs. Gluon, because layouts of
+`hopper_pack.py` has the order of the bytes, of int4 the layouts `mma_int4` and `tile_group`;
+`hopper_operands.py` how they become operands, `hopper.py` what launches this. Gluon, because layouts of
 registers must be told: Triton's own choice takes the codes through shared memory again.
 """
 
@@ -25,117 +28,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@gluon.constexpr_function
-def fragments(groups, warps, wide):
-    """Registers that hold a [groups, 512 bytes] tile of packed weights, `groups` of 16 rows each: 16 bytes a lane."""
-    own = [[0, 1], [0, 2], [0, 4]] + ([] if wide else [[0, 8]])
-    lanes = [[0, (8 if wide else 16) << i] for i in range(5)]
-    rows = [[1 << i, 0] for i in range(groups.bit_length() - 1)]
-    of_warps = warps.bit_length() - 1
-    width = 256 if wide else 512
-    return gl.DistributedLinearLayout(own + rows[of_warps:], lanes, rows[:of_warps], [], [groups, width])
-
-
-@gluon.constexpr_function
-def scale_fragments(groups, warps):
-    """Registers that hold [groups, 8] words of scales: lane 4 g + t has column g, the rows g and g + 8 of a group."""
-    rows = [[1 << i, 0] for i in range(groups.bit_length() - 1)]
-    of_warps = warps.bit_length() - 1
-    lanes = [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]]
-    return gl.DistributedLinearLayout(rows[of_warps:], lanes, rows[:of_warps], [], [groups, 8])
+from .hopper_operands import (
+    codes_to_bf16,
+    codes_to_e4m3,
+    fragments,
+    group_fragments,
+    int4_steps,
+    int4_words_of,
+    scale_fragments,
+    scales_of,
+    words_of,
+)
 
 
 @gluon.jit
-def codes_to_e4m3(packed, low_first, low_second, high_first, high_second):
-    """[R, C] bytes, four of which hold eight codes, and the e4m3 of magnitudes 0..3 and 4..7 of either half's block.
-
-    Returns two [R, C] e4m3: the first and the second four codes of each word.
-    """
-    return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 pick, sign;
-        and.b32 pick, $2, 0x77777777;
-        and.b32 sign, $2, 0x80808080;
-        prmt.b32 $0, $3, $7, pick;
-        or.b32 $0, $0, sign;
-        shr.u32 pick, pick, 16;
-        shl.b32 sign, $2, 4;
-        and.b32 sign, sign, 0x80808080;
-        prmt.b32 $1, $11, $15, pick;
-        or.b32 $1, $1, sign;
-        }
-        """,
-        "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-        [packed, low_first, low_second, high_first, high_second],
-        dtype=(gl.float8e4nv, gl.float8e4nv),
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.jit
-def codes_to_bf16(packed, first, second):
-    """[R, C] uint16, two of which hold eight codes, and 2^126 times the scale of the two blocks, twice a word.
-
-    Returns four [R, C] bf16, two of each block.
-    """
-    return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 code, sign;
-        and.b32 code, $4, 0x81C081C0;
-        mul.rn.bf16x2 $0, code, $5;
-        shl.b32 code, $4, 3;
-        and.b32 code, code, 0x01C001C0;
-        shl.b32 sign, $4, 2;
-        and.b32 sign, sign, 0x80008000;
-        or.b32 code, code, sign;
-        mul.rn.bf16x2 $1, code, $5;
-        shl.b32 code, $4, 6;
-        and.b32 code, code, 0x81C081C0;
-        mul.rn.bf16x2 $2, code, $7;
-        shr.u32 code, $4, 4;
-        and.b32 code, code, 0x01C001C0;
-        shl.b32 sign, $4, 1;
-        and.b32 sign, sign, 0x80008000;
-        or.b32 code, code, sign;
-        mul.rn.bf16x2 $3, code, $7;
-        }
-        """,
-        "=&r,=&r,=&r,=&r,r,r,r,r,r",
-        [packed, first, second],
-        dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
-def words_of(w_part, BLOCK_N: gl.constexpr, OWN: gl.constexpr, operand: gl.constexpr, registers: gl.constexpr):
-    """Packed weights [BLOCK_N / 16, 512 bytes] -> the same registers as [BLOCK_N, 8 OWN], wgmma's left operand."""
-    words = w_part.load(registers).reshape((BLOCK_N // 16, 8, 4, 2, 2, OWN)).permute((0, 4, 1, 3, 2, 5))
-    return gl.convert_layout(words.reshape((BLOCK_N, 8 * OWN)), operand, assert_trivial=True)
-
-
-@gluon.jit
-def scales_of(s_part, BLOCK_N: gl.constexpr, operand: gl.constexpr, registers: gl.constexpr):
-    """Bytes of the scales of two blocks, [BLOCK_N, 1] each."""
-    words = s_part.load(registers)
-    rows = gl.join(words & 0xFFFF, (words >> 16) & 0xFFFF).permute((0, 2, 1)).reshape((BLOCK_N,))
-    rows = gl.expand_dims(gl.convert_layout(rows, gl.SliceLayout(1, operand), assert_trivial=True), 1)
-    return rows & 0xFF, rows >> 8
-
-
-@gluon.jit
-def multiply(acc, w_tile, s_tile, right, W_FORMAT: gl.constexpr, WIDE: gl.constexpr, PARTS: gl.constexpr,
-             BLOCK_N: gl.constexpr, operand: gl.constexpr, w_registers: gl.constexpr,
+def multiply(acc, w_tile, s_tile, right, W_FORMAT: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
+             PARTS: gl.constexpr, BLOCK_N: gl.constexpr, operand: gl.constexpr, w_registers: gl.constexpr,
              s_registers: gl.constexpr):  # fmt: skip
     """Start acc += weights times right for a stage of shared memory, PARTS times 64 of K."""
     GROUPS: gl.constexpr = BLOCK_N // 16
     for part in gl.static_range(PARTS):
-        if W_FORMAT == "e4m3":
+        if W_FORMAT == "int4":
+            blocks = int4_words_of(w_tile.slice(part * GROUPS, GROUPS, 0), BLOCK_N, w_registers)
+            for block in gl.static_range(2):
+                of_group = s_tile.slice((64 * part + 32 * block) // GROUP * GROUPS, GROUPS, 0)
+                a, b = int4_steps(blocks[block], of_group, right.dtype == gl.float16, BLOCK_N, operand, s_registers)
+                acc = warpgroup_mma(a, right.slice(64 * part + 32 * block, 16, 0), acc, is_async=True)
+                acc = warpgroup_mma(b, right.slice(64 * part + 32 * block + 16, 16, 0), acc, is_async=True)
+        elif W_FORMAT == "e4m3":
             first = words_of(w_tile.slice(2 * part * GROUPS, GROUPS, 0), BLOCK_N, 4, operand, w_registers)
             second = words_of(w_tile.slice((2 * part + 1) * GROUPS, GROUPS, 0), BLOCK_N, 4, operand, w_registers)
             a = first.to(gl.float8e4nv, bitcast=True)
@@ -165,29 +85,32 @@ def multiply(acc, w_tile, s_tile, right, W_FORMAT: gl.constexpr, WIDE: gl.conste
 
 @gluon.jit
 def start_weights(step, steps, w_stages, s_stages, w_pointers, s_pointers, w_groups, s_groups, w_parts, s_parts,
-                  k_tiles, groups_n, W_STEP: gl.constexpr, PARTS: gl.constexpr, GROUPS: gl.constexpr,
-                  SCALED: gl.constexpr, STAGES: gl.constexpr, RUN: gl.constexpr):  # fmt: skip
-    """Ask for the weights that step `step` multiplies, `steps` to a tile of weight rows; beyond them come zeros."""
+                  k_tiles, s_tiles, groups_n, W_STEP: gl.constexpr, PARTS: gl.constexpr, GROUPS: gl.constexpr,
+                  S_K: gl.constexpr, S_WIDTH: gl.constexpr, STAGES: gl.constexpr, RUN: gl.constexpr):  # fmt: skip
+    """Ask for the weights that step `step` multiplies, `steps` to a tile of weight rows; beyond them come zeros.
+
+    S_K: elements along K that S_WIDTH words of scales are for; 0 where there are none.
+    """
     tile = step
     stage = step % STAGES
     w_from = w_pointers
+    s_from = s_pointers
     if RUN > 1:
         tile = step % steps
         groups = step // steps * GROUPS
-        steps_k = k_tiles
+        w_from += groups * (k_tiles * W_STEP)
+        s_from += groups * (s_tiles * S_WIDTH)
         k_tiles = gl.where(step < RUN * steps, k_tiles, 0)
+        s_tiles = gl.where(step < RUN * steps, s_tiles, 0)
         w_groups += groups
         s_groups += groups
-        w_from += groups * (steps_k * W_STEP)
     w_mask = (w_groups < groups_n) & (tile * PARTS + w_parts < k_tiles)
     w_from += tile * (PARTS * W_STEP)
     async_copy.async_copy_global_to_shared(w_stages.index(stage), w_from, mask=w_mask)
-    if SCALED:
-        s_mask = (s_groups < groups_n) & (tile * PARTS + s_parts < k_tiles)
-        s_from = s_pointers + tile * (PARTS * 8)
-        if RUN > 1:
-            s_from += groups * (steps_k * 8)
-        async_copy.async_copy_global_to_shared(s_stages.index(stage), s_from, mask=s_mask)
+    if S_K:
+        s_tile = tile * (PARTS * 64 // S_K) if S_K <= PARTS * 64 else tile // (S_K // (PARTS * 64))
+        s_mask = (s_groups < groups_n) & (s_tile + s_parts < s_tiles)
+        async_copy.async_copy_global_to_shared(s_stages.index(stage), s_from + s_tile * S_WIDTH, mask=s_mask)
 
 
 @gluon.jit
@@ -220,11 +143,11 @@ def factors_at(rows, factors, M, DIVIDE: gl.constexpr):
     return gl.load(factors + rows // DIVIDE, mask=rows < M, other=0.0)
 
 
-@gluon.jit(do_not_specialize=["M", "k_tiles", "groups_n", "tiles_m", "E"])
+@gluon.jit(do_not_specialize=["M", "k_tiles", "s_tiles", "groups_n", "tiles_m", "E"])
 def hopper_moe_kernel(
     x, x_factors, w, w_scales, w_factors, bias, y, row_ids, block_experts, row_weights,
-    M, N, K, k_tiles, groups_n, tiles_m, E, alpha, limit, beta,
-    X_FORMAT: gl.constexpr, W_FORMAT: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr,
+    M, N, K, k_tiles, s_tiles, groups_n, tiles_m, E, alpha, limit, beta,
+    X_FORMAT: gl.constexpr, W_FORMAT: gl.constexpr, GROUP: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr,
     INTERLEAVED: gl.constexpr, CLAMP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, RUN: gl.constexpr,
     OVERLAP: gl.constexpr = False, AHEAD: gl.constexpr = False, LATE: gl.constexpr = False,
@@ -233,27 +156,31 @@ def hopper_moe_kernel(
 
     Dense: row_ids and block_experts are None, E is 1. Without row_ids alone, each block has one routed row.
 
-    M: routed rows; N: weight rows; K: elements of a row of x; k_tiles: K / 64 rounded up; groups_n: N / 16 rounded up;
-        tiles_m: blocks along M. ACTIVATION: "none", "silu" or "swigluoai", of pairs of rows that `hopper_pack` has put
-        8 apart. CLAMP: whether `limit` holds. BLOCK_K: 64 or 128. Copies run ahead of the multiplication across the
-        tiles of a run, so that its next tile is on its way while one is finished.
+    M: routed rows; N: weight rows; K: elements of a row of x; k_tiles: K / 64 rounded up; s_tiles: likewise, of int4
+        groups of scales; groups_n: N / 16 rounded up; tiles_m: blocks along M. GROUP: elements that share a scale of
+        int4. ACTIVATION: "none", "silu" or "swigluoai", of pairs of rows that `hopper_pack` has put 8 apart. CLAMP:
+        whether `limit` holds. BLOCK_K: 64 or 128. Copies run ahead of the multiplication across the tiles of a run, so
+        that its next tile is on its way while one is finished.
 
     OVERLAP, AHEAD, LATE: see `Overlap` in `hopper.py`.
     """
     NUM_WARPS: gl.constexpr = gl.num_warps()
     GROUPS: gl.constexpr = BLOCK_N // 16
-    WIDE: gl.constexpr = X_FORMAT == "bf16"
-    SCALED: gl.constexpr = W_FORMAT == "e2m1"
+    WIDE: gl.constexpr = X_FORMAT != "e4m3"
+    INT4: gl.constexpr = W_FORMAT == "int4"
+    S_K: gl.constexpr = GROUP if INT4 else 64 if W_FORMAT == "e2m1" else 0
+    S_WIDTH: gl.constexpr = 16 if INT4 else 8
     PARTS: gl.constexpr = BLOCK_K // 64
-    ROWS: gl.constexpr = PARTS * GROUPS * (1 if SCALED else 2)
+    S_PARTS: gl.constexpr = max(1, BLOCK_K // S_K) if S_K else 1
+    ROWS: gl.constexpr = PARTS * GROUPS * (1 if S_K else 2)
     WIDTH: gl.constexpr = 256 if WIDE else 512
     PAIRED: gl.constexpr = ACTIVATION != "none"
     OUT_N: gl.constexpr = BLOCK_N // 2 if PAIRED else BLOCK_N
-    W_STEP: gl.constexpr = WIDTH if SCALED else 2 * WIDTH
+    W_STEP: gl.constexpr = WIDTH if S_K else 2 * WIDTH
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, BLOCK_M, 16 if WIDE else 32])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2 if WIDE else 4)
     w_registers: gl.constexpr = fragments(GROUPS, NUM_WARPS, WIDE)
-    s_registers: gl.constexpr = scale_fragments(GROUPS, NUM_WARPS)
+    s_registers: gl.constexpr = group_fragments(GROUPS, NUM_WARPS) if INT4 else scale_fragments(GROUPS, NUM_WARPS)
 
     tiles_n = (groups_n + GROUPS * RUN - 1) // (GROUPS * RUN)
     pid = gl.program_id(0)
@@ -290,20 +217,20 @@ def hopper_moe_kernel(
     w_columns = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, copy_w)), 0)
     w_pointers = w + expert * groups_n * k_tiles * W_STEP + w_groups * (k_tiles * W_STEP)
     w_pointers += w_rows // GROUPS * WIDTH + w_columns
-    copy_s: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [NUM_WARPS, 1], [1, 0])
-    s_rows = gl.expand_dims(gl.arange(0, PARTS * GROUPS, gl.SliceLayout(1, copy_s)), 1)
+    copy_s: gl.constexpr = gl.BlockedLayout([1, 1], [32 // S_WIDTH, S_WIDTH], [NUM_WARPS, 1], [1, 0])
+    s_rows = gl.expand_dims(gl.arange(0, S_PARTS * GROUPS, gl.SliceLayout(1, copy_s)), 1)
     s_groups = tile_n * GROUPS + s_rows % GROUPS
     s_parts = s_rows // GROUPS
     s_pointers = s_groups
-    if SCALED:
-        s_pointers = w_scales + expert * groups_n * k_tiles * 8 + s_groups * (k_tiles * 8) + s_parts * 8
-        s_pointers += gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, copy_s)), 0)
+    if S_K:
+        s_pointers = w_scales + expert * groups_n * s_tiles * S_WIDTH + (s_groups * s_tiles + s_parts) * S_WIDTH
+        s_pointers += gl.expand_dims(gl.arange(0, S_WIDTH, gl.SliceLayout(0, copy_s)), 0)
 
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     x_shared: gl.constexpr = gl.NVMMASharedLayout(min(128, BLOCK_K * (2 if WIDE else 1)), 16 if WIDE else 8, 2)
     x_stages = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, BLOCK_M, BLOCK_K], x_shared)
     w_stages = gl.allocate_shared_memory(w.dtype.element_ty, [STAGES, ROWS, WIDTH], flat)
-    s_stages = gl.allocate_shared_memory(gl.int32, [STAGES, PARTS * GROUPS if SCALED else 1, 8], flat)
+    s_stages = gl.allocate_shared_memory(gl.int32, [STAGES, S_PARTS * GROUPS if S_K else 1, S_WIDTH], flat)
 
     # By twos, so that weights of the next tile go to other registers than those that a running wgmma reads. An odd last
     # tile along K is followed by one of zeros.
@@ -311,7 +238,8 @@ def hopper_moe_kernel(
     # STAGES - 2 tiles are on their way while one is multiplied and the one before may still be.
     for first in gl.static_range(STAGES - 2):
         start_weights(first, 2 * pairs_k, w_stages, s_stages, w_pointers, s_pointers, w_groups, s_groups, w_parts,
-                      s_parts, k_tiles, groups_n, W_STEP, PARTS, GROUPS, SCALED, STAGES, RUN)  # fmt: skip
+                      s_parts, k_tiles, s_tiles, groups_n, W_STEP, PARTS, GROUPS, S_K, S_WIDTH, STAGES,
+                      RUN)  # fmt: skip
         if not AHEAD:
             start_rows(first, 2 * pairs_k, x_stages, x_pointers, x_inside, x_columns, K, PARTS, STAGES, RUN)
     if AHEAD:
@@ -331,7 +259,8 @@ def hopper_moe_kernel(
     for run in range(RUN):
         # What the sum is multiplied with and added to, while tiles come; of many tokens only afterwards.
         n_index = (tile_n + run) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, mma))
-        factor = gl.load(w_factors + expert * groups_n * 16 + n_index, mask=n_index < groups_n * 16, other=0.0)
+        if w_factors is not None:
+            factor = gl.load(w_factors + expert * groups_n * 16 + n_index, mask=n_index < groups_n * 16, other=0.0)
         if bias is not None:
             column = n_index
             if PAIRED:
@@ -347,19 +276,20 @@ def hopper_moe_kernel(
                 async_copy.wait_group(STAGES - 3)
                 fence_async_shared()
                 start_weights(step + STAGES - 2, 2 * pairs_k, w_stages, s_stages, w_pointers, s_pointers, w_groups,
-                              s_groups, w_parts, s_parts, k_tiles, groups_n, W_STEP, PARTS, GROUPS, SCALED, STAGES,
-                              RUN)  # fmt: skip
+                              s_groups, w_parts, s_parts, k_tiles, s_tiles, groups_n, W_STEP, PARTS, GROUPS, S_K,
+                              S_WIDTH, STAGES, RUN)  # fmt: skip
                 start_rows(step + STAGES - 2, 2 * pairs_k, x_stages, x_pointers, x_inside, x_columns, K, PARTS, STAGES,
                            RUN)  # fmt: skip
                 right = x_stages.index(stage).permute((1, 0))
-                running = multiply(total, w_stages.index(stage), s_stages.index(stage), right, W_FORMAT, WIDE, PARTS,
-                                   BLOCK_N, operand, w_registers, s_registers)  # fmt: skip
+                running = multiply(total, w_stages.index(stage), s_stages.index(stage), right, W_FORMAT, GROUP, WIDE,
+                                   PARTS, BLOCK_N, operand, w_registers, s_registers)  # fmt: skip
                 total = warpgroup_mma_wait(PARTS * (4 if WIDE else 2), deps=(running,))
         total = warpgroup_mma_wait(0, deps=(total,))
         if LATE and run == RUN - 1:
             gdc_launch_dependents()
 
-        total = total * gl.expand_dims(factor, 1)
+        if w_factors is not None:
+            total = total * gl.expand_dims(factor, 1)
         if x_factors is not None:
             if not EARLY:
                 x_factor = factors_at(rows_at(m_place, row_ids, M, BLOCK_M, ALONE), x_factors, M, TOP_K)

@@ -30,24 +30,29 @@ class HopperWeights:
 
     Attributes:
         data: uint16 or uint8, see above.
-        scales: int32 [E, N/16, K/64, 8], one byte a block; None for e4m3.
-        factors: fp32 [E, N/16 * 16], power of two of each row; NaN where a scale was NaN.
-        w_format: `e2m1` or `e4m3`.
-        x_format: `bf16` or `e4m3`: what it can be multiplied with.
+        scales: int32 [E, N/16, K/64, 8], one byte a block; None for e4m3. Of int4 words, as `tile_group` has them.
+        factors: fp32 [E, N/16 * 16], power of two of each row; NaN where a scale was NaN. None for int4.
+        w_format: `e2m1`, `e4m3` or `int4`.
+        x_format: `bf16`, `e4m3` or, of int4, `fp16`: what it can be multiplied with.
         n, k: logical shape.
         pairs: None, or `halves` or `interleaved`: which rows were gate and up before packing.
-        rounded: how many blocks (e2m1) or elements (e4m3) one factor a row could not hold exactly, int64 scalar.
+        experts: E; 1 for dense.
+        group: elements of a row that share a scale.
+        rounded: how many blocks (e2m1) or elements (e4m3) one factor a row could not hold exactly, int64 scalar; None
+            where nobody counted.
     """
 
     data: torch.Tensor
     scales: torch.Tensor | None
-    factors: torch.Tensor
+    factors: torch.Tensor | None
     w_format: str
     x_format: str
     n: int
     k: int
     pairs: str | None
-    rounded: torch.Tensor
+    experts: int
+    group: int = 32
+    rounded: torch.Tensor | None = None
 
 
 def pack_hopper(
@@ -112,7 +117,7 @@ def pack_hopper(
     return HopperWeights(
         data.view(torch.uint16) if wide else data,
         None if packed_scales is None else packed_scales.view(experts, groups, tiles, 32).view(torch.int32),
-        factors, w_format, x_format, n, k, pairs, rounded,
+        factors, w_format, x_format, n, k, pairs, experts, rounded=rounded,
     )  # fmt: skip
 
 

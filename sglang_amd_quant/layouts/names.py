@@ -255,7 +255,7 @@ PACKED_LAYOUTS: Mapping[str, LayoutSpec] = {
                 block_cols=VALUE_LAYOUTS[values].block_cols,
                 about=f"{values}+tile_group, likewise",
             )
-            for values in ("cdna_int4", "rdna_int4")
+            for values in ("cdna_int4", "rdna_int4", "mma_int4")
         ),
     )
 }

@@ -67,6 +67,7 @@ KERNELS: dict[str, LinearKernel] = {
     "triton_fp16_gemm": LinearKernel(triton_group.run_group_gemm, ANY_FLOAT),
     "triton_hopper_bf16": LinearKernel(triton_hopper.run_hopper_gemm, ANY_FLOAT),
     "triton_hopper_e4m3": LinearKernel(triton_hopper.run_hopper_gemm, ANY_FLOAT),
+    "triton_hopper_int4": LinearKernel(triton_hopper.run_hopper_gemm, ANY_FLOAT),
     "hip_decode": LinearKernel(hip.run_decode),
     "hip_decode_e4m3": LinearKernel(hip.run_decode),
     "hip_decode_int4": LinearKernel(hip.run_decode),

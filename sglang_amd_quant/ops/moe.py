@@ -63,6 +63,7 @@ KERNELS: dict[tuple[str, str], MoeKernel] = {
     ("triton_fp16_moe", "triton_fp16_moe"): triton_group.run_group_moe,
     ("triton_hopper_bf16", "triton_hopper_bf16"): triton_hopper.run_hopper_moe,
     ("triton_hopper_e4m3", "triton_hopper_e4m3"): triton_hopper.run_hopper_moe,
+    ("triton_hopper_int4", "triton_hopper_int4"): triton_hopper.run_hopper_moe,
 }
 for _arch, _weight in AMD_MOE_DECODE_LAYOUTS:
     _decode = f"hip_moe_decode_{_arch}_{_weight}"

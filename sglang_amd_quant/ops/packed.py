@@ -116,7 +116,7 @@ def _hopper(x_format: str) -> Callable[[MxTensor, GemmProblem], list[torch.Tenso
 
         data, scales = (t if t.dim() == 3 else t.unsqueeze(0) for t in weight.tensors)  # a linear is one expert
         made = pack_hopper(data, scales, x_format, pairs_of(problem))
-        if rounded := int(made.rounded):
+        if rounded := int(made.rounded or 0):
             what = "blocks" if made.w_format == "e2m1" else "elements"
             logger.info(
                 "amd_mx: %d %s of %s weights lose bits under one scale a row", rounded, what, list(weight.shape)
@@ -126,22 +126,34 @@ def _hopper(x_format: str) -> Callable[[MxTensor, GemmProblem], list[torch.Tenso
     return run
 
 
-def _decode(weight: MxTensor, problem: GemmProblem) -> list[torch.Tensor]:
-    """Data and scales as AMD's grouped decode kernels read them."""
+def _by_turns(weight: MxTensor, problem: GemmProblem) -> MxTensor:
+    """The weight with 8 gates and their 8 ups by turns, where a gated activation follows."""
     from sglang_amd_quant.kernels.triton.hopper_pack import row_order
-    from sglang_amd_quant.ops.decode_weights import decode_weights
 
     pairs = pairs_of(problem)
-    if pairs is not None:
-        order = row_order(weight.n, pairs).to(weight.device)
-        data = weight.data.view(torch.uint8).index_select(-2, order).view(weight.data.dtype)
-        weight = replace(weight, data=data, scales=weight.scales.index_select(-2, order))
-    return decode_weights(weight, member(current_arch(), problem.arch)).tensors
+    if pairs is None:
+        return weight
+    order = row_order(weight.n, pairs).to(weight.device)
+    data = weight.data.view(torch.uint8).index_select(-2, order).view(weight.data.dtype)
+    return replace(weight, data=data, scales=weight.scales.index_select(-2, order))
+
+
+def _decode(weight: MxTensor, problem: GemmProblem) -> list[torch.Tensor]:
+    """Data and scales as AMD's grouped decode kernels read them."""
+    from sglang_amd_quant.ops.decode_weights import decode_weights
+
+    return decode_weights(_by_turns(weight, problem), member(current_arch(), problem.arch)).tensors
+
+
+def _mma_int4(weight: MxTensor, problem: GemmProblem) -> list[torch.Tensor]:
+    """Data and words of groups."""
+    return _by_turns(weight, problem).to_layout("mma_int4+tile_group").tensors
 
 
 PACKERS: dict[str, Callable[[MxTensor, GemmProblem], list[torch.Tensor]]] = {
     "hopper_bf16": _hopper("bf16"),
     "hopper_e4m3": _hopper("e4m3"),
     **dict.fromkeys((name for name in PACKED_LAYOUTS if name.startswith("decode_")), _decode),
+    "decode_mma_int4": _mma_int4,
 }
 """Packed layout -> what gives the tensors."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from sglang_amd_quant import formats
-from sglang_amd_quant.ops.packed import PackedWeight, Weight, pairs_of
+from sglang_amd_quant.ops.packed import Weight, pairs_of
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.ops.routing import combined, route, row_weights, weighted_input
 from sglang_amd_quant.selection import Config, GemmProblem
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 
 
 def run_hopper_moe(call: MoeCall) -> torch.Tensor:
-    """Routing, gate_up with its activation, down with the routing weights, combine; products are rounded to bf16."""
+    """Routing, gate_up with its activation, down with the routing weights, combine; products are rounded to bf16, in
+    models of fp16 not."""
     from sglang_amd_quant.kernels.triton.hopper import alone, routed_hopper
 
     p, f = call.problem, call.problem.activation
-    w13, w2 = _weights(call.w13, call.gate_up), _weights(call.w2, call.down)
+    w13, w2 = _weights(call.w13, call.gate_up, call.x), _weights(call.w2, call.down, call.x)
     tile13, tile2 = tile_of(call.config13), tile_of(call.config2)
     ids, block_m = call.topk_ids, tile13.block_m
     routing = alone(ids, p.num_experts, block_m) or route(ids, p.num_experts, block_m)
@@ -42,24 +44,25 @@ def run_hopper_gemm(call: LinearCall) -> None:
     """Dense: one expert, all rows in order, and no routing."""
     from sglang_amd_quant.kernels.triton.hopper import Overlap, hopper_gemm
 
-    w = _weights(call.weight, call.problem)
+    w = _weights(call.weight, call.problem, call.x)
     left, factors = _input(call.x, call.act, w.x_format)
     bias = None if call.bias is None else call.bias.unsqueeze(0)
     ahead = None if left is call.x else Overlap(ahead=True)
     hopper_gemm(left, factors, w, call.y, None, tile_of(call.config), overlapping=ahead, bias=bias)
 
 
-def _weights(weight: Weight, problem: GemmProblem) -> HopperWeights:
-    """A packed weight as the kernel's own class."""
+def _weights(weight: Weight, problem: GemmProblem, x: torch.Tensor) -> HopperWeights:
+    """A weight as the kernel's own class."""
     from sglang_amd_quant.kernels.triton.hopper_pack import HopperWeights
 
-    assert isinstance(weight, PackedWeight)
+    shape = {"n": weight.n, "k": weight.k, "pairs": pairs_of(problem), "experts": math.prod(weight.shape[:-2])}
+    if weight.scheme.weight == "int4":
+        data, words = weight.tensors
+        x_format = "fp16" if x.dtype == torch.float16 else "bf16"
+        return HopperWeights(data.view(torch.uint16), words, None, "int4", x_format, group=weight.scheme.block, **shape)
     data, factors, *scales = weight.tensors
-    return HopperWeights(
-        data=data, scales=scales[0] if scales else None, factors=factors, w_format=weight.scheme.weight,
-        x_format=weight.layout.name.removeprefix("hopper_"), n=weight.n, k=weight.k, pairs=pairs_of(problem),
-        rounded=factors.new_zeros(()),
-    )  # fmt: skip
+    x_format = weight.layout.name.removeprefix("hopper_")
+    return HopperWeights(data, scales[0] if scales else None, factors, weight.scheme.weight, x_format, **shape)
 
 
 def tile_of(config: Config) -> HopperConfig:

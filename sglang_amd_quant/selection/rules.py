@@ -101,6 +101,7 @@ LAYOUT_RULES: tuple[LayoutRule, ...] = (
     ),
     LayoutRule("sm_90", "w4a16", _GROUPED, "hopper_bf16", _FRAGMENTS),
     *(LayoutRule("sm_90", s, _GROUPED, "hopper_e4m3", _FRAGMENTS) for s in ("mxfp8", "w4a8", "mxfp4")),
+    LayoutRule("sm_90", "int4_w4a16", _GROUPED, "decode_mma_int4", _FRAGMENTS),
 )
 # fmt: on
 """Which layout, for weights that are about to be laid out; the first that holds. Without one: strided."""
@@ -175,6 +176,9 @@ _CDNA_GROUPS = (
 )  # fmt: skip
 """Strided weights take the first of two, `cdna_int4`, whose tiles are 128 of K, the second."""
 
+_WIDE = ("triton_hopper_bf16", "triton_hopper_int4")
+"""Those that multiply in 16 bits on sm_90."""
+
 _MOE = "static: compiles without spills, with biases and in fp16 too (tests/selection/test_tile_rules.py), untuned"
 
 # fmt: off
@@ -219,13 +223,16 @@ TILE_RULES: tuple[TileRule, ...] = (
     *_many("gfx11", 32, 64, 64, num_stages=1),
     *(
         TileRule(
-            "triton_hopper_bf16", "sm_90", _MEASURED, block_m, ((8192, 64), (None, 128)), 128, num_stages=4, rows=rows,
+            kernel, "sm_90", _MEASURED, block_m, ((8192, 64), (None, 128)), 128, num_stages=4, rows=rows,
             ops=("linear",),
         )
+        for kernel in _WIDE
         for block_m, rows in ((16, (0, 16)), (32, (17, 32)), (64, (33, 64)))
     ),
-    TileRule("triton_hopper_bf16", "sm_90", _AOT, 128, block_k=64, num_stages=4, rows=(0, 512), ops=("linear",)),
-    TileRule("triton_hopper_bf16", "sm_90", _DENSE, 256, block_k=64, num_warps=8, num_stages=4, ops=("linear",)),
+    *(TileRule(kernel, "sm_90", _AOT, 128, block_k=64, num_stages=4, rows=(0, 512), ops=("linear",))
+      for kernel in _WIDE),
+    *(TileRule(kernel, "sm_90", _DENSE, 256, block_k=64, num_warps=8, num_stages=4, ops=("linear",))
+      for kernel in _WIDE),
     *(
         TileRule(
             "triton_hopper_e4m3", "sm_90", _DENSE, block_m, ((most_n, block_n),), 128, warps, stages, rows=rows,

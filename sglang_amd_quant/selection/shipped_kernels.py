@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from sglang_amd_quant.kernels.hip.manifest import AMD_MOE_DECODE_M, FEW_M, QUANTIZED_SCHEMES
-from sglang_amd_quant.schemes import INT4_GROUPS
+from sglang_amd_quant.schemes import INT4_GROUPS, scheme
 from sglang_amd_quant.selection import families  # noqa: F401  registers first, whoever imports this: plans depend on order
 from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS, DECODE_SCHEMES
 from sglang_amd_quant.selection.arch import ARCHES
@@ -29,8 +29,10 @@ def _read(layouts: dict[tuple[str, str], str], *weights: str) -> tuple[str, ...]
     return tuple(dict.fromkeys(name for (_, weight), name in layouts.items() if weight in weights))
 
 
-INT4_LAYOUTS = (*_read(AMD_DECODE_LAYOUTS, "int4"), "mma_int4+tile_group")
-"""Of int4 for decode kernels."""
+INT4_LAYOUTS = _read(AMD_DECODE_LAYOUTS, "int4")
+"""Of int4 for AMD's decode kernels."""
+HOPPER_INT4 = ("mma_int4+tile_group", "decode_mma_int4")
+"""For Hopper's, and its experts."""
 
 _TILE = {
     "block_m": (16, 32, 64, 128),
@@ -202,11 +204,13 @@ def _hopper_tile(x_format: str) -> Callable[[GemmProblem], Config]:
 
 
 def _hopper_lds(x_bytes: int) -> Callable[[GemmProblem, Config], int]:
-    """Every stage holds a tile of x, and one of weights with, for e2m1, a scale byte a block (`HopperConfig`)."""
+    """Every stage holds a tile of x, and one of weights with, for e2m1, a scale byte a block (`HopperConfig`), for int4
+    a word a group."""
 
     def need(problem: GemmProblem, config: Config) -> int:
         block_m, block_n, block_k = config.tile
-        w = block_k * 17 // 32 if problem.weight_bits == 4 else block_k
+        scales = {"e2m1": block_k // 32, "e4m3": 0, "int4": 4 * max(1, block_k // (problem.group or block_k))}
+        w = block_k * problem.weight_bits // 8 + scales[scheme(problem.scheme).weight]
         return (config.num_stages or 1) * (block_m * block_k * x_bytes + block_n * w)
 
     return need
@@ -356,6 +360,14 @@ SHIPPED_KERNELS = (
     _fp16_gemm("triton_fp16_moe", ("moe_gate_up", "moe_down")),
     _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1")),
     _hopper("e4m3", ("mxfp8", "w4a8", "mxfp4"), ("e4m3", "e2m1", "fp8_static")),
+    replace(
+        _hopper("bf16", ("int4_w4a16",), ("bf16",)),
+        name="triton_hopper_int4",
+        layouts=HOPPER_INT4,
+        groups=INT4_GROUPS,
+        out_dtypes=("bf16", "fp16"),
+        x_dtypes=("bf16", "fp16"),
+    ),
 )
 
 for _spec in SHIPPED_KERNELS:

@@ -218,7 +218,10 @@ def _compile(variant: Variant) -> Compiled:
     try:
         made = triton.compile(source, target=target, options=variant.options)
     except Exception as error:  # Triton raises whatever its passes raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        innermost: BaseException = error  # those around it quote the source, not the reason
+        while innermost.__cause__ is not None:
+            innermost = innermost.__cause__
+        reason = (str(innermost).strip() or type(innermost).__name__).splitlines()[-1]
         raise BuildError(f"{variant.name} for {arch.name}", reason, _REMEDY) from None
     kernel, lds = made.metadata.name, made.metadata.shared
     if arch.vendor == "amd":

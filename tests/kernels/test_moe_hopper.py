@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,8 @@ from sglang_amd_quant.kernels.triton.hopper_pack import OCTAVES, HopperWeights, 
 from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm_torch
 from sglang_amd_quant.kernels.triton.routing import route_torch
 
-from sglang_amd_quant.formats import dequantize_mx
+from sglang_amd_quant.formats import dequantize_mx, group_words
+from sglang_amd_quant.layouts.registry import SCALES, VALUES
 from sglang_amd_quant.ops.activation import Activation
 
 
@@ -142,6 +145,47 @@ def test_runs_of_tiles_and_dense_layers_compile(element: str | None, x_format: s
     assert [report.problems for report in gemms] == [[]] * (len(tiles) + 1)
 
 
+def int4_weights(
+    g: torch.Generator, e: int, n: int, k: int, group: int, dtype: torch.dtype, pairs: str | None = None
+) -> tuple[HopperWeights, torch.Tensor]:
+    """Random weights with zero points as the kernel takes them, and their values in it, fp64 [E, N, K]."""
+    codes = torch.randint(0, 256, (e, n, k // 2), dtype=torch.uint8, generator=g)
+    scales = (torch.rand(e, n, k // group, generator=g) / 64 + 0.001).to(dtype)
+    zeros = torch.randint(0, 16, scales.shape, dtype=torch.uint8, generator=g)
+    words = group_words(scales, zeros)
+    order = row_order(n, pairs)
+    kept = VALUES["mma_int4"].pack(codes[:, order]), SCALES["tile_group"].pack(words[:, order])
+    x_format = "fp16" if dtype == torch.float16 else "bf16"
+    packed = HopperWeights(kept[0].view(torch.uint16), kept[1], None, "int4", x_format, n, k, pairs, e, group)
+    q = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).unflatten(-1, (-1, group)).double()
+    return packed, ((q - zeros[..., None].double()) * scales[..., None].double()).to(dtype).double().flatten(-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_tiles_of_int4_compile(group: int, dtype: torch.dtype) -> None:
+    """Those of selection's rules, with a tail of K, and of experts with an activation behind them."""
+    from emulated_triton import emulated_triton
+
+    from sglang_amd_quant.selection.rules import TILE_RULES
+
+    g = torch.Generator().manual_seed(10)
+    dense, _ = int4_weights(g, 1, 512, 5 * group, group, dtype)
+    experts, _ = int4_weights(g, 2, 512, 5 * group, group, dtype, "halves")
+    x = torch.randn(40, 5 * group, generator=g).to(dtype)
+    rules = [rule for rule in TILE_RULES if rule.kernel == "triton_hopper_int4"]
+    tiles = {HopperConfig(r.block_m, n, r.block_k, r.num_warps, r.num_stages) for r in rules for _, n in r.n_ladder}
+    routing = route_torch(torch.zeros(40, 1, dtype=torch.int32), 2, 16)
+    with emulated_triton("sm_90") as launches:
+        for tile in tiles if group == 128 else sorted(tiles, key=str)[:1]:
+            linear_hopper(x, dense, tile, element=None)
+        hopper_gemm(
+            x, None, experts, torch.empty(40, 256, dtype=dtype), routing, HopperConfig(16, num_stages=6),
+            activation="silu",
+        )  # fmt: skip
+    assert [made.compiled.report.problems for made in launches] == [[]] * len(launches)
+
+
 @pytest.mark.parametrize(("element", "x_format"), [(None, "bf16"), ("e4m3", "e4m3")])
 def test_one_token_takes_no_routing_launch(element: str | None, x_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the kernels compile as they are launched where launches overlap."""
@@ -181,6 +225,42 @@ def _sm90() -> bool:
 
 
 GPU = pytest.mark.skipif(not _sm90(), reason="no sm_90 GPU")
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize(
+    "config",
+    [HopperConfig(16, 64, 128), HopperConfig(64, 128, 64, 4, 6), HopperConfig(128), HopperConfig(256, 128, 64, 8, 4),
+     HopperConfig(32, 64, 64, run=2)],
+    ids=str,
+)  # fmt: skip
+def test_int4_on_the_gpu(config: HopperConfig, group: int, dtype: torch.dtype) -> None:
+    """Dense and grouped, with tails, against fp64 of weights in x's dtype: sums are fp32, so that an error of a bit of
+    the sum of magnitudes is more than they lose."""
+    g = torch.Generator().manual_seed(11)
+    e, n, k, m = 3, 208, 5 * group, 150
+    dense, values = int4_weights(g, 1, n, k, group, dtype)
+    x = torch.randn(m, k, generator=g).to(dtype)
+    y = torch.full((m, n), torch.nan, device="cuda")
+    hopper_gemm(x.cuda(), None, _to_cuda(dense), y, None, config)
+    bound = x.double().abs() @ values[0].abs().T * 2.0**-20
+    assert ((y.cpu().double() - x.double() @ values[0].T).abs() <= bound).all()
+    experts, values = int4_weights(g, e, n, k, group, dtype)
+    ids = torch.randint(-1, e, (m, 1), generator=g).int()
+    y.fill_(torch.nan)
+    hopper_gemm(x.cuda(), None, _to_cuda(experts), y, route_torch(ids.cuda(), e, config.block_m), config)
+    for expert in range(e):
+        mine = (ids == expert).flatten()
+        wanted, bound = x[mine].double() @ values[expert].T, x[mine].double().abs() @ values[expert].abs().T * 2.0**-20
+        assert ((y.cpu()[mine].double() - wanted).abs() <= bound).all()
+    assert y.cpu()[(ids < 0).flatten()].isnan().all()
+
+
+def _to_cuda(w: HopperWeights) -> HopperWeights:
+    assert w.scales is not None
+    return replace(w, data=w.data.cuda(), scales=w.scales.cuda())
 
 
 @GPU

@@ -205,7 +205,8 @@ def hopper_twins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         w_format = "e4m3" if w.dtype == torch.float8_e4m3fn else "e2m1"
         n, k = w.shape[-2], scales.shape[-1] * 32
         one = torch.ones(w.shape[0], n)
-        return hopper_pack.HopperWeights(w, scales, one, w_format, x_format, n, k, pairs, torch.tensor(3))
+        moved = torch.tensor(3)
+        return hopper_pack.HopperWeights(w, scales, one, w_format, x_format, n, k, pairs, len(w), rounded=moved)
 
     def activations(x, element, mode, x_format):  # type: ignore[no-untyped-def]
         out = "bf16" if x_format == "bf16" else "row"

@@ -120,7 +120,7 @@ def test_on_sm_90_it_is_launched_on_what_it_reads(monkeypatch, group, dtype):
     there = type("Device", (), {"arch_name": "sm_90", "cu_count": 132, "start": lambda self, d: started.append(d)})()
     monkeypatch.setattr(hip, "device_of", lambda x: there)
     for module in (layout, linear):
-        monkeypatch.setattr(module, "launchable", lambda arch: frozenset({"hip_decode_int4", "triton_int4_gemm"}))
+        monkeypatch.setattr(module, "launchable", lambda arch: frozenset({"hip_decode_int4", "triton_hopper_int4"}))
     for module in (layout, operand):
         monkeypatch.setattr(module, "current_arch", lambda: "sm_90")
     plain = make_linear("int4_w4a16", 64, 384, "sm_90", group=group, symmetric=False)
@@ -134,4 +134,4 @@ def test_on_sm_90_it_is_launched_on_what_it_reads(monkeypatch, group, dtype):
     assert (named["m"], named["n"], named["k"], named["carry"], named["factors"]) == (5, 64, 384, 0, None)
     assert (named["w"], named["scales"]) == tuple(layer.weight.tensors)
     assert named["bias"] is (bias if dtype == torch.bfloat16 else None)
-    assert linear.bound(layer.text).plan(9, dtype).choice.kernel == "triton_int4_gemm"
+    assert linear.bound(layer.text).plan(9, dtype).choice.kernel == "triton_hopper_int4"

@@ -32,7 +32,7 @@ ON = {
     "triton_mx_gemm": ("gfx950", "gfx942", "gfx11", "sm_90"),
     "triton_mx_moe": ("gfx950", "gfx942", "gfx11", "sm_90"),
 }
-ON |= {"triton_hopper_bf16": ("sm_90",), "triton_hopper_e4m3": ("sm_90",)}
+ON |= dict.fromkeys(("triton_hopper_bf16", "triton_hopper_e4m3", "triton_hopper_int4"), ("sm_90",))
 ON |= {"hip_decode": ("sm_90",), "hip_decode_e4m3": ("sm_90",)}
 DECODE_LAYOUT = {
     "hip_decode_gfx950_e2m1": "preshuffle+tile_scale",
@@ -49,7 +49,8 @@ ON["triton_moe"] = ("gfx950", "gfx942", "gfx11", "sm_90")
 MOE_DECODE_LAYOUT = {f"hip_moe_{name[4:]}": f"decode_{layout.split('+')[0]}" for name, layout in DECODE_LAYOUT.items()}
 ON |= {name: (name.split("_")[3],) for name in MOE_DECODE_LAYOUT}
 INT4 = ("triton_int4_gemm", "triton_int4_moe")
-INT4_LAYOUTS = ("cdna_int4+tile_group", "rdna_int4+tile_group", "mma_int4+tile_group")
+INT4_LAYOUTS = ("cdna_int4+tile_group", "rdna_int4+tile_group")
+HOPPER_INT4 = ("mma_int4+tile_group", "decode_mma_int4")
 ON |= dict.fromkeys(INT4, ("gfx950", "gfx942", "gfx11", "sm_90"))
 FP16 = ("triton_fp16_gemm", "triton_fp16_moe")
 ON |= dict.fromkeys(FP16, ("gfx950", "gfx942", "gfx11", "sm_90"))
@@ -70,11 +71,13 @@ def lds(arch, c, bits_a, bits_b):
     return c.num_stages * (padded[0] * bits_a + padded[1] * bits_b) // 8
 
 
-def hopper_bytes(kernel, scheme, c):
-    """What its pipeline holds: each stage a tile of x, and one of weights with a scale byte a block of e2m1."""
-    x = c.block_m * (2 if kernel.endswith("bf16") else 1)
-    w = c.block_n if scheme == "mxfp8" else c.block_n * (1 / 2 + 1 / 32)
-    return c.num_stages * c.block_k * (x + w)
+def hopper_bytes(kernel, p, c):
+    """What its pipeline holds: each stage a tile of x, and one of weights with a scale byte a block of e2m1, or a word
+    for every group that it has a part of."""
+    x = c.block_k * c.block_m * (1 if kernel.endswith("e4m3") else 2)
+    w = c.block_k * c.block_n // (1 if p.scheme == "mxfp8" else 2)
+    scales = {"mxfp8": 0, "int4_w4a16": 4 * -(-c.block_k // p.group)}.get(p.scheme, c.block_k // 32)
+    return c.num_stages * (x + w + c.block_n * scales)
 
 
 def group_bytes(p, c):
@@ -183,6 +186,13 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["rows"] * bool(p.n % 16)
         out += ["dtype"] * (p.out_dtype in ("fp16", "fp32"))
         out += ["activation"] * (e.activation not in (None, "silu", "swigluoai") or not e.gated)
+    if choice.kernel == "triton_hopper_int4":
+        e = p.epilogue
+        out += ["layout"] * (choice.layout not in HOPPER_INT4)
+        out += ["operands"] * (p.scheme != "int4_w4a16" or p.act != "bf16" or p.group not in (32, 64, 128))
+        out += ["rows"] * bool(p.n % 16)
+        out += ["dtype"] * (p.out_dtype not in ("bf16", "fp16"))
+        out += ["activation"] * (e.activation not in (None, "silu", "swigluoai") or not e.gated)
     if choice.kernel == "gemv_mxfp4":
         out += ["gemv"] * (p.scheme != "w4a16" or not 1 <= p.m <= 4)
     if p.out_dtype in ("fp16", "fp32") and choice.kernel.startswith(("hip_mxfp8", "hip_moe_w4a16")):
@@ -220,10 +230,10 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             bits = (BITS[p.act], WEIGHT_BITS[p.scheme])
             if choice.kernel in (*OWN, "triton_moe") and p.arch != "gfx950":
                 bits = (16, 16)  # dequantized before they are multiplied
-            hopper = choice.kernel in HOPPER
+            hopper = choice.kernel in (*HOPPER, "triton_hopper_int4")
             pairs = choice.kernel == "triton_moe" and p.op == "moe_gate_up" and p.epilogue.activation
             tile = c._replace(block_n=2 * c.block_n) if pairs else c  # gate and up of every column
-            need = hopper_bytes(choice.kernel, p.scheme, c) if hopper else lds(p.arch, tile, *bits)
+            need = hopper_bytes(choice.kernel, p, c) if hopper else lds(p.arch, tile, *bits)
             need = group_bytes(p, c) if choice.kernel in (*INT4, *FP16) else need
             out += ["LDS"] * (need > LDS[p.arch])
     return out
@@ -255,7 +265,7 @@ def random_problem(rng: random.Random, arch: str) -> GemmProblem:
     ep = 1 if linear else rng.choice((1, 1, 2, 4, 8))
     packed = ("hopper_bf16", "hopper_e4m3", "mma_tile+mma_scale", *DECODE_LAYOUT.values(), *MOE_DECODE_LAYOUT.values())
     others = (
-        ("exllama", *INT4_LAYOUTS, "decode_cdna_int4", "decode_rdna_int4")
+        ("exllama", *INT4_LAYOUTS, *HOPPER_INT4, "decode_cdna_int4", "decode_rdna_int4")
         if int4
         else ("cdna4_scale", "cdna4_scale_256", "preshuffle")
     )
