@@ -50,7 +50,7 @@ DEVICE void by_turns(int count, Each each, Settle settle) {
 
 /// Where registers suffice to multiply throughout; streaming x takes fewer.
 template <Weight W, int M, bool Streaming>
-constexpr bool THROUGHOUT = is_row(W) && (M >= 16 || W == Weight::row_e4m3) && (M < 64 || Streaming);
+constexpr bool THROUGHOUT = is_int4(W) || (is_row(W) && (M >= 16 || W == Weight::row_e4m3) && (M < 64 || Streaming));
 
 /// A wave's weights, chunk by chunk, through a ring in shared memory. Of waves that multiply together (`is_wide`),
 /// those that have no row tile of their own read the last one again, because the others cannot multiply without them.
