@@ -165,7 +165,7 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     for (int i = 0, first = s.wave_first; i < x.stages; i++, first += s.wave_step) {
         if (first < s.wave_end) {
             stream.wait(), totals.look(stream, 0), x.wait();
-            by_turns<THROUGHOUT<W, M, true>>(
+            by_turns<THROUGHOUT<W, M, true>, is_int4(W)>(
                 smaller(a.chunk, s.wave_end - first), [&](int t) { totals.add(stream, t, x, t * Tile<W>::BLOCKS, Number<1>{}); },
                 [&](auto pending) { totals.settle(pending); });
             stream.release();
