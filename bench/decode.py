@@ -4,8 +4,7 @@
                            [--explore 40] [--out FOLDER]
     python -m bench.decode --schemes 'int4_*' --peers cublas_bf16,humming_bf16,gemlite_int4
 
-Schemes are named as decode kernels name them: int4 with its group, and with `_fp16` where activations are fp16. Its
-kernels take up to 8 rows; beyond, what selection serves is measured.
+Schemes are named as decode kernels name them: int4 with its group, and with `_fp16` where activations are fp16.
 
 Measured: microseconds, and the read bandwidth that `floor` (bytes of weights and scales) is taken with. Quantizing
 activations is part of every time. `us` is a chain of launches that may begin before the one in front has ended

@@ -11,19 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from sglang_amd_quant.kernels.hip.manifest import FEW_M, find
+from sglang_amd_quant.kernels.hip.manifest import find
 
 from bench.decode_problem import Problem, Reference, carry
 from bench.timing import graph_us
-from sglang_amd_quant.errors import UnsupportedError
-from sglang_amd_quant.ops.layout import lay_out
-from sglang_amd_quant.ops.linear import BoundLinear, LinearCall
-from sglang_amd_quant.ops.operand import Operand
-from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.runtime.decode_gemm import decode_gemm
 from sglang_amd_quant.runtime.decode_plans import DecodePlan, plans, prepared_bytes
 from sglang_amd_quant.runtime.device import Gpu
-from sglang_amd_quant.selection import GemmProblem
 
 IN_A_GRAPH = 30
 """Launches that a graph holds at least: events resolve half a microsecond, and some launches take five."""
@@ -34,7 +28,7 @@ class Way:
     """One way to compute a problem.
 
     Attributes:
-        what: its plan, or kernel and config, for the report.
+        what: its plan, for the report.
         run: (i, x, y, overlap=True) -> fills y, with set i of the weights.
     """
 
@@ -61,26 +55,9 @@ def launch(
 
 
 def ways(device: Gpu, p: Problem, m: int) -> list[Way]:
-    """Plans of the decode kernels, the model's best first; where there are none, what serves instead."""
-    if p.scheme.weight == "int4" and m > FEW_M[-1]:
-        return [_served(p, m)]
+    """Plans of the decode kernels, the model's best first."""
     found = plans(p.name, m, p.n, p.k, device.cu_count)
     return [Way(asdict(plan), partial(launch, device, p, plan=plan)) for plan in found]
-
-
-def _served(p: Problem, m: int) -> Way:
-    """The kernel that selection gives a layer, on weights laid out as a server lays them out."""
-    gemm = GemmProblem("linear", p.scheme.name, "sm_90", 0, p.n, p.k, group=p.scheme.block)
-    weights, act = [lay_out(w, gemm) for w in p.weights], ActQuant(p.scheme)
-    plan = BoundLinear(Operand.of(gemm, weights[0], act)).plan(m, p.dtype)
-    launcher, config = plan.launcher, plan.choice.config
-    if launcher is None:
-        raise UnsupportedError(plan.problem.label(), "; ".join(plan.choice.reasons), "see `amd-mx doctor`")
-
-    def run(i: int, x: torch.Tensor, y: torch.Tensor, overlap: bool = True) -> None:
-        launcher.run(LinearCall(x, weights[i], None, y, act, config, plan.problem))
-
-    return Way({"kernel": plan.choice.kernel, **dict(config.items())}, run)
 
 
 def measure(device: Gpu, p: Problem, m: int, bandwidth: float, explore: int) -> dict[str, Any]:

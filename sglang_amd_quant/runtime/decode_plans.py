@@ -165,17 +165,17 @@ def _distance(plan: DecodePlan, w: DecodeWeights, wanted: Shape, tiles: int, row
     idle = max(0.0, math.log2(min(cu_count, row_tiles * split * waves_k) / plan.blocks) - 0.7)
     if (plan.split, plan.waves_k, plan.waves_n) == wanted[:3]:  # measured so
         idle = 0.0
-    row_groups = -(-row_tiles // plan.waves_n)
+    row_groups, in_chunk = -(-row_tiles // plan.waves_n), plan.chunk * w.tile_k // TILE_K
     if plan.one_group:  # as many rounds as it takes
         places = _places(w, plan, cu_count)
         uneven = math.log2(-(-plan.blocks // places) * min(1, places / plan.blocks))
     else:
         uneven = math.log2(-(-row_groups // plan.groups) * plan.groups / row_groups)
     ways = abs(math.log2(plan.split * plan.waves_k / (split * waves_k))) + 0.5 * abs(math.log2(plan.split / split))
-    ring = abs(math.log2(plan.depth * plan.chunk / (depth * chunk))) + 0.5 * abs(math.log2(plan.depth / depth))
+    ring = abs(math.log2(plan.depth * in_chunk / (depth * chunk))) + 0.5 * abs(math.log2(plan.depth / depth))
     waves = abs(math.log2(plan.waves / (waves_k * waves_n))) + 0.5 * abs(math.log2(plan.waves_n / waves_n))
     other = abs(math.log2(plan.share / share)) if min(plan.share, share) > 0 else 2 * (plan.share != share)
-    waits = plan.depth == 1 and plan.chunk * plan.split * plan.waves_k < tiles
+    waits = plan.depth == 1 and in_chunk * plan.split * plan.waves_k < tiles
     return 2 * (idle + uneven) + ways + 0.5 * (waves + ring + other) + waits
 
 
@@ -184,7 +184,7 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
     """Every legal dense plan of [m, k] x [n, k], those most like what measured best first.
 
     Args:
-        scheme: one of the manifest's `DECODE_SCHEMES`, or `INT4_SCHEMES` by group (`int4_w4a16_g128`): for M <= 8.
+        scheme: one of the manifest's `DECODE_SCHEMES`, or `INT4_SCHEMES` by group (`int4_w4a16_g128`).
         pairs: an activation follows: gate and up tiles must have one owner.
 
     Raises:
@@ -192,8 +192,6 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
     """
     w = DECODE_WEIGHTS[scheme]
     _check(w, m, n, k)
-    if m > w.rows[-1] < w.wide_from:
-        raise ShapeError(f"decode GEMM of {scheme} M={m} N={n} K={k}", f"made for M <= {w.rows[-1]}", "use the GEMM")
     least = next((r for r in w.rows if m <= r), w.rows[-1])
     for rows in (least, 32) if least > 32 else (least,):  # by 32 where the activations of more do not fit
         found = _enumerate(w, m, rows, n, k, cu_count, pairs)
@@ -268,7 +266,7 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
 
 def _enumerate_prepared(w: DecodeWeights, rows: int, n: int, k: int, pairs: bool) -> list[DecodePlan]:
     room = arch_facts("sm_90").lds_bytes
-    tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
+    tiles, row_tiles = -(-k // w.tile_k), -(-n // TILE_ROWS)
     found = []
     for waves_k, waves_n, split, share in itertools.product((1, 2, 4), (4, 8, 12, 16), (1, 2, 4, 8), (1, 2, 4)):
         owned, row_groups = waves_n * TILE_ROWS // split, -(-row_tiles // waves_n)

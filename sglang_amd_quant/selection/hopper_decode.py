@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sglang_amd_quant.kernels.hip.manifest import DECODE_M, FEW_M, INT4_GROUPS, INT4_SCHEMES, QUANTIZED_M
+from sglang_amd_quant.kernels.hip.manifest import DECODE_M, FEW_M, INT4_GROUPS, INT4_M, INT4_SCHEMES, QUANTIZED_M
 from sglang_amd_quant.schemes import MX_BLOCK
 
 TILE_ROWS, TILE_K = 16, 64
@@ -53,10 +53,11 @@ _ROW_E2M1, _ROW_E4M3 = (
     for kind, nbytes in (("row_e2m1", 512 + 32), ("row_e4m3", 1024))
 )
 _INT4 = {
-    32: DecodeWeights("e2m1", 32, TILE_K, 512 + 128, FEW_M),
-    64: DecodeWeights("e2m1", 64, TILE_K, 512 + 64, FEW_M),
-    128: DecodeWeights("e2m1", 128, 2 * TILE_K, 1024 + 64, FEW_M),
-}
+    group: DecodeWeights("e2m1", group, tile_k, nbytes, INT4_M, waves={16: 20} if group > 32 else {})
+    for group, tile_k, nbytes in (
+        (32, TILE_K, 512 + 128), (64, TILE_K, 512 + 64), (128, 2 * TILE_K, 1024 + 64),
+    )
+}  # fmt: skip
 DECODE_WEIGHTS = _BF16 | dict.fromkeys(("mxfp8", "mxfp8_static"), _ROW_E4M3)
 DECODE_WEIGHTS |= dict.fromkeys(("w4a8", "mxfp4", "w4a8_static"), _ROW_E2M1)
 DECODE_WEIGHTS |= {f"{scheme}_g{group}": _INT4[group] for scheme in INT4_SCHEMES for group in INT4_GROUPS}
@@ -87,7 +88,7 @@ def lds_bytes(
     elif rows < w.wide_from:
         activations = 16 + most * w.tile_k // MX_BLOCK * (rows * (2 * MX_BLOCK + 4) + 16)
     else:
-        activations = 1024 + most * 128 * rows
+        activations = 1024 + most * w.tile_k * 2 * rows
     sums = 2 * 4 * waves_n * TILE_ROWS // split + 4 * waves * TILE_ROWS * columns
     return barriers + ring + activations + sums
 
@@ -97,7 +98,7 @@ def prepared_lds(w: DecodeWeights, rows: int, split: int, waves_k: int, waves_n:
     factors of rows, and the partial sums of the blocks that share K."""
     of_rows = waves_n * TILE_ROWS * (rows + 4) * 4
     barriers = _barriers((2 + waves_k * waves_n) * depth)
-    rings = 1024 + depth * waves_k * chunk * (TILE_K * w.x_bytes * rows + waves_n * w.tile_bytes)
+    rings = 1024 + depth * waves_k * chunk * (w.tile_k * w.x_bytes * rows + waves_n * w.tile_bytes)
     factors = 8 * waves_n * TILE_ROWS // split + (4 * rows if w.x_bytes == 1 else 0)
     return barriers + max(rings, waves_k * of_rows) + factors + (of_rows if split > 1 else 0)
 

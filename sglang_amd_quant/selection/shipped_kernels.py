@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from sglang_amd_quant.kernels.hip.manifest import AMD_MOE_DECODE_M, FEW_M, QUANTIZED_SCHEMES
+from sglang_amd_quant.kernels.hip.manifest import AMD_MOE_DECODE_M, QUANTIZED_SCHEMES
 from sglang_amd_quant.schemes import INT4_GROUPS, scheme
 from sglang_amd_quant.selection import families  # noqa: F401  registers first, whoever imports this: plans depend on order
 from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS, DECODE_SCHEMES
@@ -343,7 +343,6 @@ SHIPPED_KERNELS = (
         groups=INT4_GROUPS,
         x_dtypes=("bf16", "fp16"),
         code_objects=("decode_int4_w4a16", "decode_int4_w4a16_fp16"),
-        m_max=FEW_M[-1],
     ),
     *(_amd_decode(arch, weight) for arch, weight in AMD_DECODE_LAYOUTS),
     *(_amd_moe_decode(arch, weight) for arch, weight in AMD_MOE_DECODE_LAYOUTS),

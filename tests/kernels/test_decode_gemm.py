@@ -310,12 +310,13 @@ def test_what_does_not_fit_together_is_refused() -> None:
 
 
 @pytest.mark.parametrize("group", manifest.INT4_GROUPS)
-def test_int4_on_hopper_is_for_few_rows(group: int) -> None:
+def test_int4_on_hopper_has_plans(group: int) -> None:
     """Plans are tried on a GPU (tests/device); here, that they fit into it, and name kernels that there are."""
     scheme, tiles = f"int4_w4a16_fp16_g{group}", -(-640 // (128 if group == 128 else 64))
-    for m in (1, 3, 8):
+    for m in (1, 3, 8, 9, 16, 17, 64, 130):
         found = decode_plans.plans(scheme, m, 200, 640, 132)
-        assert all(p.split <= tiles and not p.share and p.lds <= arch_facts("sm_90").lds_bytes for p in found)
-        manifest.find(f"decode_{scheme}_m{found[0].rows}", "sm_90")
-    with pytest.raises(ShapeError, match="made for M <= 8"):
-        decode_plans.plans(scheme, 9, 200, 640, 132)
+        assert all(p.split <= tiles and p.lds <= arch_facts("sm_90").lds_bytes for p in found)
+        assert {bool(p.share) for p in found} == ({False} if m <= 8 else {False, True})
+        for p in found:
+            manifest.find(f"decode{'_prepared' * (p.share > 0)}_{scheme}_m{p.rows}", "sm_90")
+            assert not p.share or manifest.find(f"prepare_{scheme}", "sm_90")

@@ -127,6 +127,9 @@ def test_on_sm_90_it_is_launched_on_what_it_reads(monkeypatch, group, dtype):
     layer = replace(plain, weight=lay_out(plain.weight, plain.problem))
     assert layer.weight.layout.name == "mma_int4+tile_group"
     x, bias = torch.randn(5, 384).to(dtype), torch.randn(64).to(dtype)
+    layer(torch.randn(64, 384).to(dtype), bias)
+    assert started[-1].kernel.removeprefix("decode_").removeprefix("prepared_") == f"{decode(dtype, group)[7:]}_m32"
+    started.clear()
     layer(x, bias)
     (d,) = started
     assert d.kernel == f"{decode(dtype, group)}_m8"
@@ -134,4 +137,4 @@ def test_on_sm_90_it_is_launched_on_what_it_reads(monkeypatch, group, dtype):
     assert (named["m"], named["n"], named["k"], named["carry"], named["factors"]) == (5, 64, 384, 0, None)
     assert (named["w"], named["scales"]) == tuple(layer.weight.tensors)
     assert named["bias"] is (bias if dtype == torch.bfloat16 else None)
-    assert linear.bound(layer.text).plan(9, dtype).choice.kernel == "triton_hopper_int4"
+    assert linear.bound(layer.text).plan(65, dtype).choice.kernel == "triton_hopper_int4"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang_amd_quant.kernels.hip.manifest import EARLY_M, FEW_M
+from sglang_amd_quant.kernels.hip.manifest import EARLY_M
 
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.runtime.decode_plans import MOST_X_WAVES, RESIDENT, DecodePlan, plans
@@ -22,7 +22,7 @@ def problems(draw: st.DrawFn, schemes: tuple[str, ...], rows: int, n: int, k: in
     """scheme, M, N, K of these sizes at most, and whether an activation follows."""
     scheme, pairs = draw(st.sampled_from(schemes)), draw(st.booleans())
     group = DECODE_WEIGHTS[scheme].group
-    m = draw(st.integers(1, FEW_M[-1] if scheme.startswith("int4") else rows))
+    m = draw(st.integers(1, rows))
     columns = 16 * draw(st.integers(1, n // 16)) if pairs else draw(st.integers(1, n))
     return scheme, m, columns, group * draw(st.integers(1, k // group)), pairs
 

@@ -133,10 +133,12 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         )
     weights = {"mxfp8": "e4m3", "int4_w4a16": "int4"}.get(p.scheme, "e2m1")
     if choice.kernel == "hip_decode_int4":
-        out += ["op"] * (p.op != "linear" or p.scheme != "int4_w4a16" or not 1 <= p.m <= 8)
+        out += ["op"] * (p.op != "linear" or p.scheme != "int4_w4a16" or not 1 <= p.m <= 64)
         out += ["layout"] * (choice.layout != "mma_int4+tile_group")
         out += ["x is bf16 or fp16"] * (p.out_dtype == "fp32")
-        out += ["activations of an eighth of K, as halves"] * (2 * p.m * p.k / 8 > LDS["sm_90"])
+        out += ["activations of an eighth of K, as halves, of 8 rows; more stream"] * (
+            p.m <= 8 and 2 * p.m * p.k / 8 > LDS["sm_90"]
+        )
     elif choice.kernel == "hip_decode_e4m3":
         out += ["op"] * (p.op != "linear" or p.scheme not in ("mxfp8", "w4a8", "mxfp4") or not 1 <= p.m <= 64)
         out += ["layout"] * (choice.layout != "hopper_e4m3")

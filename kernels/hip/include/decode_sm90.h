@@ -2,14 +2,13 @@
 //
 // Weights lie in tiles of 16 rows x 64 of K, in which lane l = 4 g + q finds what the matrix unit wants of it of rows g and
 // g + 8 together. Rows of e4m3 under one power of two (layout `hopper_e4m3`, kernels/triton/hopper_pack.py, shared with the prefill
-// kernels) and e2m1 (`hopper_bf16`, likewise): k as in PTX's fragments. e4m3 (layout `mma_tile`,
+// kernels), e2m1 (`hopper_bf16`, likewise) and int4 (layout `mma_int4` + `tile_group`): k as in PTX's fragments. e4m3 (layout `mma_tile`,
 // sglang_amd_quant/layouts/mma_tile.py): k = 8 q ... 8 q + 7 of every MX block; which k a step of the matrix unit calls its own does
-// not matter as long as B agrees, so activations are held with that order in mind. int4 (layout `mma_int4` + `tile_group`): k as for
-// e4m3; for few rows of x alone.
+// not matter as long as B agrees, so activations are held with that order in mind.
 //
-// Three ways to multiply them: quantized activations by wgmma in e4m3 (decode_sm90_rows.h); bf16 ones, if few rows, by mma.sync
-// (decode_sm90_few.h), from 16 on by wgmma (decode_sm90_many.h). For wgmma another launch may have prepared x
-// (decode_sm90_prepared.h), and e2m1 weights may be e4m3 by the time x is there (`Stream`, `decode_early`).
+// Ways to multiply them: quantized activations by wgmma in e4m3 (decode_sm90_rows.h); bf16 and fp16 ones, if few rows, by mma.sync
+// (decode_sm90_few.h), from 16 on by wgmma (decode_sm90_many.h, of int4 decode_sm90_groups.h). For wgmma another launch may have
+// prepared x (decode_sm90_prepared.h), and e2m1 weights may be e4m3 by the time x is there (`Stream`, `decode_early`).
 #pragma once
 #include "decode.h"
 #include "matrix.h"
@@ -18,8 +17,10 @@
 #include "decode_sm90_stream.h"
 
 /// A block's activations, and what a wave sums up; for few rows and for many.
-enum class Way { FEW, MANY, ROWS };
-constexpr DEVICE Way way_of(Weight w, int rows) { return is_row(w) ? Way::ROWS : rows < 16 ? Way::FEW : Way::MANY; }
+enum class Way { FEW, MANY, GROUPS, ROWS };
+constexpr DEVICE Way way_of(Weight w, int rows) {
+    return is_row(w) ? Way::ROWS : rows < 16 ? Way::FEW : is_int4(w) ? Way::GROUPS : Way::MANY;
+}
 template <Weight W, Act A, int M, Way = way_of(W, M)>
 struct Activations;
 template <Weight W, Act A, int M, Way = way_of(W, M)>
@@ -29,6 +30,7 @@ struct Totals;
 #include "decode_sm90_few.h"
 #include "decode_sm90_wide.h"
 #include "decode_sm90_many.h"
+#include "decode_sm90_groups.h"
 #include "decode_sm90_rows.h"
 
 /// What the sums of weight row `row` are multiplied by.

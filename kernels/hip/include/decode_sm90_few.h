@@ -19,9 +19,9 @@ DEVICE float scale_of_byte(uint32_t word, int i) {
 
 /// The block's activations in shared memory, MX block by MX block, with a factor for every row of each.
 ///
-/// For e4m3 and int4 weights as halves in the order of K, fp16 as they are. For e2m1 weights as bf16, permuted within MX blocks so
-/// that lane q finds what two steps of 16 want of it as 16 bytes. Between blocks 16 bytes are left free, so that neither loads of a
-/// block, of two rows by eight lanes together, nor stores into eight blocks meet in a bank.
+/// For e4m3 weights as halves in the order of K. For others permuted within MX blocks, so that lane q finds what two steps of 16 want of
+/// it as 16 bytes: for int4 as halves, fp16 as they are, and for e2m1 as bf16. Between blocks 16 bytes are left free, so that neither
+/// loads of a block, of two rows by eight lanes together, nor stores into eight blocks meet in a bank.
 template <Weight W, Act A, int M>
 struct Activations<W, A, M, Way::FEW> {
     static constexpr float UNLIFT = 1.0f;  // what sums are to be multiplied by
@@ -64,24 +64,23 @@ struct Activations<W, A, M, Way::FEW> {
     DEVICE void keep(const Words& x, int i, int j, bool wanted) {
         const int block = j >> 2, quarter = j & 3;
         uint8_t* row = values + block * BLOCK_BYTES + i * ROW_BYTES;
-        if constexpr (A == Act::fp16) {
-            if (wanted) store_words(row + 16 * quarter, x);
-            return;
-        }
-        float factor, v[8];
-        lift_activations(x, v, factor);
-        if (!wanted) return;
-        if (quarter == 0) factors[block * ROOM + i] = factor / LIFT;
-        if constexpr (W != Weight::e2m1) {
-            Words out;
+        Words out = x;
+        if constexpr (A != Act::fp16) {
+            float factor, v[8];
+            lift_activations(x, v, factor);
+            if (wanted && quarter == 0) factors[block * ROOM + i] = factor / LIFT;
 #pragma unroll
-            for (int p = 0; p < 4; p++) out.v[p] = half2_from_floats({v[2 * p], v[2 * p + 1]});
+            for (int p = 0; p < 4; p++) {
+                const Float2 pair = {v[2 * p] * LIFT, v[2 * p + 1] * LIFT};
+                out.v[p] = W == Weight::e2m1 ? bf16x2_from_floats(pair) : half2_from_floats(pair);
+            }
+        }
+        if (!wanted) return;
+        if constexpr (W == Weight::e4m3) {
             store_words(row + 16 * quarter, out);
         } else {
 #pragma unroll
-            for (int q = 0; q < 4; q++)
-                *reinterpret_cast<uint32_t*>(row + 16 * q + 4 * quarter) =
-                    bf16x2_from_floats({v[2 * q] * LIFT, v[2 * q + 1] * LIFT});
+            for (int q = 0; q < 4; q++) *reinterpret_cast<uint32_t*>(row + 16 * q + 4 * quarter) = out.v[q];
         }
     }
 };

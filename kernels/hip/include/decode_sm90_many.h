@@ -21,7 +21,7 @@ struct Activations<W, A, M, Way::MANY> {
         : values(matrix_aligned(lds)), crew(everybody(s)), pieces(s, crew) {
         expect_prepared();
     }
-    DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::BYTES; }
+    DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::TILE_BYTES; }
 
     /// All threads: brings in the block's part of x. Visible to the block's matrix instructions after its next barrier.
     template <bool Grouped, typename Meanwhile>
@@ -31,7 +31,7 @@ struct Activations<W, A, M, Way::MANY> {
         show_to_matrix_unit();
     }
 
-    /// What step `step` of 16 of the tile that begins with MX block `block` multiplies.
+    /// What step `step` of 16 of the 64 of K that begin with MX block `block` multiplies.
     DEVICE uint32_t at(int block, int step) const {
         return matrix_in_lds(values) + block / 2 * (XTile<W, M>::BYTES / 16) + step * 2;
     }
@@ -54,7 +54,7 @@ DEVICE Bf16x2 scale_as_bf16(uint32_t word, int i) {
 /// What a wave sums up for one row tile: rows g and g + 8 (g = l / 4) times the columns 2 q and 2 q + 1 of every eight.
 template <Weight W, Act A, int M>
 struct Totals<W, A, M, Way::MANY> {
-        float sum[M / 8][4];
+    float sum[M / 8][4];
 
     DEVICE Totals() {
 #pragma unroll

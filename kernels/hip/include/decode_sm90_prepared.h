@@ -87,12 +87,12 @@ class XRing {
         barriers_are_ready();
     }
 
-    DEVICE static int bytes(const DecodeArgs& a) { return 1024 + a.depth * a.waves_k * a.chunk * XTile<W, M>::BYTES; }
+    DEVICE static int bytes(const DecodeArgs& a) { return 1024 + a.depth * a.waves_k * a.chunk * XTile<W, M>::TILE_BYTES; }
 
     /// Once x is there, and all blocks that share it: starts fetching.
     DEVICE void begin(int row_block) {
         next = reinterpret_cast<const uint8_t*>(a.x) +
-               (static_cast<int64_t>(row_block) * s.tiles + s.block_first) * XTile<W, M>::BYTES;
+               (static_cast<int64_t>(row_block) * s.tiles + s.block_first) * XTile<W, M>::TILE_BYTES;
         if (wave != 0) return;
         for (int i = 0; i < smaller(a.depth, stages); i++) fetch(i, i);
     }
@@ -115,10 +115,16 @@ class XRing {
         number++;
     }
 
-    /// What step `step` of 16 of tile `block / 2` of this wave's chunk multiplies.
+    /// What step `step` of 16 of the 64 of K that begin with MX block `block` of this wave's chunk multiplies.
     DEVICE uint32_t at(int block, int step) const {
-        const int tile = (at_stage * a.waves_k + s.wave_k) * a.chunk + block / 2;
-        return matrix_in_lds(lds) + tile * (XTile<W, M>::BYTES / 16) + step * 2;
+        const int tile = (at_stage * a.waves_k + s.wave_k) * a.chunk;
+        return matrix_in_lds(lds) + tile * (XTile<W, M>::TILE_BYTES / 16) + block / 2 * (XTile<W, M>::BYTES / 16) + step * 2;
+    }
+
+    /// MX blocks from block `block` of this wave's chunk to the end of K.
+    DEVICE int left(int block) const {
+        const int tile = s.block_first + (number * a.waves_k + s.wave_k) * a.chunk;
+        return a.k / MX_BLOCK - tile * Tile<W>::BLOCKS - block;
     }
 
     int stages;
@@ -127,8 +133,8 @@ class XRing {
     /// Wave 0: stage `i` into place `place`. This block's piece of it, for all that share it.
     DEVICE void fetch(int i, int place) {
         if (lane_index() != 0) return;
-        const int tiles = a.waves_k * a.chunk, bytes = smaller(tiles, s.block_tiles - i * tiles) * XTile<W, M>::BYTES;
-        const int mine = shared_by(cluster_rank(), a.split) * shared_by(bytes, share), offset = place * tiles * XTile<W, M>::BYTES + mine;
+        const int tiles = a.waves_k * a.chunk, bytes = smaller(tiles, s.block_tiles - i * tiles) * XTile<W, M>::TILE_BYTES;
+        const int mine = shared_by(cluster_rank(), a.split) * shared_by(bytes, share), offset = place * tiles * XTile<W, M>::TILE_BYTES + mine;
         barrier_expect(full + place, bytes);
         if (share == 1) {
             bulk_copy(lds + offset, next, bytes, full + place);

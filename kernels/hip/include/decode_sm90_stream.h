@@ -21,12 +21,22 @@ struct Number {};
 
 /// `each(t)` for `count` tiles: while one is multiplied, the next is decoded, into other registers. `settle(n)` waits until at most
 /// n of those that `each` started are under way. `Throughout`: always one, until the last; else by fours, which takes fewer registers.
-template <bool Throughout, typename Each, typename Settle>
+/// `Ahead`: `each` decodes what the next one multiplies; into other registers than the one before, hence two of them.
+template <bool Throughout, bool Ahead, typename Each, typename Settle>
 DEVICE void by_turns(int count, Each each, Settle settle) {
     constexpr Number<1> one{};
     constexpr Number<0> none{};
     int t = 0;
-    if constexpr (Throughout) {
+    if constexpr (Ahead) {
+        each(t++);
+#pragma unroll 1
+        while (t < count) {
+            each(t++);
+            if (t == count) break;
+            each(t++);
+        }
+        settle(none);
+    } else if constexpr (Throughout) {
         each(t++);
 #pragma unroll 1
         for (; t + 1 < count; t += 2) {
@@ -96,7 +106,7 @@ class Stream {
                 if (Together > 1 && t < count) each(t, first + t, Number<1>{});
             } else {
                 begin();
-                by_turns<THROUGHOUT<W, M, false> || (Early && M == 8)>(
+                by_turns<THROUGHOUT<W, M, false> || (Early && M == 8), is_int4(W)>(
                     count, [&](int t) { each(t, first + t, Number<1>{}); }, settle);
             }
             if constexpr (Early)

@@ -1,11 +1,12 @@
-// What both ways of wgmma share: how activations lie in shared memory, how a block gets those that a launch in front has prepared, and
+// What all ways of wgmma share: how activations lie in shared memory, how a block gets those that a launch in front has prepared, and
 // how its waves hand on what they have summed up.
 #pragma once
 
-/// 64 of K of M rows of activations, as the matrix unit reads them (`matrix_in_lds`): bf16, or with `is_row` weights e4m3.
+/// 64 of K of M rows of activations, as the matrix unit reads them (`matrix_in_lds`): bf16 or fp16, or with `is_row` weights e4m3.
 template <Weight W, int M>
 struct XTile {
     static constexpr int ROW_BYTES = is_row(W) ? 64 : 128, BYTES = M * ROW_BYTES;
+    static constexpr int TILE_BYTES = Tile<W>::K / 64 * BYTES;  // of all that a tile of weights multiplies
 
     /// Where eight codes of e4m3 are, the piece `j` of 64 of K, of one row.
     DEVICE static int place(int row, int j) { return row * ROW_BYTES + (j / 2 ^ row / 2 % 4) * 16 + j % 2 * 8; }
@@ -13,7 +14,7 @@ struct XTile {
     /// Keeps eight values, the piece `j` of 64 of K, of one row.
     DEVICE static void keep(uint8_t* tile, int row, int j, const Words& values) {
         uint8_t* to = tile + row * ROW_BYTES;
-        if constexpr (W == Weight::e2m1) {
+        if constexpr (W != Weight::e4m3) {
             store_words(to + (j ^ row % 8) * 16, values);
         } else {  // lane q multiplies k = 8 q ... 8 q + 7 of an MX block, two of them in each half of two steps
 #pragma unroll
@@ -26,7 +27,7 @@ struct XTile {
 /// Bytes of `m` rows of x in `XTile`s of `room` rows, behind which factors of rows are (decode_sm90_prepared.h).
 template <Weight W>
 DEVICE int64_t prepared_bytes(int m, int k, int room) {
-    return static_cast<int64_t>(ceil_div(m, room)) * room * ceil_div(k, Tile<W>::K) * XTile<W, 1>::BYTES;
+    return static_cast<int64_t>(ceil_div(m, room)) * room * ceil_div(k, Tile<W>::K) * XTile<W, 1>::TILE_BYTES;
 }
 
 template <Weight W>
@@ -48,8 +49,9 @@ DEVICE void fetch_prepared(const DecodeArgs& a, const Share& s, const Crew& crew
     if (crew.thread() == 0) {
         const auto from = reinterpret_cast<const uint8_t*>(a.workspace);
         const int64_t tile = static_cast<int64_t>(first_row / M) * s.tiles + s.block_first;
-        barrier_expect(barrier, s.block_tiles * XTile<W, M>::BYTES);
-        bulk_copy(to, from + tile * XTile<W, M>::BYTES, s.block_tiles * XTile<W, M>::BYTES, barrier);
+        const int bytes = s.block_tiles * XTile<W, M>::TILE_BYTES;
+        barrier_expect(barrier, bytes);
+        bulk_copy(to, from + tile * XTile<W, M>::TILE_BYTES, bytes, barrier);
     }
     meanwhile();
     barrier_wait(barrier, 0);

@@ -102,11 +102,11 @@ DEVICE void cluster_store(uint32_t to, const Floats<4>& floats, uint32_t barrier
 }
 // ---- wgmma: the four waves of a warpgroup, of consecutive indices from a multiple of four, multiply together
 
-/// 64 of K of a matrix in shared memory as wgmma's right operand, in bf16 (SWIZZLED_128: rows of 128 bytes) or e4m3 (SWIZZLED_64: rows
-/// of 64). Of eight rows, which the unit reads together, no two have the same sixteen bytes in the same banks: those at `i` lie at
-/// `i ^ row % 8`, or `i ^ row / 2 % 4` (PTX ISA, "Shared memory matrix layout"). `at` is aligned to eight rows; a step along K, of 16
-/// bf16 or 32 e4m3, is 32 bytes. The unit takes 64 bits, of which only the lower half differs from one matrix to the next: that is
-/// returned, in units of 16 bytes, and added to with 32 bits.
+/// 64 of K of a matrix in shared memory as wgmma's right operand, in bf16 or halves (SWIZZLED_128: rows of 128 bytes) or e4m3
+/// (SWIZZLED_64: rows of 64). Of eight rows, which the unit reads together, no two have the same sixteen bytes in the same banks: those at
+/// `i` lie at `i ^ row % 8`, or `i ^ row / 2 % 4` (PTX ISA, "Shared memory matrix layout"). `at` is aligned to eight rows; a step along
+/// K, of 16 bf16 or 32 e4m3, is 32 bytes. The unit takes 64 bits, of which only the lower half differs from one matrix to the next: that
+/// is returned, in units of 16 bytes, and added to with 32 bits.
 DEVICE uint32_t matrix_in_lds(const void* at) { return (shared_address(at) & 0x3ffff) >> 4 | 1u << 16; }
 constexpr uint32_t SWIZZLED_128 = 8 * 128 >> 4 | 1u << 30, SWIZZLED_64 = 8 * 64 >> 4 | 2u << 30;  // the upper halves: eight rows
 
@@ -126,9 +126,9 @@ DEVICE void warpgroup_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
-/// sum = A B, or sum += A B if `add`: A of 64 x 16 in bf16, or 64 x 32 in e4m3, and B as many x N, N being 8 times `sum`'s first
-/// dimension. Wave w of the warpgroup holds rows 16 w ... 16 w + 15 of A and of the sum, of bf16 as `matrix_bf16` does (matrix.h), of
-/// e4m3 four neighbours along K where that has two; B is a `matrix_in_lds`.
+/// sum = A B, or sum += A B if `add`: A of 64 x 16 in bf16 or halves, or 64 x 32 in e4m3, and B as many x N, N being 8 times `sum`'s
+/// first dimension. Wave w of the warpgroup holds rows 16 w ... 16 w + 15 of A and of the sum, of bf16 and halves as `matrix_bf16` does
+/// (matrix.h), of e4m3 four neighbours along K where that has two; B is a `matrix_in_lds`.
 #define WARPGROUP_MATRIX(NAME, SETS, SHAPE, LAST, UPPER, SUMS, A0, A1, A2, A3, LOW, HIGH, ADD)                                  \
     DEVICE void NAME(const uint32_t (&a)[4], uint32_t b, float (&sum)[SETS][4], bool add) {                                    \
         asm volatile("{\n\t.reg .b64 b;\n\t.reg .pred p;\n\tmov.b64 b, {%" #LOW ", %" #HIGH "};\n\tsetp.ne.b32 p, %" #ADD      \
@@ -151,6 +151,7 @@ DEVICE void warpgroup_wait() {
     WARPGROUP_MATRIX(NAME, 4, "m64n32" K TYPES, LAST, UPPER, REGISTERS_4, 16, 17, 18, 19, 20, 21, 22)                \
     WARPGROUP_MATRIX(NAME, 8, "m64n64" K TYPES, LAST, UPPER, REGISTERS_8, 32, 33, 34, 35, 36, 37, 38)
 WARPGROUP_MATRICES(warpgroup_matrix_bf16, "k16", ".f32.bf16.bf16", ", 0", SWIZZLED_128)
+WARPGROUP_MATRICES(warpgroup_matrix_half, "k16", ".f32.f16.f16", ", 0", SWIZZLED_128)
 WARPGROUP_MATRICES(warpgroup_matrix_e4m3, "k32", ".f32.e4m3.e4m3", "", SWIZZLED_64)
 #else
 DEVICE void wait_for_previous_launch() {}
