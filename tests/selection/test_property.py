@@ -193,7 +193,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["layout"] * (choice.layout not in HOPPER_INT4)
         out += ["operands"] * (p.scheme != "int4_w4a16" or p.act != "bf16" or p.group not in (32, 64, 128))
         out += ["rows"] * bool(p.n % 16)
-        out += ["dtype"] * (p.out_dtype not in ("bf16", "fp16"))
+        out += ["dtype"] * (p.out_dtype == "fp32")
         out += ["activation"] * (e.activation not in (None, "silu", "swigluoai") or not e.gated)
     if choice.kernel == "gemv_mxfp4":
         out += ["gemv"] * (p.scheme != "w4a16" or not 1 <= p.m <= 4)
@@ -218,7 +218,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
     if choice.kernel.startswith("triton"):
         sizes = (c.block_m, c.block_n, c.block_k)
         out += ["power of two"] * any(not v or v & (v - 1) for v in sizes)
-        out += ["stages"] * (not 1 <= c.num_stages <= (16 if choice.kernel in HOPPER else 8))
+        out += ["stages"] * (not 1 <= c.num_stages <= (16 if choice.kernel.startswith("triton_hopper") else 8))
         out += ["lanes"] * (not 1 <= c.num_warps * ARCHES[p.arch].wave <= 1024)
         if "cdna4" in choice.layout:
             out += ["swizzle"] * (c.block_k < 256 or c.block_n < 32)
@@ -232,7 +232,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             bits = (BITS[p.act], WEIGHT_BITS[p.scheme])
             if choice.kernel in (*OWN, "triton_moe") and p.arch != "gfx950":
                 bits = (16, 16)  # dequantized before they are multiplied
-            hopper = choice.kernel in (*HOPPER, "triton_hopper_int4")
+            hopper = choice.kernel.startswith("triton_hopper")
             pairs = choice.kernel == "triton_moe" and p.op == "moe_gate_up" and p.epilogue.activation
             tile = c._replace(block_n=2 * c.block_n) if pairs else c  # gate and up of every column
             need = hopper_bytes(choice.kernel, p, c) if hopper else lds(p.arch, tile, *bits)
