@@ -165,7 +165,7 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     for (int i = 0, first = s.wave_first; i < x.stages; i++, first += s.wave_step) {
         if (first < s.wave_end) {
             stream.wait(), totals.look(stream, 0), x.wait();
-            by_turns<THROUGHOUT<W, M, true>, is_int4(W)>(
+            by_turns<THROUGHOUT<W, M, true>, WAITS<W, M>>(
                 smaller(a.chunk, s.wave_end - first), [&](int t) { totals.add(stream, t, x, t * Tile<W>::BLOCKS, Number<1>{}); },
                 [&](auto pending) { totals.settle(pending); });
             stream.release();
@@ -202,22 +202,19 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
     }
 #define DENSE(NAME, W, A, M, THREADS, BLOCKS) DECODE(decode_##NAME##_m##M, W, A, M, THREADS, BLOCKS, false)
 #define EARLY(NAME, A, M) ENTRY(decode_early_##NAME##_m##M, MANY + 256, 1, (decode_early<A, M>))
-#define TO_8(NAME, W, A)            \
-    DENSE(NAME, W, A, 2, FEW<W>, 2) \
-    DENSE(NAME, W, A, 4, FEW<W>, 2) \
-    DENSE(NAME, W, A, 8, FEW<W>, 2)
-#define FROM_16_TO_32(NAME, W, A)               \
+#define FROM_16(NAME, W, A)                     \
     PREPARE(prepare_##NAME, W, A)               \
     PREPARED(decode_prepared_##NAME##_m16, W, A, 16) \
     PREPARED(decode_prepared_##NAME##_m32, W, A, 32) \
-    DENSE(NAME, W, A, 16, MANY, 1)              \
-    DENSE(NAME, W, A, 32, MANY, 1)
-#define FROM_16(NAME, W, A)                     \
-    FROM_16_TO_32(NAME, W, A)                   \
     PREPARED(decode_prepared_##NAME##_m64, W, A, 64) \
+    DENSE(NAME, W, A, 16, MANY, 1)              \
+    DENSE(NAME, W, A, 32, MANY, 1)              \
     DENSE(NAME, W, A, 64, MANY, 1)
-#define SCHEME(NAME, W, A) TO_8(NAME, W, A) FROM_16(NAME, W, A)
-#define INT4(NAME, W, A) TO_8(NAME, W, A) FROM_16_TO_32(NAME, W, A)
+#define SCHEME(NAME, W, A)            \
+    DENSE(NAME, W, A, 2, FEW<W>, 2)   \
+    DENSE(NAME, W, A, 4, FEW<W>, 2)   \
+    DENSE(NAME, W, A, 8, FEW<W>, 2)   \
+    FROM_16(NAME, W, A)
 #define QUANTIZED(NAME, W, A) DENSE(NAME, Weight::row_##W, A, 8, MANY, 2) FROM_16(NAME, Weight::row_##W, A)
 #define DECODED(NAME, A) QUANTIZED(NAME, e2m1, A) EARLY(NAME, A, 8) EARLY(NAME, A, 16) EARLY(NAME, A, 32)
 #else  // a matrix unit takes sixteen rows whatever M is: fewer sizes will do
@@ -229,7 +226,6 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
     DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)
 #define QUANTIZED(NAME, W, A) SCHEME(NAME, Weight::W, A)
 #define DECODED(NAME, A) QUANTIZED(NAME, e2m1, A)
-#define INT4 SCHEME
 #endif
 
 // One code object a scheme: they compile in parallel, and a server loads the one that it uses.
@@ -248,13 +244,13 @@ QUANTIZED(mxfp8_static, e4m3, Act::fp8_static)
 #elif defined(DECODE_W8A16)
 SCHEME(w8a16, Weight::e4m3, Act::bf16)
 #elif defined(DECODE_INT4_W4A16)
-INT4(int4_w4a16_g32, Weight::int4_g32, Act::bf16)
-INT4(int4_w4a16_g64, Weight::int4_g64, Act::bf16)
-INT4(int4_w4a16_g128, Weight::int4_g128, Act::bf16)
+SCHEME(int4_w4a16_g32, Weight::int4_g32, Act::bf16)
+SCHEME(int4_w4a16_g64, Weight::int4_g64, Act::bf16)
+SCHEME(int4_w4a16_g128, Weight::int4_g128, Act::bf16)
 #elif defined(DECODE_INT4_W4A16_FP16)
-INT4(int4_w4a16_fp16_g32, Weight::int4_g32, Act::fp16)
-INT4(int4_w4a16_fp16_g64, Weight::int4_g64, Act::fp16)
-INT4(int4_w4a16_fp16_g128, Weight::int4_g128, Act::fp16)
+SCHEME(int4_w4a16_fp16_g32, Weight::int4_g32, Act::fp16)
+SCHEME(int4_w4a16_fp16_g64, Weight::int4_g64, Act::fp16)
+SCHEME(int4_w4a16_fp16_g128, Weight::int4_g128, Act::fp16)
 #else
 #error "define which scheme to compile, see kernels/hip/manifest.py"
 #endif

@@ -82,12 +82,10 @@ INT4_GROUPS = (32, 64, 128)
 """int4 with bf16 or fp16 activations: a scheme's entry points for groups of 128 are those of `int4_w4a16_g128`."""
 FEW_M, PREPARED_M = (2, 4, 8), (16, 32, 64)
 DECODE_M = FEW_M + PREPARED_M
-INT4_PREPARED_M = PREPARED_M[:2]
-INT4_M = FEW_M + INT4_PREPARED_M
 QUANTIZED_M, EARLY_M = (8, *PREPARED_M), (8, 16, 32)
 """Rows of activations that the decode kernels are instantiated for on sm_90: few of bf16 and fp16, those of an x that a
-launch has prepared, of bf16, of int4 (64 would take more registers than there are), of quantized activations, of those
-with e2m1 weights that are decoded before x is there ..."""
+launch has prepared, of bf16 and fp16, of quantized activations, of those with e2m1 weights that are decoded before x is
+there ..."""
 AMD_DECODE_M = (4, 16, 32)
 AMD_MOE_DECODE_M = (4, 16)
 """... and on AMD, whose matrix units take sixteen rows at a time; grouped by expert only there (`hopper_moe.py`)."""
@@ -141,7 +139,7 @@ CODE_OBJECTS = (
         for scheme in QUANTIZED_SCHEMES
     ),
     *(_decode(scheme, ("sm_90",), DECODE_M, prepared=PREPARED_M) for scheme in BF16_SCHEMES),
-    *(_decode(scheme, ("sm_90",), INT4_M, prepared=INT4_PREPARED_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),
+    *(_decode(scheme, ("sm_90",), DECODE_M, prepared=PREPARED_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),
     *(_decode(scheme, AMD_ARCHS, AMD_DECODE_M, AMD_MOE_DECODE_M) for scheme in DECODE_SCHEMES),
     *(_decode(scheme, AMD_ARCHS, AMD_DECODE_M, AMD_MOE_DECODE_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),
 )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sglang_amd_quant.kernels.hip.manifest import DECODE_M, FEW_M, INT4_GROUPS, INT4_M, INT4_SCHEMES, QUANTIZED_M
+from sglang_amd_quant.kernels.hip.manifest import DECODE_M, FEW_M, INT4_GROUPS, INT4_SCHEMES, QUANTIZED_M
 from sglang_amd_quant.schemes import MX_BLOCK
 
 TILE_ROWS, TILE_K = 16, 64
@@ -53,7 +53,7 @@ _ROW_E2M1, _ROW_E4M3 = (
     for kind, nbytes in (("row_e2m1", 512 + 32), ("row_e4m3", 1024))
 )
 _INT4 = {
-    group: DecodeWeights("e2m1", group, tile_k, nbytes, INT4_M, waves={16: 20} if group > 32 else {})
+    group: DecodeWeights("e2m1", group, tile_k, nbytes, waves={16: 20} if group > 32 else {})
     for group, tile_k, nbytes in (
         (32, TILE_K, 512 + 128), (64, TILE_K, 512 + 64), (128, 2 * TILE_K, 1024 + 64),
     )

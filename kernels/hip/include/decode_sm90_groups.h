@@ -16,8 +16,10 @@ struct Activations<W, A, M, Way::GROUPS> : Activations<W, A, M, Way::MANY> {
     DEVICE int left(int block) const { return blocks - block; }
 };
 
-/// (word & 0x000f000f) | 0x43004300 in one instruction, of which ptxas, seeing two constants, would make two.
+/// (word & 0x000f000f) | 0x43004300. In one instruction, where a register is free: of two constants, ptxas would make two.
+template <bool One>
 DEVICE Bf16x2 bf16_from_nibbles(uint32_t word) {
+    if (!One) return (word & 0x000f000fu) | 0x43004300u;
     Bf16x2 pair;
     asm("lop3.b32 %0, %1, 0x000f000f, 0x43004300, 0xea;" : "=r"(pair) : "r"(word));
     return pair;
@@ -27,9 +29,10 @@ DEVICE Bf16x2 bf16_from_nibbles(uint32_t word) {
 struct Int4GroupBf16 {
     Bf16x2 offset;  // 128 + z, twice
     DEVICE explicit Int4GroupBf16(uint32_t word) : offset(two_halves(static_cast<uint16_t>((word & 15) | 0x4300))) {}
+    template <bool One>
     DEVICE void pairs(uint32_t codes, Bf16x2* v) const {
 #pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = minus_bf16(bf16_from_nibbles(codes >> 4 * i), offset);
+        for (int i = 0; i < 4; i++) v[i] = minus_bf16(bf16_from_nibbles<One>(codes >> 4 * i), offset);
     }
 };
 
@@ -40,10 +43,11 @@ struct Int4GroupBf16 {
 template <Weight W, Act A, int M>
 struct Totals<W, A, M, Way::GROUPS> {
     static constexpr int GROUPS = group_of(W) < 64 ? 2 : 1, TURNS = Tile<W>::K / 64;  // groups in 64 of K; of those in a tile
-    static constexpr bool AHEAD = GROUPS == 1 || M < 32;  // whether registers suffice to decode meanwhile
+    static constexpr bool AHEAD = WAITS<W, M> == Waits::AHEAD;  // whether registers suffice to decode meanwhile,
+    static constexpr int PARTS = M * GROUPS > 64 ? 1 : GROUPS;    // and to multiply two groups at a time
 
-    float sum[M / 8][4], part[GROUPS][M / 8][4];  // part: of a group's products
-    float scale[GROUPS][2];                       // of that group in rows g and g + 8
+    float sum[M / 8][4], part[PARTS][M / 8][4];  // part: of a group's products
+    float scale[PARTS][2];                       // of that group in rows g and g + 8
     bool begun = false;
     uint32_t words[GROUPS][2], ahead[4][4];  // of the tile that is next: of groups; what is multiplied first, see `load`
 
@@ -72,36 +76,38 @@ struct Totals<W, A, M, Way::GROUPS> {
     DEVICE void add(const Tiles& stream, int t, const Columns& x, int block, Number<1>) {
         if (begun) keep();
         if (!AHEAD) decode(stream, t);
+        const bool ended = Tile<W>::SHORT && x.left(block + 1) <= 0;  // K has: of the second group there is whatever was there before
 #pragma unroll
-        for (int i = 0; i < GROUPS * 2; i++) {
-            const bool none = Tile<W>::SHORT && i > 1 && x.left(block + 1) <= 0;  // K has ended: there is whatever was there before
-            scale[i / 2][i % 2] = none ? 0 : Int4Group(words[i / 2][i % 2]).scale;
-        }
+        for (int p = 0; p < PARTS; p++) begin(p, p, ended);
 #pragma unroll
         for (int turn = 0; turn < TURNS; turn++) {
             warpgroup_fence();
 #pragma unroll
             for (int step = 0; step < 4; step++) {
+                if (PARTS < GROUPS && step == 2) warpgroup_commit(), keep(), begin(0, 1, ended), warpgroup_fence();
                 const bool more = GROUPS == 2 ? step % 2 > 0 : turn + step > 0;
                 if constexpr (A == Act::bf16)
-                    warpgroup_matrix_bf16(ahead[step], x.at(block + 2 * turn, step), part[step / 2 % GROUPS], more);
+                    warpgroup_matrix_bf16(ahead[step], x.at(block + 2 * turn, step), part[step / 2 % PARTS], more);
                 else
-                    warpgroup_matrix_half(ahead[step], x.at(block + 2 * turn, step), part[step / 2 % GROUPS], more);
+                    warpgroup_matrix_half(ahead[step], x.at(block + 2 * turn, step), part[step / 2 % PARTS], more);
             }
             warpgroup_commit();
-            if (turn > 0) warpgroup_wait<1>();  // registers are free again
-            if (turn + 1 < TURNS)
+            if (turn + 1 < TURNS) {
+                if (!AHEAD) warpgroup_wait<0>();
                 load(stream.codes(t) + (turn + 1) * 512);
-            else
+            } else {
+                if (TURNS > 1) warpgroup_wait<1>();  // registers of the turn before are free again
                 look(stream, t + 1);
+            }
         }
-        begun = true;
+        begun = AHEAD;
+        if (!AHEAD) keep();
     }
 
     /// If none may be under way any more: waits, and keeps what was. `add` does for others.
     template <int Pending>
     DEVICE void settle(Number<Pending>) {
-        if (Pending == 0) keep(), begun = false;
+        if (Pending == 0 && AHEAD) keep(), begun = false;
     }
 
     template <typename X>
@@ -115,16 +121,22 @@ struct Totals<W, A, M, Way::GROUPS> {
     }
 
    private:
+    /// Before products of group `group` of a tile: `part[p]` will have them.
+    DEVICE void begin(int p, int group, bool ended) {
+#pragma unroll
+        for (int row = 0; row < 2; row++) scale[p][row] = group > 0 && ended ? 0 : Int4Group(words[group][row]).scale;
+    }
+
     /// Waits for all products, and adds them up under their scales.
     DEVICE void keep() {
         warpgroup_wait<0>();
 #pragma unroll
-        for (int group = 0; group < GROUPS; group++)
+        for (int p = 0; p < PARTS; p++)
 #pragma unroll
             for (int i = 0; i < M / 2; i++) {
-                float& products = part[group][i / 4][i % 4];
+                float& products = part[p][i / 4][i % 4];
                 asm volatile("" : "+f"(products));  // not before the wait
-                sum[i / 4][i % 4] = fmaf(products, scale[group][i % 4 / 2], sum[i / 4][i % 4]);
+                sum[i / 4][i % 4] = fmaf(products, scale[p][i % 4 / 2], sum[i / 4][i % 4]);
             }
     }
 
@@ -136,12 +148,12 @@ struct Totals<W, A, M, Way::GROUPS> {
             const int b = i / 2, row = i % 2;
             uint32_t pairs[4];
             if constexpr (A == Act::bf16)
-                Int4GroupBf16(words[b % GROUPS][row]).pairs(eights.v[i], pairs);
+                Int4GroupBf16(words[b % GROUPS][row]).template pairs<AHEAD>(eights.v[i], pairs);
             else
                 Int4Group(words[b % GROUPS][row]).halves(eights.v[i], pairs);
 #pragma unroll
             for (int p = 0; p < 4; p++) {
-                asm volatile("" : "+r"(pairs[p]));  // here, not where it is multiplied
+                if (AHEAD) asm volatile("" : "+r"(pairs[p]));  // here, not where it is multiplied
                 ahead[2 * b + p / 2][row + p % 2 * 2] = pairs[p];
             }
         }

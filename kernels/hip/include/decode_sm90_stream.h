@@ -15,19 +15,27 @@ struct Tile {
     static constexpr bool SHORT = W == Weight::int4_g32;  // a row's last tile may have scales for one block only
 };
 
+/// Who waits for tiles that are under way (`by_turns`): `settle`, each itself, or the next, which has been decoded ahead.
+enum class Waits { SETTLE, ITSELF, AHEAD };
+template <Weight W, int M>
+constexpr Waits WAITS = !is_int4(W) ? Waits::SETTLE : M < (group_of(W) < 64 ? 32 : 64) ? Waits::AHEAD : Waits::ITSELF;
+
 /// A number that the compiler knows.
 template <int>
 struct Number {};
 
 /// `each(t)` for `count` tiles: while one is multiplied, the next is decoded, into other registers. `settle(n)` waits until at most
 /// n of those that `each` started are under way. `Throughout`: always one, until the last; else by fours, which takes fewer registers.
-/// `Ahead`: `each` decodes what the next one multiplies; into other registers than the one before, hence two of them.
-template <bool Throughout, bool Ahead, typename Each, typename Settle>
+/// `Own`: or `each` waits itself, for what it has started, or started before; then it decodes ahead, into registers by turns.
+template <bool Throughout, Waits Own, typename Each, typename Settle>
 DEVICE void by_turns(int count, Each each, Settle settle) {
     constexpr Number<1> one{};
     constexpr Number<0> none{};
     int t = 0;
-    if constexpr (Ahead) {
+    if constexpr (Own == Waits::ITSELF) {
+#pragma unroll 1
+        for (; t < count; t++) each(t);
+    } else if constexpr (Own == Waits::AHEAD) {
         each(t++);
 #pragma unroll 1
         while (t < count) {
@@ -106,7 +114,7 @@ class Stream {
                 if (Together > 1 && t < count) each(t, first + t, Number<1>{});
             } else {
                 begin();
-                by_turns<THROUGHOUT<W, M, false> || (Early && M == 8), is_int4(W)>(
+                by_turns<THROUGHOUT<W, M, false> || (Early && M == 8), WAITS<W, M>>(
                     count, [&](int t) { each(t, first + t, Number<1>{}); }, settle);
             }
             if constexpr (Early)
