@@ -67,7 +67,10 @@ RULES: tuple[Rule, ...] = (
     *(Rule("hip_decode_e4m3", "sm_90", "linear", s, _MEASURED, m=(1, 64)) for s in ("mxfp8", "w4a8", "mxfp4")),
     *(Rule("hip_decode", "sm_90", "linear", "w4a16", _MEASURED, m=(1, m), n=n, k=k) for m, n, k in _SM90_DECODE),
     # Triton's kernel took several times as long as peers at 16 to 64 rows, 6144 -> 2304.
-    Rule("hip_decode_int4", "sm_90", "linear", "int4_w4a16", "docs/decode.md: up to 64 rows wherever", m=(1, 64)),
+    *(
+        Rule("hip_decode_int4", "sm_90", "linear", "int4_w4a16", _MEASURED, m=(1, m), n=n, k=k)
+        for m, n, k in (_SM90_DECODE[0], (32, (1, None), (1, None)))
+    ),
     *(
         Rule(
             f"hip_decode_{arch}_{weight}", arch, "linear", scheme, "docs/decode_amd.md: counted and modelled", m=(1, 32)
@@ -231,8 +234,8 @@ TILE_RULES: tuple[TileRule, ...] = (
         for kernel in _WIDE
         for block_m, most_n, block_n, block_k, warps, stages, rows in (
             *((m, n, block_n, 128, 4, 4, (0, m)) for m in (16, 32, 64) for n, block_n in ((8191, 64), (None, 128))),
-            (128, 8191, 64, 64, 4, 6, (0, 512)), (128, None, 128, 64, 4, 4, (0, 128)),
-            (256, None, 128, 64, 8, 4, None),
+            (128, 8191, 64, 64, 4, 6, (0, 256)), (128, None, 128, 64, 4, 4, (0, 128)),
+            (128, 4095, 128, 128, 8, 4, (0, 512)), (256, None, 128, 64, 8, 4, None),
         )
     ),
     *(
