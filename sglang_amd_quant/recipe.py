@@ -81,7 +81,7 @@ class Recipe:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if self.group not in (None, *INT4_GROUPS):
+        if self.group is not None and (type(self.group) is not int or self.group not in INT4_GROUPS):
             raise RecipeError(
                 f"{self.source}: group {self.group}", "no int4 group", f"use one of {', '.join(map(str, INT4_GROUPS))}"
             )
@@ -94,7 +94,7 @@ class Recipe:
                 )
             try:
                 rule.matches("")
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise RecipeError(
                     f"{self.source}: pattern {rule.pattern!r}", f"no regular expression ({error})", "mend the pattern"
                 ) from None
