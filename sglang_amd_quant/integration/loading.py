@@ -54,12 +54,25 @@ def new_storage(scheme: Scheme, *shape: int) -> tuple[torch.Tensor, torch.Tensor
     return data, torch.full((*lead, k // scheme.block), UNLOADED_SCALE[scale_dtype], dtype=scale_dtype)
 
 
-def quantized(tensor: torch.Tensor, scheme: Scheme, mode: ScaleMode | None, device: torch.device) -> list[torch.Tensor]:
-    """A checkpoint tensor as [data] if it is quantized already, else quantized on `device` to [data, scales]."""
+def quantized(
+    layer: str, tensor: torch.Tensor, scheme: Scheme, mode: ScaleMode | None, device: torch.device
+) -> list[torch.Tensor]:
+    """A checkpoint tensor as [data] if it is quantized already, else quantized on `device` to [data, scales].
+
+    Raises:
+        CheckpointError: it holds NaN, or Inf, which would saturate and be served as a number.
+    """
     if tensor.element_size() == 1:
         return [tensor]
     with one_thread(device):
-        return quantized_tensors(tensor.to(device), scheme, mode)
+        tensor = tensor.to(device)
+        if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+            raise CheckpointError(
+                f"layer {layer}: weight {list(tensor.shape)}",
+                "holds NaN or Inf",
+                "mend the checkpoint, or keep the layer in bf16 with a recipe",
+            )
+        return quantized_tensors(tensor, scheme, mode)
 
 
 @contextmanager
