@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from textwrap import indent
@@ -58,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except OSError as error:
         what, why = error.filename or type(error).__name__, error.strerror or error
-        print(f"amd-mx {args.command}: {what}: {why}; check the path and its rights", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room, then repeat the command" if full else "check the path and its rights"
+        print(f"amd-mx {args.command}: {what}: {why}; {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"amd-mx {args.command}: interrupted", file=sys.stderr)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,20 @@ def test_the_rule_that_nan_weights_ask_for_works(folder: Path, capsys: Out) -> N
     rule = json.loads("{" + message.rpartition("rule ")[2] + "}")
     (folder / "recipe.json").write_text(json.dumps({"default": "mxfp4", "rules": rule}))
     assert main(["quantize", "m", "o", "--recipe", "recipe.json", "--force"]) == 0
+
+
+def test_a_disk_that_fills_up(folder: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free space was enough when the run began; the same command goes on when there is room again."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        message = refused(capsys, "quantize m o --scheme mxfp4")
+    assert message.startswith("amd-mx quantize: o.partial/model-00001-of-00001.tmp: No space left on device; make room")
+    assert not Path("o").exists()
+    assert main(["quantize", "m", "o", "--scheme", "mxfp4"]) == 0
 
 
 def test_shards_may_be_as_large_as_one_likes(folder: Path) -> None:
