@@ -61,6 +61,7 @@ def refused(capsys: Out, line: str) -> str:
         ("quantize m m/x --scheme mxfp4", "m/x: lies in the source"),
         ("quantize m o --recipe latin.json", "latin.json: no UTF-8 text; mend the file"),
         ("quantize m o --recipe deep.json", "deep.json: nested too deeply; mend the file"),
+        ("quantize m o --scheme int4_w4a16 --scale-mode even", "--scale-mode: scheme int4_w4a16 makes int4 alone"),
         ("quantize m o --scheme int4_w4a16 --tp 0", "--tp: '0': write a whole number of at least 1"),
         ("shapes gpt-oss-120b --recipe latin.json", "latin.json: no UTF-8 text"),
         ("shapes gpt-oss-120b --m 1,,2", "'1,,2': write whole numbers of at least 1, as 1,16,64"),
