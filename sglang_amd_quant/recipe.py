@@ -24,6 +24,9 @@ from sglang_amd_quant.errors import RecipeError
 from sglang_amd_quant.json_file import read_json
 from sglang_amd_quant.schemes import BF16, INT4_GROUP, INT4_GROUPS, SCHEMES, Scheme
 
+RECIPE_ENV = "SGLANG_AMD_MX_RECIPE"
+"""Environment variable that names a server's recipe file."""
+
 ALWAYS_BF16 = (
     "lm_head", "*.lm_head", "embed_tokens", "*.embed_tokens", "*.embed_tokens_per_layer", "wte", "*.wte",
     "*norm", "*norm.*", "*layernorm*",

@@ -21,13 +21,11 @@ from sglang_amd_quant.checkpoints import READERS, Reader, reader_for
 from sglang_amd_quant.checkpoints.folder import Folder
 from sglang_amd_quant.errors import RecipeError, SchemeError, UnsupportedError
 from sglang_amd_quant.integration.plugin import METHODS, check_hooks
-from sglang_amd_quant.recipe import TOWERS, Recipe, Rule, default_recipe
+from sglang_amd_quant.recipe import RECIPE_ENV, TOWERS, Recipe, Rule, default_recipe
 from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES, ScaleMode, Scheme
 
 logger = logging.getLogger(__name__)
-
-RECIPE_ENV = "SGLANG_AMD_MX_RECIPE"
 
 FUSED_MODULES: dict[str, list[str]] = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
