@@ -115,6 +115,11 @@ def test_the_rule_that_nan_weights_ask_for_works(folder: Path, capsys: Out) -> N
     assert main(["quantize", "m", "o", "--recipe", "recipe.json", "--force"]) == 0
 
 
+def test_names_that_no_encoding_holds(folder: Path, capsys: Out) -> None:
+    name = os.fsdecode(b"m\xff")
+    assert "m\\udcff: no such folder; name a folder" in refused(capsys, f"inspect {name}")
+
+
 def test_a_disk_that_fills_up(folder: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
     """Free space was enough when the run began; the same command goes on when there is room again."""
 
