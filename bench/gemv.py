@@ -20,6 +20,7 @@ import torch
 import bench.source_tree  # noqa: F401
 from bench.timing import graph_us, read_bandwidth
 from sglang_amd_quant import formats
+from sglang_amd_quant.errors import AmdMxError
 from sglang_amd_quant.runtime.device import Gpu, gpu
 from sglang_amd_quant.runtime.gemv_mxfp4 import GemvPlan, gemv_mxfp4, plans
 from sglang_amd_quant.runtime.launch import LaunchDescription
@@ -208,3 +209,6 @@ if __name__ == "__main__":
     except AssertionError as error:
         print(f"wrong result: {error}", file=sys.stderr)
         sys.exit(1)
+    except AmdMxError as error:
+        print(f"bench.gemv: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -19,6 +19,7 @@ import torch
 
 import bench.source_tree  # noqa: F401
 from bench.gemv import prepare, weights
+from sglang_amd_quant.errors import AmdMxError
 from sglang_amd_quant.ops.hip import current_stream
 from sglang_amd_quant.runtime.device import gpu
 from sglang_amd_quant.runtime.gemv_mxfp4 import gemv_mxfp4
@@ -89,4 +90,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except AmdMxError as error:
+        print(f"bench.launch: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sglang_amd_quant.cli.arguments import whole
 from sglang_amd_quant.layouts.base import Layout, SourceLayout
 from sglang_amd_quant.layouts.registry import SCALES, SOURCES, VALUES
 
@@ -81,9 +82,9 @@ def measure(layout: Layout, experts: int, device: str, repeats: int) -> Iterator
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.layouts", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--experts", type=int, help="matrices in one tensor (default: 4 on cpu, 32 on cuda)")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--experts", type=whole, help="matrices in one tensor (default: 4 on cpu, 32 on cuda)")
+    parser.add_argument("--repeats", type=whole, default=7)
+    parser.add_argument("--threads", type=whole, default=1, help="CPU threads")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from sglang_amd_quant.cli.arguments import above_zero
 from sglang_amd_quant.integration.cpu_platform import declare_torchvision_ops
 
 SHARD_BYTES = 10**9
@@ -227,7 +228,7 @@ def main() -> int:
     """Command line. Returns 0, or 1 where the bound is not kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", choices=LAYOUTS, nargs="+", default=list(LAYOUTS))
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the bf16 checkpoint (default: 2)")
+    parser.add_argument("--gigabytes", type=above_zero, default=2.0, help="size of the bf16 checkpoint (default: 2)")
     parser.add_argument("--scheme", default="w4a16", choices=["mxfp4", "mxfp8", "w4a8", "w4a16"])
     parser.add_argument("--folder", type=Path, help="where to make the checkpoints (default: the temporary folder)")
     parser.add_argument("--json", action="store_true")

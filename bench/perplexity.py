@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from bench.hf_model import fake_quantize, load_model
 from examples.fetch_gemma import DEFAULT_OUT, fetch
-from sglang_amd_quant.errors import AmdMxError
+from sglang_amd_quant.errors import AmdMxError, CheckpointError
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import BF16, INT4_GROUP, SCHEMES, Scheme
 
@@ -165,6 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.model is None:
             fetch(DEFAULT_OUT)
+        elif not (args.model / "config.json").is_file():  # or transformers takes it for a name on the hub
+            raise CheckpointError(str(args.model), "no directory with a config.json", "name one of a bf16 model")
         results, about = measure(args.model or DEFAULT_OUT, args.schemes)
     except AmdMxError as error:
         print(f"perplexity: {error}", file=sys.stderr)

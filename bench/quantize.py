@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from sglang_amd_quant.cli.arguments import above_zero, whole
 from sglang_amd_quant.formats import dequantize_int4, dequantize_mx, fake_quantize_mx, quantize_int4, quantize_mx
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, ScaleMode
 
@@ -112,10 +113,10 @@ def weights(mb: float, device: str) -> torch.Tensor:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.quantize", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--mb", type=float, default=64, help="size of the bf16 matrix (default 64)")
+    parser.add_argument("--mb", type=above_zero, default=64, help="size of the bf16 matrix (default 64)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=whole, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--repeats", type=whole, default=7)
     parser.add_argument("--peers", action="store_true", help="also torchao's to_mx, in eager mode")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the tables")
     args = parser.parse_args()

@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from sglang_amd_quant.checkpoints.plan import Output
 from sglang_amd_quant.checkpoints.shards import Shard, ShardWriter, plan_shards, write_index
+from sglang_amd_quant.cli.arguments import above_zero
+from sglang_amd_quant.schemes import SCHEMES
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 14336, 128256
 EXPERTS, EXPERT_INTERMEDIATE, EXPERT_HIDDEN = 32, 2880, 2880
@@ -117,8 +119,8 @@ def measure(folder: Path, layout: str, gigabytes: float, scheme: str) -> dict[st
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", choices=LAYOUTS, nargs="+", default=list(LAYOUTS))
-    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the bf16 source (default: 4)")
-    parser.add_argument("--scheme", default="mxfp4")
+    parser.add_argument("--gigabytes", type=above_zero, default=4.0, help="size of the bf16 source (default: 4)")
+    parser.add_argument("--scheme", default="mxfp4", choices=list(SCHEMES))
     parser.add_argument("--folder", type=Path, help="where to make the checkpoints (default: the temporary folder)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

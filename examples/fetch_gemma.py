@@ -210,6 +210,9 @@ def main(argv: list[str] | None = None) -> int:
     except AmdMxError as error:
         print(f"fetch_gemma: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"fetch_gemma: {error.filename or args.out}: {error.strerror}; name another --out", file=sys.stderr)
+        return 2
     took = f"written in {time.perf_counter() - start:.0f} s; Gemma's terms of use apply" if written else "already there"
     print(f"{args.out}: {took}")
     return 0

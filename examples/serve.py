@@ -154,12 +154,18 @@ def ask(port: int, question: str) -> None:
     print(f"decodes {rate:.1f} tokens/s (measured over {TIMED_TOKENS} tokens of one request, this machine's CPU)")
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a port from 1 to 65535")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line. Returns 0; 1 if `--stop` found nothing to stop; 2 if it cannot serve."""
     parser = argparse.ArgumentParser(prog="python -m examples.serve", description="Serve a model with amd_mx.")
     parser.add_argument("--model", default="", help="directory or hub name (default: Gemma 3 270M from PyPI)")
     parser.add_argument("--scheme", default="", help="force a scheme (default: amd_mx chooses)")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    parser.add_argument("--port", type=_port, default=DEFAULT_PORT)
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds the server may take to start")
     parser.add_argument("--stop", action="store_true", help="stop the server on the port")

@@ -24,6 +24,9 @@ from sglang_amd_quant.errors import RecipeError
 from sglang_amd_quant.json_file import read_json
 from sglang_amd_quant.schemes import BF16, INT4_GROUP, INT4_GROUPS, SCHEMES, Scheme
 
+RECIPE_ENV = "SGLANG_AMD_MX_RECIPE"
+"""Environment variable that names a server's recipe file."""
+
 ALWAYS_BF16 = (
     "lm_head", "*.lm_head", "embed_tokens", "*.embed_tokens", "*.embed_tokens_per_layer", "wte", "*.wte",
     "*norm", "*norm.*", "*layernorm*",
@@ -81,7 +84,7 @@ class Recipe:
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if self.group not in (None, *INT4_GROUPS):
+        if self.group is not None and (type(self.group) is not int or self.group not in INT4_GROUPS):
             raise RecipeError(
                 f"{self.source}: group {self.group}", "no int4 group", f"use one of {', '.join(map(str, INT4_GROUPS))}"
             )
@@ -94,7 +97,7 @@ class Recipe:
                 )
             try:
                 rule.matches("")
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise RecipeError(
                     f"{self.source}: pattern {rule.pattern!r}", f"no regular expression ({error})", "mend the pattern"
                 ) from None

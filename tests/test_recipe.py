@@ -55,6 +55,11 @@ def test_parts_must_agree():
         ("[1", r"r\.json:1: no JSON"),
         ("[1]", "not a recipe"),
         ('{"rules": []}', "not an object"),
+        ('{"group": 64.0}', r"group 64\.0: no int4 group"),
+        ('{"group": ' + "9" * 5000 + "}", "Exceeds the limit"),
+        ('{"rules": {"*.q": "bf16", "*.q": "mxfp4"}}', r"'\*\.q' stands there twice, with different values; mend"),
+        ('{"rules": {"re:a{99999999999}": "bf16"}}', "no regular expression"),
+        ('{"rules": {"re:' + "(" * 5000 + ")" * 5000 + '": "bf16"}}', "no regular expression"),
     ],
 )
 def test_unreadable_files(tmp_path, content, match):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sglang_amd_quant.checkpoints import reader_for
 from sglang_amd_quant.checkpoints.naming import some
 from sglang_amd_quant.checkpoints.reader import Reader
 from sglang_amd_quant.errors import CheckpointError
-from sglang_amd_quant.json_file import read_json
+from sglang_amd_quant.json_file import read_json, without_contradiction
 
 Report = Callable[[CheckpointError], None]
 
@@ -37,6 +38,8 @@ DTYPES: dict[str, torch.dtype] = {
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _FETCH = "fetch the file again"
+_FILE_NAME = re.compile(r"[^/\0]+\.safetensors")
+_NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -176,8 +179,10 @@ def _tensors(path: Path, report: Report) -> dict[str, TensorInfo]:
     indexed: dict[str, str] | None = None
     if (path / INDEX).is_file():
         indexed = _json(path / INDEX).get("weight_map")
-        if not isinstance(indexed, dict) or not all(isinstance(f, str) for f in indexed.values()):
-            raise CheckpointError(str(path / INDEX), "no weight_map of tensor names to files", _FETCH)
+        if not isinstance(indexed, dict) or not all(
+            isinstance(f, str) and _FILE_NAME.fullmatch(f) for f in indexed.values()
+        ):
+            raise CheckpointError(str(path / INDEX), "no weight_map of tensor names to *.safetensors beside it", _FETCH)
     files = _files(path, indexed)
     tensors: dict[str, TensorInfo] = {}
     readable = set()
@@ -195,6 +200,10 @@ def _tensors(path: Path, report: Report) -> dict[str, TensorInfo]:
             tensors.setdefault(info.name, info)
     if indexed is not None:
         _check_index(path / INDEX, indexed, tensors, readable, report)
+    else:
+        _check_numbers(files, report)
+    if not tensors and len(readable) == len(files):
+        report(CheckpointError(str(path), "holds no tensors", "fetch the checkpoint again"))
     return tensors
 
 
@@ -223,6 +232,18 @@ def _check_index(
         report(CheckpointError(f"{index}: {some(extra)}", "stored, but not in the index", "fetch the index again"))
 
 
+def _check_numbers(files: list[Path], report: Report) -> None:
+    """Without an index only the names (`model-00001-of-00003`) tell of a shard that is not there."""
+    numbers: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for file in files:
+        if match := _NUMBERED.fullmatch(file.name):
+            numbers[match[1], int(match[3])].add(int(match[2]))
+    for (stem, count), found in numbers.items():
+        if len(found) != count:
+            what = f"{files[0].parent / stem}*-of-{count}"
+            report(CheckpointError(what, f"{len(found)} of {count} shards are there", "fetch the others, or the index"))
+
+
 def _truncated(file: Path, wanted: int) -> CheckpointError:
     has = file.stat().st_size
     return CheckpointError(str(file), f"truncated: {has} bytes where its header tells of {wanted}", _FETCH)
@@ -246,29 +267,34 @@ def _header(path: Path) -> list[TensorInfo]:
     except OSError as error:
         raise CheckpointError(str(path), error.strerror or "cannot be read", _FETCH) from None
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=without_contradiction)
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-        entries.sort(key=lambda item: item[1]["data_offsets"][0])
+        entries.sort(key=lambda item: item[1]["data_offsets"])
         infos = [_info(path, name, entry, _LENGTH_BYTES + length) for name, entry in entries]
     except CheckpointError:
         raise
     except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise CheckpointError(str(path), f"no safetensors header ({error})", _FETCH) from None
-    for before, after in pairwise(infos):
-        if before.start + before.nbytes != after.start:
-            raise CheckpointError(f"{path}: {after.name}", "does not start where the tensor before it ends", _FETCH)
-    end = max((info.start + info.nbytes for info in infos), default=0)
+    end = _LENGTH_BYTES + length
+    for info in infos:
+        if info.start != end:
+            raise CheckpointError(f"{path}: {info.name}", "does not start where the tensor before it ends", _FETCH)
+        end += info.nbytes
     if end > size:
         raise _truncated(path, end)
+    if end < size:
+        raise CheckpointError(str(path), f"{size} bytes where its header tells of {end}", _FETCH)
     return infos
 
 
 def _info(path: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
     (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
     what = f"{path}: {name} {list(shape)} {entry['dtype']}"
+    if not name.isprintable():  # it would break the lines that name it
+        raise CheckpointError(f"{path}: {name!r}", "no name of a tensor", _FETCH)
     if entry["dtype"] not in DTYPES:
         raise CheckpointError(what, "unknown dtype", f"use one of {', '.join(DTYPES)}")
     info = TensorInfo(name, path, DTYPES[entry["dtype"]], shape, base + begin)
-    if not all(isinstance(n, int) and n >= 0 for n in shape) or info.nbytes != end - begin:
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or info.nbytes != end - begin:
         raise CheckpointError(what, f"its shape needs {info.nbytes} bytes, its offsets hold {end - begin}", _FETCH)
     return info

@@ -74,9 +74,13 @@ class Job:
             raise CheckpointError(str(self.target), "exists", "name another folder, or replace it with --force")
         if self.target.exists() and not self.target.is_dir():
             raise CheckpointError(str(self.target), "a file", "name a folder")
+        if self.target.is_symlink() or self.target.name in ("", ".."):
+            raise CheckpointError(str(self.target), "stands for another folder", "name that folder itself")
         source, target = self.source.path.resolve(), self.target.resolve()
         if source == target or source in target.parents or target in source.parents:
             raise CheckpointError(str(self.target), f"lies in the source {source}, or holds it", "name another folder")
+        for folder, mark in ((self.target, "config.json"), (self.partial, MANIFEST)):
+            _check_ours(folder, mark)
         with _locked(self.partial):
             self._begin(force)
             self.run(self.partial, progress)
@@ -90,8 +94,9 @@ class Job:
 
     def _target_config(self) -> dict[str, Any]:
         config = dict(self.source.config)
-        if "text_config" in config:
-            config["text_config"] = {k: v for k, v in config["text_config"].items() if k != "quantization_config"}
+        text = config.get("text_config")
+        if isinstance(text, dict):
+            config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
         return config | {"quantization_config": dict(self.config)}
 
     def _begin(self, force: bool) -> None:
@@ -125,6 +130,17 @@ class Job:
         manifest.write_text(json.dumps(wanted, indent=2) + "\n")
 
 
+def _check_ours(folder: Path, mark: str) -> None:
+    """--force replaces checkpoints, whole, begun or half deleted, and no folder of somebody's other work.
+
+    Raises:
+        CheckpointError: there is something in the folder, but not the file that marks it, and no shard.
+    """
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    if found and not any(path.name == mark or path.suffix == ".safetensors" for path in found):
+        raise CheckpointError(str(folder), f"holds files, but no {mark}", "name another folder, or delete this one")
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep two runs from writing one folder."""
@@ -145,7 +161,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """What a partial target was begun with; nothing known where the manifest is missing or was cut."""
     try:
         return dict(json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return {}
 
 

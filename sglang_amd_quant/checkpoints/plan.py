@@ -138,8 +138,8 @@ def plan_conversion(folder: Folder, recipe: Recipe, tp: int = 1) -> Plan:
 
     Raises:
         CheckpointError: the checkpoint is quantized already.
-        RecipeError: a pattern matches nothing, or parts of a fused layer get different schemes.
-        ShapeError: K is not whole blocks.
+        RecipeError: a pattern matches nothing, parts of a fused layer get different schemes, or nothing is quantized.
+        ShapeError: K is not whole blocks, or a layer is empty.
     """
     if folder.quantization_config is not None:
         method = folder.quantization_config.get("quant_method", "modelopt")
@@ -168,6 +168,13 @@ def _planned(folder: Folder, recipe: Recipe, layout: FusedExperts | None, tp: in
             if piece.scheme:
                 plan.quantized[piece.scheme.name] += 1
     _check_recipe(recipe, modules)
+    if not plan.quantized:
+        some_kept = plan.in_doubt or modules
+        raise RecipeError(
+            recipe.source,
+            f"quantizes none of {len(modules)} modules",
+            f"name layers in a recipe's rules; they are named like {', '.join(some_kept[:2])}",
+        )
     kept = dict.fromkeys(_generalized(module) for module in plan.in_doubt)
     plan.recipe = replace(recipe, rules=(*(Rule(p, BF16) for p in kept), *recipe.rules))
     return plan
@@ -244,6 +251,12 @@ def _quantized(
     ranks: int = 1,
 ) -> Piece:
     *lead, k = shape
+    if not math.prod(shape):
+        raise ShapeError(
+            f"layer {module} {list(shape)}",
+            "holds no weights",
+            f'fetch the checkpoint again, or keep the layer in bf16 with a recipe rule "{module}": "bf16"',
+        )
     if k % (scheme.block * ranks):
         lower = "lower --tp, or " if ranks > 1 else ""
         smaller = "take a smaller --group, or " if scheme.divisible else ""

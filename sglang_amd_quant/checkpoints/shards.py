@@ -96,9 +96,12 @@ class ShardWriter:
         """Write a tensor, or the part of it that starts at its byte `first`. Several threads may."""
         left = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
         at = self._shard.starts[name] + first
-        while left:
-            done = os.pwrite(self._file.fileno(), left, at)
-            left, at = left[done:], at + done
+        try:
+            while left:
+                done = os.pwrite(self._file.fileno(), left, at)
+                left, at = left[done:], at + done
+        except OSError as error:  # which does not know the file's name
+            raise OSError(error.errno, error.strerror, str(self._temporary)) from None
 
     def __exit__(self, failed: object, *_: object) -> None:
         os.fsync(self._file.fileno())

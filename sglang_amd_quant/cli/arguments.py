@@ -1,10 +1,15 @@
-"""Kinds of arguments that commands share, each with an error that says what to write."""
+"""Kinds of arguments that commands and benches share, each with an error that says what to write."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 
+from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.selection.arch import ARCHES, canonical
+from sglang_amd_quant.shapes.facts import ModelFacts
+from sglang_amd_quant.shapes.recipes import unmatched
 
 
 def known_arch(text: str) -> str:
@@ -33,3 +38,23 @@ def wholes(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers of at least 1, as 1,16,64")
     return tuple(dict.fromkeys(map(int, parts)))
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number above 0")
+    return value
+
+
+def recipe_file(path: str, facts: ModelFacts) -> Recipe:
+    """The recipe in a file. Where a server would stop, a pattern of no layer is told on stderr here: a plan lists GEMMs
+    of the language model only, and the pattern may be about others."""
+    recipe = Recipe.load(path)
+    for pattern in unmatched(facts, recipe):
+        print(f"note: {path}: {pattern!r} matches no layer of {facts.name} that is planned", file=sys.stderr)
+    return recipe

@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from sglang_amd_quant import shapes
-from sglang_amd_quant.cli.arguments import known_arch, wholes
+from sglang_amd_quant.cli.arguments import known_arch, recipe_file, wholes
 from sglang_amd_quant.errors import ShapeError, UnsupportedError
-from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.selection.choose import Selector
 from sglang_amd_quant.selection.coverage import DEFAULT_MS, Report, coverage, recorded
@@ -97,7 +96,7 @@ def _report(args: argparse.Namespace) -> Report:
     if not args.model:
         raise ShapeError("MODEL", "not given", "name one (`amd-mx shapes --list` lists cards), or give --from-trace")
     facts = shapes.load(args.model)
-    recipe = Recipe.load(args.recipe) if args.recipe else recipe_for(facts, args.scheme, args.arch)
+    recipe = recipe_file(args.recipe, facts) if args.recipe else recipe_for(facts, args.scheme, args.arch)
     recipe = replace(recipe, group=args.group or recipe.group)
     selector = Selector(available=shipped() if args.kernels == "shipped" else None)
     return coverage(facts, args.arch, args.tp, args.ep, recipe, args.m, selector, args.cu_count, args.out_dtype)

@@ -13,7 +13,8 @@ from typing import Any
 
 from sglang_amd_quant import __version__
 from sglang_amd_quant.cli.arguments import device_arch
-from sglang_amd_quant.recipe import default_recipe
+from sglang_amd_quant.errors import AmdMxError
+from sglang_amd_quant.recipe import RECIPE_ENV, Recipe, default_recipe
 from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.selection import GemmProblem, KernelChoice, choose
 from sglang_amd_quant.selection.choose import REFERENCE
@@ -85,8 +86,11 @@ def diagnose(arch: str | None = None) -> Diagnosis:
         _check_device(found)
     elif found.versions["torch"] is not None:
         found.arch, found.device, found.attention = arch, "asked for", _attention(arch)
-    if found.arch is not None:
-        _ask_selection(found, found.arch)
+    for look in (_check_recipe, _ask_selection):
+        try:
+            look(found)
+        except AmdMxError as error:
+            found.problems.append((f"{error.what}: {error.reason}", error.remedy))
     return found
 
 
@@ -148,11 +152,21 @@ def _check_device(found: Diagnosis) -> None:
         )
 
 
+def _check_recipe(found: Diagnosis) -> None:
+    path = os.environ.get(RECIPE_ENV)
+    if path:
+        found.notes.append(f"{RECIPE_ENV}={path} is what --quantization amd_mx follows")
+        Recipe.load(path)
+
+
 def _attention(arch: str) -> str:
     return next((name for prefix, name in ATTENTION.items() if arch.startswith(prefix)), "triton")
 
 
-def _ask_selection(found: Diagnosis, arch: str) -> None:
+def _ask_selection(found: Diagnosis) -> None:
+    arch = found.arch
+    if arch is None:
+        return
     from sglang_amd_quant.ops import linear, moe
     from sglang_amd_quant.runtime.detect import launchable, missing
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import io
 import sys
 from textwrap import indent
 
@@ -27,6 +29,9 @@ COMMANDS: dict[str, str] = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0 good, 1 problems found, 2 the command could not be carried out."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an arrow or a file's name may be beyond the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="amd-mx",
         description="Quantize, inspect and explain MX and int4 models for SGLang on AMD GPUs.",
@@ -58,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except OSError as error:
         what, why = error.filename or type(error).__name__, error.strerror or error
-        print(f"amd-mx {args.command}: {what}: {why}; check the path and its rights", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room, then repeat the command" if full else "check the path and its rights"
+        print(f"amd-mx {args.command}: {what}: {why}; {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"amd-mx {args.command}: interrupted", file=sys.stderr)

@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
             if "int4" not in recipe.weights:
                 raise RecipeError(f"--group {args.group}", f"{recipe.source} makes no int4", "drop one of the two")
             recipe = replace(recipe, group=args.group)
+        if args.scale_mode and recipe.weights == {"int4"}:
+            raise RecipeError("--scale-mode", f"{recipe.source} makes int4 alone, which has no modes", "drop it")
         modes = dict.fromkeys(DEFAULT_SCALE_MODE, ScaleMode(args.scale_mode)) if args.scale_mode else DEFAULT_SCALE_MODE
         job = quantize_job(source, args.target, recipe, modes, args.max_shard_size, args.tp)
     with tqdm(total=job.source_bytes, unit="B", unit_scale=True, desc=args.target.name) as bar:

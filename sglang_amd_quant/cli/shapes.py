@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from sglang_amd_quant import shapes
-from sglang_amd_quant.cli.arguments import wholes
+from sglang_amd_quant.cli.arguments import recipe_file, wholes
 from sglang_amd_quant.errors import AmdMxError
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import BF16, SCHEMES
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         raise AmdMxError("MODEL", "not given", "name one, or see `amd-mx shapes --list`")
     facts = shapes.load(args.model)
-    recipe = Recipe.load(args.recipe) if args.recipe else recipe_for(facts, args.scheme, args.arch)
+    recipe = recipe_file(args.recipe, facts) if args.recipe else recipe_for(facts, args.scheme, args.arch)
     here, last = (
         shapes.plan(facts, args.tp, args.ep, recipe, fuse_shared=args.fuse_shared, rank=rank, mtp=args.mtp)
         for rank in (args.rank, args.tp - 1)

@@ -7,24 +7,25 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 
 from sglang_amd_quant.checkpoints import READERS, Reader, reader_for
+from sglang_amd_quant.checkpoints.folder import Folder
 from sglang_amd_quant.errors import RecipeError, SchemeError, UnsupportedError
 from sglang_amd_quant.integration.plugin import METHODS, check_hooks
-from sglang_amd_quant.recipe import TOWERS, Recipe, Rule, default_recipe
+from sglang_amd_quant.recipe import RECIPE_ENV, TOWERS, Recipe, Rule, default_recipe
 from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES, ScaleMode, Scheme
 
 logger = logging.getLogger(__name__)
-
-RECIPE_ENV = "SGLANG_AMD_MX_RECIPE"
 
 FUSED_MODULES: dict[str, list[str]] = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -230,10 +231,11 @@ class AmdMxConfig(QuantizationConfig):
 
         Raises:
             RecipeError: a pattern matches no layer of the model.
-            CheckpointError: as the format's reader says.
+            CheckpointError: as the format's reader says, or a file is broken.
         """
         if self.check_patterns:
             self._check_patterns()
+        weights = _from_whole_files(weights)
         stream = self.reader.canonical(weights) if self.reader else iter(weights)
         transpose = self._model_type() in EXPERTS_TRANSPOSED and self.reader is not None
         return _transposed_experts(stream) if transpose else iter(stream)
@@ -248,6 +250,19 @@ class AmdMxConfig(QuantizationConfig):
                 "matches no layer of this model",
                 f"layers are named like {', '.join(sorted(self._quantized or self._seen)[:2])}",
             )
+
+
+def _from_whole_files(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same, but a broken file is told by its name, which safetensors does not know."""
+    try:
+        yield from weights
+    except SafetensorError:
+        from sglang.srt.runtime_context import get_server_args
+
+        folder = Path(get_server_args().model_path)
+        if folder.is_dir():
+            Folder.open(folder)
+        raise
 
 
 def _transposed_experts(stream: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

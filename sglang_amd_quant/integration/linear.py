@@ -94,7 +94,7 @@ class AmdMxLinearMethod(LinearMethodBase):
             loading.loading(self.prefix, tensor, load, param, tensor, *shard, **named)
             return
         mode = self.config.scale_mode.get(self.scheme.weight)
-        parts = loading.quantized(tensor, self.scheme, mode, param.device)
+        parts = loading.quantized(self.prefix, tensor, self.scheme, mode, param.device)
         for target, part in zip((layer.weight, layer.weight_scale), parts, strict=False):
             loading.loading(self.prefix, tensor, load, target, part, *shard, **named)
 

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from sglang_amd_quant.checkpoints.naming import STORED
-from sglang_amd_quant.errors import CheckpointError, ShapeError
+from sglang_amd_quant.errors import CheckpointError, ShapeError, UnsupportedError
 from sglang_amd_quant.formats import group_words, split_words
 from sglang_amd_quant.layouts.names import STRIDED
 from sglang_amd_quant.ops.packed import Weight
@@ -54,12 +54,25 @@ def new_storage(scheme: Scheme, *shape: int) -> tuple[torch.Tensor, torch.Tensor
     return data, torch.full((*lead, k // scheme.block), UNLOADED_SCALE[scale_dtype], dtype=scale_dtype)
 
 
-def quantized(tensor: torch.Tensor, scheme: Scheme, mode: ScaleMode | None, device: torch.device) -> list[torch.Tensor]:
-    """A checkpoint tensor as [data] if it is quantized already, else quantized on `device` to [data, scales]."""
+def quantized(
+    layer: str, tensor: torch.Tensor, scheme: Scheme, mode: ScaleMode | None, device: torch.device
+) -> list[torch.Tensor]:
+    """A checkpoint tensor as [data] if it is quantized already, else quantized on `device` to [data, scales].
+
+    Raises:
+        CheckpointError: it holds NaN, or Inf, which would saturate and be served as a number.
+    """
     if tensor.element_size() == 1:
         return [tensor]
     with one_thread(device):
-        return quantized_tensors(tensor.to(device), scheme, mode)
+        tensor = tensor.to(device)
+        if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+            raise CheckpointError(
+                f"layer {layer}: weight {list(tensor.shape)}",
+                "holds NaN or Inf",
+                "mend the checkpoint, or keep the layer in bf16 with a recipe",
+            )
+        return quantized_tensors(tensor, scheme, mode)
 
 
 @contextmanager
@@ -161,8 +174,7 @@ class CopyBudget:
     def take(self, size: int) -> bool:
         """Whether `size` more bytes may be kept."""
         if self._left is None:
-            given = os.environ.get(COPIES_ENV)
-            self._left = float(given) * 1e9 if given else psutil.virtual_memory().available / 4
+            self._left = self._given()
             logger.info(
                 "amd_mx keeps up to %.1f GB of dequantized weights on the CPU (%s)", self._left / 1e9, COPIES_ENV
             )
@@ -170,6 +182,18 @@ class CopyBudget:
             return False
         self._left -= size
         return True
+
+    def _given(self) -> float:
+        text = os.environ.get(COPIES_ENV)
+        if not text:
+            return psutil.virtual_memory().available / 4
+        try:
+            gigabytes = float(text)
+        except ValueError:
+            gigabytes = -1.0
+        if not gigabytes >= 0:
+            raise UnsupportedError(f"{COPIES_ENV}={text}", "no number of gigabytes", "write one, as 8, or unset it")
+        return gigabytes * 1e9
 
 
 BUDGET = CopyBudget()

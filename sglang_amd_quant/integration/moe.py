@@ -115,7 +115,7 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             parts = [(scales, tensor, block)]
         else:
             mode = self.config.scale_mode.get(self.scheme.weight)
-            made = loading.quantized(tensor, self.scheme, mode, param.device)
+            made = loading.quantized(self.prefix, tensor, self.scheme, mode, param.device)
             parts = list(zip((weight, scales), made, (self.scheme.pack, block), strict=False))
         for target, part, per_byte in parts:
             part_name = name if target is param else f"{name}_scale"

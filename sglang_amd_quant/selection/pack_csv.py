@@ -138,6 +138,13 @@ def _number(text: str) -> float | None:
     return value
 
 
+def _time(text: str) -> float | None:
+    value = _number(text)
+    if value == 0:
+        raise ValueError("is no time above 0")
+    return value
+
+
 def _layout(text: str) -> str | None:
     if not text:
         return None
@@ -198,9 +205,9 @@ COLUMNS: dict[str, Callable[[str], Any]] = {
     "waves_per_eu": _zero,
     "nonkdim": _zero,
     "params": _params,
-    "us": _number,
+    "us": _time,
     "err": _number,
-    "peer_us": _number,
+    "peer_us": _time,
     "device": str,
     "versions": str,
     "date": _date,

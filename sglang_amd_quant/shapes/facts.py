@@ -118,14 +118,14 @@ class ModelFacts:
                 f"{name}: architecture {architecture}", "not known here", f"known are {', '.join(sorted(FAMILIES))}"
             )
         config = Config(data, name, architecture)
-        quantization = config.object("quantization_config")
+        quantization, unconfirmed = config.object("quantization_config"), data.get("unconfirmed")
         return cls(
             name,
             architecture,
             family.block,
             layers=tuple(layer for layer in family.layers(config) if layer.blocks != ()),
             source=str(data.get("source", name)),
-            unconfirmed=tuple(data.get("unconfirmed", ())),
+            unconfirmed=tuple(map(str, unconfirmed)) if isinstance(unconfirmed, list) else (),
             quantization=json.dumps(quantization) if quantization else None,
         )
 

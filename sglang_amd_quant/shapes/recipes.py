@@ -7,6 +7,7 @@ import json
 from sglang_amd_quant.recipe import Recipe, default_recipe
 from sglang_amd_quant.schemes import BF16, scheme
 from sglang_amd_quant.shapes.facts import ModelFacts
+from sglang_amd_quant.shapes.layers import Experts
 
 AMD_MX = "amd_mx"
 
@@ -32,3 +33,13 @@ def recipe_for(facts: ModelFacts, name: str, arch: str) -> Recipe:
     from sglang_amd_quant.checkpoints import reader_for  # imports torch
 
     return reader_for(json.loads(facts.quantization)).recipe
+
+
+def unmatched(facts: ModelFacts, recipe: Recipe) -> list[str]:
+    """Patterns of the recipe that match no layer which is planned: misspelt, or about a vision tower."""
+    modules: list[str] = []
+    for layer in facts.layers:
+        named = (*layer.gate_up, layer.down) if isinstance(layer, Experts) else [part.module for part in layer.parts]
+        stems = [""] if layer.blocks is None else [facts.block.format(i) for i in layer.blocks]
+        modules += (stem + name for stem in stems for name in named)
+    return recipe.unmatched(modules)

@@ -173,8 +173,12 @@ def _up_to_date(path: Path, key: str) -> tuple[bytes, dict[str, Any]] | None:
     record = path.with_suffix(".json")
     if not path.exists() or not record.exists():
         return None
-    binary, facts = path.read_bytes(), json.loads(record.read_text())
-    fresh = facts["key"] == key and facts["sha256"] == hashlib.sha256(binary).hexdigest()
+    binary = path.read_bytes()
+    try:
+        facts = json.loads(record.read_text())
+        fresh = facts["key"] == key and facts["sha256"] == hashlib.sha256(binary).hexdigest()
+    except (ValueError, KeyError, TypeError):  # cut or garbled: it is made anew
+        return None
     return (binary, facts) if fresh else None
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sglang_amd_quant.checkpoints.folder import INDEX
 from sglang_amd_quant.checkpoints.native import quantization_config
 from sglang_amd_quant.cli.main import main
 from sglang_amd_quant.errors import CheckpointError
@@ -56,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
 
 def index(folder: Path) -> None:
     weight_map = {name: file for file in SHARDS for name in load_file(folder / file)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 def write_config(folder: Path, quantization: dict[str, Any]) -> None:
@@ -86,6 +87,18 @@ def edit_header(folder: Path, name: str, **fields: Any) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
 
 
+def rewrite_header(folder: Path, header: str, data: int) -> None:
+    """Make the first shard a file of this header over so many bytes."""
+    text = header.encode()
+    (folder / SHARDS[0]).write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
+
+
+def header(**tensors: list[Any]) -> str:
+    """Of uint8 tensors, by their data_offsets."""
+    entries = {n: {"dtype": "U8", "shape": [4], "data_offsets": offsets} for n, offsets in tensors.items()}
+    return json.dumps(entries)
+
+
 def cut(folder: Path, size: int) -> None:
     path = folder / SHARDS[1]
     path.write_bytes(path.read_bytes()[:size])
@@ -109,6 +122,41 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         rf"{Q}.weight \[32, 1099511627776\] U8: its shape needs \d+ bytes, its offsets hold 1024",
     ),
     "negative shape": (lambda f: edit_header(f, f"{Q}.weight", shape=[-32, -32]), "its shape needs"),
+    "negative offsets": (lambda f: rewrite_header(f, header(a=[-4, 0]), 4), r"a \[4\] U8: its shape needs"),
+    "broken offsets": (lambda f: rewrite_header(f, header(a=[0.0, 4.0]), 4), r"a \[4\] U8: its shape needs"),
+    "hole before the first tensor": (lambda f: rewrite_header(f, header(a=[4, 8]), 8), "a: does not start where"),
+    "hole after the last tensor": (
+        lambda f: rewrite_header(f, header(a=[0, 4]), 8),
+        rf"{SHARDS[0]}: \d+ bytes where its header tells of \d+; fetch",
+    ),
+    "name twice in a header": (
+        lambda f: rewrite_header(f, f"{header(a=[0, 4])[:-1]},{header(a=[4, 8])[1:]}", 8),
+        "no safetensors header .'a' stands there twice, with different values",
+    ),
+    "name of several lines": (
+        lambda f: rewrite_header(f, header(**{"a\nb": [0, 4]}), 4),
+        r"'a\\nb': no name of a tensor",
+    ),
+    "no tensors": (
+        lambda f: [save_file({}, f / file) for file in SHARDS] and (f / INDEX).unlink(),
+        "holds no tensors; fetch the checkpoint again",
+    ),
+    "missing shard, no index": (
+        lambda f: ((f / SHARDS[1]).unlink(), (f / INDEX).unlink()),
+        r"model-\*-of-2: 1 of 2 shards are there",
+    ),
+    "index names other folders": (
+        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "../a.safetensors"}}'),
+        r"index\.json: no weight_map of tensor names to \*\.safetensors beside it",
+    ),
+    "index contradicts itself": (
+        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'),
+        r"index\.json: 'a' stands there twice, with different values",
+    ),
+    "config with an absurd number": (
+        lambda f: (f / "config.json").write_text('{"hidden_size": ' + "9" * 5000 + "}"),
+        r"config\.json: Exceeds the limit \(4300 digits\).*; mend the file",
+    ),
     "unknown dtype": (lambda f: edit_header(f, f"{Q}.weight", dtype="F7"), rf"{Q}.weight \[32, 32\] F7: unknown dtype"),
     "overlapping tensors": (
         lambda f: edit_header(f, f"{Q}.weight_scale", data_offsets=[0, 64]),
@@ -119,7 +167,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: (index(f), (save_file({}, f / SHARDS[0]))),
         rf"index.json: .*{Q}.weight.*: not in the file it names",
     ),
-    "index no JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json:1: no JSON"),
+    "index no JSON": (lambda f: (f / INDEX).write_text("{"), "index.json:1: no JSON"),
     "tensor not in the index": (
         lambda f: save_file(load_file(f / SHARDS[0]) | {"extra.weight": torch.ones(2)}, f / SHARDS[0]),
         "extra.weight: stored, but not in the index",
@@ -213,7 +261,10 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: No such file"),
 }  # fmt: skip
 
-UNREADABLE = {"index no JSON", "config no JSON", "no config"}
+UNREADABLE = {
+    "index no JSON", "index names other folders", "index contradicts itself",
+    "config no JSON", "config with an absurd number", "no config",
+}  # fmt: skip
 """Nothing can be told of these, so `amd-mx inspect` ends with 2."""
 
 

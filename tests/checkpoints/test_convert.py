@@ -205,13 +205,17 @@ def test_fused_parts_need_one_scheme(saved: Saved, tmp_path: Path) -> None:
             quantize_job(Folder.open(saved(model_type)), tmp_path / "out", recipe)
 
 
+MLP = "model.layers.0.mlp"
+
+
 @pytest.fixture
 def down_proj(tmp_path: Path) -> Callable[[torch.Tensor], Path]:
-    """A checkpoint of one layer."""
+    """A checkpoint whose down_proj is to be tried."""
 
     def make(weight: torch.Tensor) -> Path:
         (tmp_path / "in").mkdir()
-        save_file({"model.layers.0.mlp.down_proj.weight": weight}, tmp_path / "in" / "model.safetensors")
+        tensors = {f"{MLP}.down_proj.weight": weight, f"{MLP}.up_proj.weight": torch.ones(64, 64)}
+        save_file(tensors, tmp_path / "in" / "model.safetensors")
         (tmp_path / "in" / "config.json").write_text("{}")
         return tmp_path / "in"
 
@@ -226,6 +230,21 @@ def test_k_not_a_multiple_of_32(down_proj: Callable[[torch.Tensor], Path], tmp_p
     with pytest.raises(ShapeError, match=message):
         quantize_job(Folder.open(source), tmp_path / "out", Recipe.uniform("mxfp4"))
     quantized(source, tmp_path / "out", Recipe((Rule("*.down_proj", "bf16"),), "mxfp4"))
+
+
+@pytest.mark.parametrize("shape", [(64, 0), (0, 64)])
+def test_empty_weights(down_proj: Callable[[torch.Tensor], Path], tmp_path: Path, shape: tuple[int, int]) -> None:
+    with pytest.raises(
+        ShapeError, match=r"down_proj \[\d+, \d+\]: holds no weights; fetch the checkpoint again, or keep"
+    ):
+        quantize_job(Folder.open(down_proj(torch.ones(shape))), tmp_path / "out", Recipe.uniform("int4_w4a16"))
+
+
+def test_nothing_to_quantize(down_proj: Callable[[torch.Tensor], Path], tmp_path: Path) -> None:
+    """Written all the same, it would be a checkpoint that `amd-mx inspect` finds fault with."""
+    message = rf"^recipe: quantizes none of 2 modules; name layers .* like {MLP}\.down_proj, {MLP}\.up_proj$"
+    with pytest.raises(RecipeError, match=message):
+        quantize_job(Folder.open(down_proj(torch.ones(64, 64))), tmp_path / "out", Recipe())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -337,6 +356,33 @@ class TestFolder:
             "default": "mxfp8",
             "rules": {},
         }
+
+    @pytest.mark.parametrize("name", ["out", "out.partial"])
+    def test_other_work_is_never_replaced(self, source: Path, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis").write_text("")
+        with pytest.raises(CheckpointError, match=rf"{name}: holds files, but no .*json; name another folder"):
+            quantize_job(Folder.open(source), tmp_path / "out", Recipe.uniform("mxfp8")).execute(silent, force=True)
+        assert (tmp_path / name / "thesis").is_file()
+
+    @pytest.mark.parametrize("target", ["elsewhere/..", ".", "link"])
+    def test_target_by_another_name(
+        self, source: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What a rename at the end could not replace is refused before any work."""
+        (tmp_path / "elsewhere" / "folder").mkdir(parents=True)
+        (tmp_path / "link").symlink_to("elsewhere")
+        monkeypatch.chdir(tmp_path / "elsewhere" / "folder")
+        path = Path(target) if target == "." else tmp_path / target
+        with pytest.raises(CheckpointError, match="stands for another folder; name that folder itself"):
+            quantize_job(Folder.open(source), path, Recipe.uniform("mxfp8")).execute(silent, force=True)
+
+    @pytest.mark.parametrize("text_config", [None, []])
+    def test_text_config_that_is_none(self, source: Path, tmp_path: Path, text_config: Any) -> None:
+        config = json.loads((source / "config.json").read_text()) | {"text_config": text_config}
+        (source / "config.json").write_text(json.dumps(config))
+        quantized(source, tmp_path / "out", Recipe.uniform("mxfp4"))
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"] == text_config
 
     @pytest.mark.parametrize("target", ["in", "in/out", "."])
     def test_source_and_target_apart(self, source: Path, tmp_path: Path, target: str) -> None:

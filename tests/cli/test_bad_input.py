@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ def refused(capsys: Out, line: str) -> str:
         ("quantize m m/x --scheme mxfp4", "m/x: lies in the source"),
         ("quantize m o --recipe latin.json", "latin.json: no UTF-8 text; mend the file"),
         ("quantize m o --recipe deep.json", "deep.json: nested too deeply; mend the file"),
+        ("quantize m o --scheme int4_w4a16 --scale-mode even", "--scale-mode: scheme int4_w4a16 makes int4 alone"),
         ("quantize m o --scheme int4_w4a16 --tp 0", "--tp: '0': write a whole number of at least 1"),
         ("shapes gpt-oss-120b --recipe latin.json", "latin.json: no UTF-8 text"),
         ("shapes gpt-oss-120b --m 1,,2", "'1,,2': write whole numbers of at least 1, as 1,16,64"),
@@ -110,6 +113,25 @@ def test_the_rule_that_nan_weights_ask_for_works(folder: Path, capsys: Out) -> N
     rule = json.loads("{" + message.rpartition("rule ")[2] + "}")
     (folder / "recipe.json").write_text(json.dumps({"default": "mxfp4", "rules": rule}))
     assert main(["quantize", "m", "o", "--recipe", "recipe.json", "--force"]) == 0
+
+
+def test_names_that_no_encoding_holds(folder: Path, capsys: Out) -> None:
+    name = os.fsdecode(b"m\xff")
+    assert "m\\udcff: no such folder; name a folder" in refused(capsys, f"inspect {name}")
+
+
+def test_a_disk_that_fills_up(folder: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free space was enough when the run began; the same command goes on when there is room again."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        message = refused(capsys, "quantize m o --scheme mxfp4")
+    assert message.startswith("amd-mx quantize: o.partial/model-00001-of-00001.tmp: No space left on device; make room")
+    assert not Path("o").exists()
+    assert main(["quantize", "m", "o", "--scheme", "mxfp4"]) == 0
 
 
 def test_shards_may_be_as_large_as_one_likes(folder: Path) -> None:

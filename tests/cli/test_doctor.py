@@ -10,6 +10,7 @@ import pytest
 from sglang_amd_quant.cli import doctor
 from sglang_amd_quant.cli.main import main
 from sglang_amd_quant.integration import versions
+from sglang_amd_quant.selection.choose import process_selector
 
 
 def test_this_environment_can_serve(capsys):
@@ -94,3 +95,13 @@ def test_no_cpu_platform(monkeypatch, capsys):
     monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
     assert main(["doctor"]) == 1
     assert "no CPU platform is installed; pip install sglang-amd-quant-cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variable", ["SGLANG_AMD_MX_RECIPE", "SGLANG_AMD_MX_PACKS"])
+def test_settings_that_a_server_would_refuse(monkeypatch, capsys, variable):
+    monkeypatch.setenv(variable, "/nowhere")
+    process_selector.cache_clear()
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "serves on cpu" in text
+    assert "PROBLEM: /nowhere: " in text

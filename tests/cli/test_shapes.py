@@ -72,6 +72,18 @@ def test_scheme_recipe_and_arch_defaults(capsys: Out, tmp_path: Path) -> None:
     assert schemes("--recipe", str(recipe)) == {"mxfp4", "int4_w4a16", "bf16"}
 
 
+@pytest.mark.parametrize("command", ["shapes", "coverage"])
+def test_patterns_of_no_layer_are_told(capsys: Out, tmp_path: Path, command: str) -> None:
+    """A server would refuse them; a plan may be right without, as with a vision tower's."""
+    recipe = tmp_path / "recipe.json"
+    rules = '{"*.q_porj": "mxfp8", "*.layers.3.*": "bf16", "*.experts.0.up_proj": "w4a8", "lm_head": "bf16"}'
+    recipe.write_text(f'{{"default": "w4a8", "rules": {rules}}}')
+    assert main([command, "Qwen3-30B-A3B", "--recipe", str(recipe), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)
+    assert err == f"note: {recipe}: '*.q_porj' matches no layer of Qwen3-30B-A3B that is planned\n"
+
+
 def test_a_quantized_checkpoint_brings_its_recipe(capsys: Out, tmp_path: Path) -> None:
     config = json.loads(shapes.cards()["Llama-3.1-8B"].read_text())
     own = {"quant_method": "amd_mx", "version": 1, "recipe": {"default": "mxfp4", "rules": {"*.o_proj": "bf16"}}}

@@ -99,6 +99,13 @@ def test_refused_in_one_line(stub, capsys, arguments, reason):
     assert "\n" not in error
 
 
+@pytest.mark.parametrize("port", ["0", "65536", "http"])
+def test_ports_that_are_none(capsys, port):
+    with pytest.raises(SystemExit):
+        serve.main(["--port", port])
+    assert f"{port!r}: write a port from 1 to 65535" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("log", "line"),
     [

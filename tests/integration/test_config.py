@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sglang_amd_quant.errors import CheckpointError, RecipeError, SchemeError, UnsupportedError
+from sglang_amd_quant.integration.loading import CopyBudget
 from sglang_amd_quant.recipe import Recipe, Rule
 
 NATIVE = {"quant_method": "amd_mx", "version": 1, "recipe": {"default": "mxfp4", "rules": {"*.o_proj": "bf16"}}}
@@ -190,3 +191,12 @@ def test_renamed_checkpoints(make_config, linear):
     )
     assert scheme_of(config, linear, "language_model.model.layers.0.o_proj") == "mxfp8"
     assert scheme_of(config, linear, "language_model.model.layers.0.down_proj") == "w4a8"
+
+
+@pytest.mark.parametrize("text", ["much", "nan", "-1"])
+def test_memory_for_copies_that_is_no_number(monkeypatch, text):
+    monkeypatch.setenv("SGLANG_AMD_MX_CPU_COPIES_GB", text)
+    with pytest.raises(
+        UnsupportedError, match=f"SGLANG_AMD_MX_CPU_COPIES_GB={text}: no number of gigabytes; write one"
+    ):
+        CopyBudget().take(1)

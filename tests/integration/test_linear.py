@@ -211,6 +211,13 @@ class TestBadTensors:
         with pytest.raises(ShapeError, match=match):
             layer.weight.weight_loader(layer.weight, tensor)
 
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_values_that_no_format_holds(self, layer, value):
+        weight = torch.randn(32, 64).bfloat16()
+        weight[3, 5] = value
+        with pytest.raises(CheckpointError, match=r"m\.up_proj: weight \[32, 64\]: holds NaN or Inf"):
+            layer.weight.weight_loader(layer.weight, weight)
+
     def test_wrong_n(self, layer):
         with pytest.raises(CheckpointError, match=r"m\.up_proj: tensor \(16, 64\).*amd-mx inspect"):
             layer.weight.weight_loader(layer.weight, torch.zeros(16, 64))

@@ -62,6 +62,9 @@ def test_only_what_changed_is_compiled_again(tmp_path: Path) -> None:
     assert not build_one(tmp_path, COPY, wider).cached
     first.path.write_bytes(b"damaged")
     assert not build_one(tmp_path, COPY, wider).cached
+    for damaged in ("", "[]", "{}"):
+        first.path.with_suffix(".json").write_text(damaged)
+        assert not build_one(tmp_path, COPY, wider).cached
 
 
 def test_a_changed_header_recompiles(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ MEASURED = {"source": "measured", "us": 9.5, "err": 0.001, "device": "d", "versi
         ({**LINEAR, "us": "fast"}, "us 'fast' is no finite number"),
         ({**LINEAR, "us": "nan"}, "us 'nan'"),
         ({**LINEAR, "us": -2}, "us '-2'"),
+        ({**LINEAR, "us": 0}, "us '0' is no time above 0"),
         ({**LINEAR, "layout": "swizzled"}, "layout 'swizzled'"),
         ({**LINEAR, "kernel": ""}, "kernel '' is no kernel name"),
         ({**LINEAR, "date": "21.11.2026"}, "date '21.11.2026'"),
