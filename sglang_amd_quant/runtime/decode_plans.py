@@ -112,6 +112,13 @@ _WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
     ("e4m3", 16): ((4, 1, 16, 2, 4), (8, 2, 8, 2, 2), (8, 1, 12, 2, 3), (4, 1, 16, 2, 2)),
     ("e4m3", 32): ((8, 1, 12, 2, 4), (4, 2, 4, 3, 4, 1), (8, 1, 12, 2, 3), (1, 4, 4, 3, 2, 1)),
     ("e4m3", 64): ((1, 1, 16, 4, 2, 1), (4, 2, 4, 4, 2, 1), (8, 1, 12, 4, 2, 1), (1, 4, 4, 4, 1, 1)),
+    ("int4", 1): ((2, 2, 2, 2, 8), (8, 2, 4, 1, 6), (8, 1, 4, 1, 12), (4, 1, 8, 1, 8)),
+    ("int4", 2): ((2, 2, 4, 2, 16), (8, 2, 4, 1, 6), (8, 1, 8, 1, 6), (4, 1, 8, 1, 8)),
+    ("int4", 4): ((2, 2, 4, 2, 16), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (4, 1, 8, 1, 8)),
+    ("int4", 8): ((8, 1, 8, 1, 16), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (4, 1, 8, 1, 8)),
+    ("int4", 16): ((4, 1, 16, 2, 8, -1), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
+    ("int4", 32): ((1, 1, 16, 3, 4, 1), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 2, 4, 1)),
+    ("int4", 64): ((1, 1, 16, 3, 4, 1), (8, 1, 8, 2, 4, -1), (8, 1, 12, 2, 4, -1), (1, 2, 4, 5, 2, 1)),
     ("row_e2m1", 2): ((2, 4, 4, 4, 4), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
     ("row_e2m1", 4): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
     ("row_e2m1", 8): ((8, 1, 16, 4, 4), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 4)),
@@ -127,13 +134,22 @@ _WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
 }
 """What measured best, or within a few percent, of 16 to 400 plans each for 70 dense problems (`python -m bench.decode
 --schemes w4a8,mxfp8 --explore 100`), on an H100; `e2m1` and `e4m3`, which are for bf16 activations, with kernels for
-quantized ones that worked as theirs do.
+quantized ones that worked as theirs do; of `int4`, of 16 plans each. Chunks are in tiles of 64 along K.
 
 K is shared by more blocks the longer it is and the more activations each would have to quantize, and few enough tiles
 remain to a wave that its ring holds all of them, or half; where every block has many row groups to take, K is shared by
 fewer. A launch in front costs a few microseconds, so x is prepared only where it is large, or blocks have little else
 to do.
 """
+
+_WANTED_4096: dict[tuple[str, int], Shape] = {
+    ("row_e2m1", 2): (8, 1, 4, 1, 8),
+    ("row_e2m1", 4): (8, 1, 4, 1, 8),
+    ("row_e2m1", 16): (4, 1, 16, 2, 4),
+    ("row_e4m3", 2): (8, 1, 4, 1, 8),
+    ("row_e4m3", 16): (8, 1, 16, 2, 4),
+}
+"""Likewise of K from 4096 to 6143 and more row tiles than multiprocessors: 30 plans each for 4096 -> 6144 and 4096."""
 
 _WANTED_EARLY: dict[tuple[str, int], tuple[Shape, Shape, Shape]] = {
     ("row_e2m1", 2): ((8, 1, 16, 2, 6), (8, 1, 16, 2, 6), (2, 1, 12, 4, 4)),
@@ -152,10 +168,17 @@ def _large(row_tiles: int, cu_count: int) -> bool:
 
 
 def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, early: bool) -> Shape:
-    long = tiles >= 64
-    which = 0 if _large(row_tiles, cu_count) else 3 if not long else 1 if row_tiles <= cu_count else 2
     most = next(most for most in (1, 2, 4, 8, 16, 32, 64) if m <= most and (kind, most) in _WANTED)
-    return _WANTED_EARLY[kind, most][which - 1] if early else _WANTED[kind, most][which]
+    if _large(
+        row_tiles, cu_count
+    ):  # measured at K = 8192: a shorter one is shared by fewer, so that waves go on as long
+        split, *rest = _WANTED[kind, most][0]
+        return max(min(split, 2), split * min(tiles, 128) // 128), *rest
+    which = 3 if tiles < 64 else 1 if row_tiles <= cu_count else 2
+    if early:
+        return _WANTED_EARLY[kind, most][which - 1]
+    wanted = _WANTED[kind, most][which]
+    return _WANTED_4096.get((kind, most), wanted) if which == 2 and tiles < 96 else wanted
 
 
 def _distance(plan: DecodePlan, w: DecodeWeights, wanted: Shape, tiles: int, row_tiles: int, cu_count: int) -> float:

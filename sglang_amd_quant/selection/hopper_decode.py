@@ -53,7 +53,7 @@ _ROW_E2M1, _ROW_E4M3 = (
     for kind, nbytes in (("row_e2m1", 512 + 32), ("row_e4m3", 1024))
 )
 _INT4 = {
-    group: DecodeWeights("e2m1", group, tile_k, nbytes, waves={16: 20} if group > 32 else {})
+    group: DecodeWeights("int4", group, tile_k, nbytes, waves={16: 20} if group > 32 else {})
     for group, tile_k, nbytes in (
         (32, TILE_K, 512 + 128), (64, TILE_K, 512 + 64), (128, 2 * TILE_K, 1024 + 64),
     )
