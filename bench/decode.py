@@ -23,16 +23,15 @@ import bench.source_tree  # noqa: F401
 
 # isort: split
 import argparse
-import fnmatch
 import json
 import math
 import sys
-from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.arguments import file, names, numbers
 from bench.decode_ours import load, measure
 from bench.decode_peers import PEERS, measure_peers
 from bench.decode_problem import NAMES, Problem
@@ -101,18 +100,6 @@ def plot(result: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
-def names(known: Collection[str]) -> Callable[[str], list[str]]:
-    """Reads comma-separated names, or shell patterns of them, in the order in which they are given."""
-
-    def read(text: str) -> list[str]:
-        found = [(word, fnmatch.filter(known, word)) for word in text.split(",") if word]
-        if unknown := [word for word, matching in found if not matching]:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(known)}")
-        return list(dict.fromkeys(name for _, matching in found for name in matching))
-
-    return read
-
-
 def shapes(text: str) -> list[tuple[int, int]]:
     """Reads KxN,..."""
     return [(int(k), int(n)) for k, n in (shape.split("x") for shape in text.split(","))]
@@ -126,8 +113,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--shapes", type=shapes, default=SEED_SHAPES + ",8192x28672", help="KxN, comma-separated")
     made.add_argument(
-        "--m", type=lambda text: [*map(int, text.split(","))], default="1,2,4,8,16,32,64",
-        help="rows of activations, comma-separated",
+        "--m", type=numbers, default="1,2,4,8,16,32,64", help="rows of activations, comma-separated"
     )  # fmt: skip
     made.add_argument(
         "--peers", type=names(PEERS),
@@ -148,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, help="write decode.json and decode.png into this folder")
     made.add_argument(
         "--show",
-        type=Path,
+        type=file,
         metavar="JSON",
         help="measure nothing (no GPU needed): the table and plot of an earlier run, with --peers against these only",
     )

@@ -29,6 +29,7 @@ import torch
 import triton
 
 from bench import moe_dense
+from bench.arguments import names, numbers
 from bench.moe_jobs import Job, Row, run_jobs
 from bench.moe_measure import measure
 from bench.moe_ours import SCHEMES
@@ -36,23 +37,25 @@ from bench.moe_pack import pack_entries
 from bench.moe_problem import SHAPES
 from bench.peers_moe import PEERS
 from bench.timing import read_bandwidth
+from sglang_amd_quant.errors import AmdMxError
+from sglang_amd_quant.runtime.device import gpu
 
 PEER_PACKAGES = ("humming-kernels", "sglang", "sglang-kernel")
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
     """What is run, in order."""
-    ms, schemes = _numbers(args.m), tuple(_names(args.schemes))
+    ms, schemes = args.m, tuple(args.schemes)
     dense, made = moe_dense.NAME, []
-    for shape in _names(args.shapes):
+    for shape in args.shapes:
         if shape == dense:
             if 1024 in ms:
                 made += [Job(dense, "ours", (1024,), schemes)] if schemes else []
-                made += [Job(dense, peer, (1024,)) for peer in moe_dense.PEER_KEYS if args.peers != "none"]
+                made += [Job(dense, peer, (1024,)) for peer in moe_dense.PEER_KEYS if args.peers]
             continue
         if any(SCHEMES[s][0] == SHAPES[shape].element for s in schemes):
             made.append(Job(shape, "ours", ms, schemes, args.tune, not args.no_check))
-        made += [Job(shape, peer, ms) for peer in _names(args.peers)]
+        made += [Job(shape, peer, ms) for peer in args.peers]
     return made
 
 
@@ -118,18 +121,12 @@ def plot(result: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def _names(text: str) -> list[str]:
-    return [] if text == "none" else text.split(",")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(","))
-
-
 def _arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
     """What was asked for beyond the defaults, but for where results go."""
-    given = {k: v for k, v in vars(args).items() if v != parser.get_default(k) and k not in ("out", "date")}
-    return [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in given.items()]
+    usual = parser.parse_args([])
+    given = {k: v for k, v in vars(args).items() if v != getattr(usual, k) and k not in ("out", "date")}
+    texts = {k: ",".join(map(str, v)) or "none" if isinstance(v, list | tuple) else v for k, v in given.items()}
+    return [f"--{name.replace('_', '-')}" + ("" if text is True else f" {text}") for name, text in texts.items()]
 
 
 def _version(package: str) -> str:
@@ -143,16 +140,21 @@ def main() -> int:
     """Check, measure, print. Returns 0, or 1 on a wrong result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = [*SHAPES, moe_dense.NAME]
-    parser.add_argument("--shapes", default=",".join(shapes), help="of " + ", ".join(shapes))
-    parser.add_argument("--schemes", default="w4a8,w4a16,mxfp8", help="of " + ", ".join(SCHEMES))
-    parser.add_argument("--m", default="1,4,16,64,256,1024,8192", help="tokens, comma-separated")
-    parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated, or none")
+    parser.add_argument("--shapes", type=names(shapes), default=",".join(shapes), help="of " + ", ".join(shapes))
+    parser.add_argument(
+        "--schemes", type=names(SCHEMES), default="w4a8,w4a16,mxfp8", help="of " + ", ".join(SCHEMES) + ", or none"
+    )
+    parser.add_argument("--m", type=numbers, default="1,4,16,64,256,1024,8192", help="tokens, comma-separated")
+    parser.add_argument(
+        "--peers", type=names(PEERS), default=",".join(PEERS), help="of " + ", ".join(PEERS) + ", or none"
+    )
     parser.add_argument("--tune", action="store_true", help="search configs, by the time of the whole MoE")
     parser.add_argument("--no-check", action="store_true", help="skip the comparison with fp64")
     parser.add_argument("--date", default="", help="for the report")
     parser.add_argument("--out", type=Path, help="folder for moe.json, moe.png, pack entries and logs")
     args = parser.parse_args()
 
+    gpu(0)  # says so where there is none
     bandwidth = read_bandwidth()
     torch.cuda.empty_cache()
     result: dict[str, Any] = {
@@ -219,4 +221,8 @@ def _worst(errors: dict[str, dict[str, float]]) -> dict[tuple[str, str], dict[st
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except AmdMxError as error:
+        print(f"bench.moe: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -12,11 +12,12 @@ import bench.source_tree  # noqa: F401
 
 # isort: split
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sglang_amd_quant.kernels.triton.hopper import HopperConfig
 
+from bench.arguments import names, numbers
 from bench.moe_ours import SCHEMES, Configs, check
 from bench.moe_problem import SHAPES, Shape
 
@@ -89,7 +90,7 @@ def tune(time: Callable[[Configs], float], space: dict[int, list[HopperConfig]],
     return Found(best[1], len(timed))
 
 
-def checked_configs(shapes: list[str], schemes: list[str], ms: list[int], part: int, parts: int) -> int:
+def checked_configs(shapes: list[str], schemes: list[str], ms: Sequence[int], part: int, parts: int) -> int:
     """Compare every `parts`-th config of a search with fp64, as one token alone and as many. Returns how many."""
     done = 0
     for name in shapes:
@@ -111,12 +112,11 @@ def checked_configs(shapes: list[str], schemes: list[str], ms: list[int], part: 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", required=True)
-    parser.add_argument("--schemes", required=True)
-    parser.add_argument("--m", required=True)
-    parser.add_argument("--part", type=int, default=0)
-    parser.add_argument("--parts", type=int, default=1)
+    parser.add_argument("--shapes", type=names(SHAPES), required=True, help="of " + ", ".join(SHAPES))
+    parser.add_argument("--schemes", type=names(SCHEMES), required=True, help="of " + ", ".join(SCHEMES))
+    parser.add_argument("--m", type=numbers, required=True, help="tokens, comma-separated")
+    parser.add_argument("--part", type=int, default=0, help="which part of the configs, from 0 on")
+    parser.add_argument("--parts", type=int, default=1, help="into how many parts they are dealt, a process each")
     a = parser.parse_args()
-    rows = [int(m) for m in a.m.split(",")]
-    count = checked_configs(a.shapes.split(","), a.schemes.split(","), rows, a.part, a.parts)
+    count = checked_configs(a.shapes, a.schemes, a.m, a.part, a.parts)
     print(count, "configs agree with fp64")

@@ -25,6 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import numbers
 from examples.server import Server, ServerError
 from examples.tiny_models import make_tokenizer
 
@@ -187,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help=f"a folder, or one of {', '.join(SHAPES)}")
     parser.add_argument("--variants", default="bf16,amd_mx", help="see above; the baseline first")
-    parser.add_argument("--concurrency", default="1,4,16", type=lambda s: [int(c) for c in s.split(",")])
+    parser.add_argument("--concurrency", default="1,4,16", type=numbers, help="requests at a time")
     parser.add_argument("--input", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=4, help="prompts a run, times the concurrency")
@@ -197,6 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write serving.json and the servers' logs into this folder")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
+    if args.model not in SHAPES and not (Path(args.model) / "config.json").is_file():
+        parser.error(f"--model {args.model}: neither a folder with a config.json nor one of {', '.join(SHAPES)}")
     with tempfile.TemporaryDirectory() as scratch:
         work = args.out or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)

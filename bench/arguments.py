@@ -1,0 +1,36 @@
+"""Readers of command-line arguments that benches share: what is wrong is said before anything is measured."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+
+def names(known: Collection[str]) -> Callable[[str], list[str]]:
+    """Reads comma-separated names, or shell patterns of them, in the order in which they are given; none of `none`."""
+
+    def read(text: str) -> list[str]:
+        found = [(word, fnmatch.filter(known, word)) for word in text.split(",") if word and text != "none"]
+        if unknown := [word for word, matching in found if not matching]:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(known)}")
+        return list(dict.fromkeys(name for _, matching in found for name in matching))
+
+    return read
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Reads comma-separated numbers, 1 at least."""
+    found = tuple(int(word) for word in text.split(","))
+    if any(number < 1 for number in found):
+        raise argparse.ArgumentTypeError(f"{text}: numbers from 1 on, comma-separated")
+    return found
+
+
+def file(text: str) -> Path:
+    """Reads the path of a file that is there."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return path
