@@ -27,6 +27,9 @@ from .int4_gemm import LAYOUTS, int4_gemm_kernel
 from .mx_gemm import values_torch
 from .tiles import STRIDED, TileConfig, column_offsets, gemm_torch, layout_constants, row_offsets, tile_of_program
 
+SHORT = 1 << 31
+"""Bytes from which rows that routing gathers are beyond what buffer loads reach."""
+
 
 @triton.jit
 def group_gemm_kernel(
@@ -212,7 +215,7 @@ def group_gemm(
     kernel = kernel_of(w_format, layout[0], arch)
     constants = config.constants(w_format, group, top_k, k, arch, layout)
     if kernel is int4_gemm_kernel:
-        constants["LONG"] = row_ids is not None and x.numel() * x.element_size() >= 1 << 31
+        constants["LONG"] = row_ids is not None and x.numel() * x.element_size() >= SHORT
     codes = w.view(torch.uint8 if w_format == "e4m3" else torch.int32)
     kernel[grid](
         x, codes, w_scales, bias, y, row_ids, block_experts, row_weights, m, n, k, tiles_m,

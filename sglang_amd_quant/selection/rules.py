@@ -182,7 +182,8 @@ _GFX950_INT4 = (
 """Four warps share columns: each dequantizes its own, once for all rows of a block. Of the two highest strided weights
 take the first, `cdna_int4`, whose tiles are 128 of K, the second."""
 _GFX942_INT4 = ((16, 16, 64, 128, 4), (32, 32, 64, 128, 4), (_ANY, 64, 128, 128, 4), (None, 128, 64, 128, 4))
-"""128 x 128 spills. 64 rows are enough: matrix instructions take longer than the others. 128 is what routing gives."""
+_GFX11_INT4 = ((16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (_ANY, 64, 64, 64, 4), (None, 128, 64, 64, 8))
+"""128 x 128 spills. 64 rows are enough: matrix instructions take longer than the others; 128 are what routing may give."""
 
 _MOE = "static: compiles without spills, with biases and in fp16 too (tests/selection/test_tile_rules.py), untuned"
 
@@ -216,7 +217,7 @@ TILE_RULES: tuple[TileRule, ...] = (
     *_groups("gfx942", *_GFX942_INT4, of=("int4",), shrink=(128, 0)),
     *_groups("gfx950", *_CDNA_GROUPS, of=("fp16",)),
     *_groups("gfx942", *_CDNA_GROUPS, of=("fp16",)),
-    *_groups("gfx11", (16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (None, 64, 64, 64, 4), num_stages=1, of=("int4",)),
+    *_groups("gfx11", *_GFX11_INT4, num_stages=1, of=("int4",)),
     *_groups("gfx11", (16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (None, 64, 64, 64, 8), num_stages=1, of=("fp16",)),
     *_groups("sm_90", (16, 16, 64, 128, 4), (32, 32, 64, 64, 8), (1023, 64, 64, 64, 8), (None, 128, 64, 64, 8),
            num_stages=3),

@@ -111,7 +111,7 @@ def group_tiles():
     for problem in (problem for arch in GPUS for problem in group_problems(arch)):
         name = f"triton_{'int4' if problem.scheme == 'int4_w4a16' else 'fp16'}_{'moe' if problem.moe else 'gemm'}"
         choice = Selector(available={name}).decide(problem)
-        if choice.source == "heuristic":  # no rule of gfx11's is as high as 128
+        if choice.source == "heuristic":  # of MX weights no rule of gfx11's is as high as 128
             tile = "x".join(map(str, choice.config.tile))
             yield pytest.param(
                 problem, choice, id=f"{problem.arch}-{problem.scheme}-{problem.op}-{problem.group}-{tile}"
