@@ -183,7 +183,7 @@ _GFX950_INT4 = (
 take the first, `cdna_int4`, whose tiles are 128 of K, the second."""
 _GFX942_INT4 = ((16, 16, 64, 128, 4), (32, 32, 64, 128, 4), (_ANY, 64, 128, 128, 4), (None, 128, 64, 128, 4))
 _GFX11_INT4 = ((16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (_ANY, 64, 64, 64, 4), (None, 128, 64, 64, 8))
-"""128 x 128 spills. 64 rows are enough: matrix instructions take longer than the others; 128 are what routing may give."""
+"""128 x 128 spills. 64 rows are enough: matrix instructions take longer than the others; routing may give 128."""
 
 _MOE = "static: compiles without spills, with biases and in fp16 too (tests/selection/test_tile_rules.py), untuned"
 
