@@ -9,19 +9,26 @@ Codes of 4 bits come as int32 words of eight: in sequence, as in a checkpoint's 
 kernels of a target read them; e4m3 as bytes. Grouped (mixture of experts) as in `mx_gemm.py`; experts lie one after the
 other, each padded by itself. Of gate_up weights as decode kernels read them 8 gates and 8 ups alternate (`decode_*`
 layouts): results and biases do not.
+
+int4 on AMD has a kernel of its own, `int4_gemm.py`, for strided weights and the layout that its decode kernels read.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .group_values import blocks_of, scale_of, values_of
+from .int4_gemm import LAYOUTS, int4_gemm_kernel
 from .mx_gemm import values_torch
 from .tiles import STRIDED, TileConfig, column_offsets, gemm_torch, layout_constants, row_offsets, tile_of_program
+
+SHORT = 1 << 31
+"""Bytes from which rows that routing gathers are beyond what buffer loads reach."""
 
 
 @triton.jit
@@ -121,13 +128,39 @@ def group_gemm_kernel(
 
 @dataclass(frozen=True)
 class GroupGemmConfig(TileConfig):
-    """block_k is whole groups, or divides one: 32 to 128 of K go into one product, never more than a group."""
+    """block_k is whole groups, or divides one: 32 to 128 of K go into one product, never more than a group.
 
-    def constants(self, w_format: str, group: int, top_k: int, k: int, arch: str) -> dict[str, object]:
-        """The kernel's constexpr arguments on an arch."""
-        step = max(self.block_k, group)
-        rest = {"FORMAT": w_format, "GROUP": group, "TOP_K": top_k, "EVEN_K": k % step == 0}
-        return self.tile_constants(arch) | rest
+    `int4_gemm_kernel` has no use for num_stages (it is always a step ahead) and nonkdim (16).
+    """
+
+    def constants(
+        self, w_format: str, group: int, top_k: int, k: int, arch: str, layout: tuple[str, str] = STRIDED
+    ) -> dict[str, object]:
+        """The constexpr arguments of an arch's kernel."""
+        kernel = kernel_of(w_format, layout[0], arch)
+        given = self.tile_constants(arch) | layout_constants(layout) | {
+            "FORMAT": w_format, "GROUP": group, "TOP_K": top_k, "EVEN_K": k % max(self.block_k, group) == 0,
+            "ARCH": _family(arch), "WARPS": self.num_warps,
+        }  # fmt: skip
+        return {name: value for name, value in given.items() if name in kernel.arg_names}
+
+    def options_of(self, kernel: Any, arch: str) -> dict[str, int]:
+        """Compile options of a kernel. Two waves a SIMD keep the sums of int4 in registers that all instructions read:
+        with more than 256 for each, they would lie in accumulation registers, a move apart."""
+        if kernel is not int4_gemm_kernel:
+            return self.options(arch)
+        return {"num_warps": self.num_warps, **({"waves_per_eu": 2} if arch.startswith("gfx9") else {})}
+
+
+def kernel_of(w_format: str, values: str, arch: str) -> Any:
+    """The kernel for weights in a layout of values."""
+    own = w_format == "int4" and _family(arch) in LAYOUTS and values in ("strided", LAYOUTS[_family(arch)])
+    return int4_gemm_kernel if own else group_gemm_kernel
+
+
+def _family(arch: str) -> str:
+    """What int4's kernel calls an arch."""
+    return "gfx11" if arch.startswith("gfx11") else arch
 
 
 def group_gemm(
@@ -179,11 +212,14 @@ def group_gemm(
     m, n = y.shape
     k = x.shape[-1]
     tiles_m, grid = config.grid(m, n, row_ids)
-    constants = config.constants(w_format, group, top_k, k, arch) | layout_constants(layout)
+    kernel = kernel_of(w_format, layout[0], arch)
+    constants = config.constants(w_format, group, top_k, k, arch, layout)
+    if kernel is int4_gemm_kernel:
+        constants["LONG"] = row_ids is not None and x.numel() * x.element_size() >= SHORT
     codes = w.view(torch.uint8 if w_format == "e4m3" else torch.int32)
-    group_gemm_kernel[grid](
+    kernel[grid](
         x, codes, w_scales, bias, y, row_ids, block_experts, row_weights, m, n, k, tiles_m,
-        **constants, PAIRS=pairs, **config.options(arch),
+        **constants, PAIRS=pairs, **config.options_of(kernel, arch),
     )  # fmt: skip
     return y
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .group_gemm import GroupGemmConfig, group_gemm_kernel
+from .group_gemm import GroupGemmConfig, kernel_of
 from .mx_gemm import MxGemmConfig, mx_gemm_kernel
 from .tiles import STRIDED, layout_constants
 
@@ -24,7 +24,7 @@ _SIZES = {"M": "i32", "N": "i32", "K": "i32", "tiles_m": "i32"}
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialization of `mx_gemm_kernel` or, with a `GroupGemmConfig`, of `group_gemm_kernel`.
+    """One specialization of `mx_gemm_kernel` or, with a `GroupGemmConfig`, of what `kernel_of` says.
 
     Attributes:
         name: how the report calls it.
@@ -52,7 +52,8 @@ class Variant:
     @property
     def kernel(self) -> Any:
         """The `triton.jit` function."""
-        return group_gemm_kernel if isinstance(self.config, GroupGemmConfig) else mx_gemm_kernel
+        grouped = isinstance(self.config, GroupGemmConfig)
+        return kernel_of(self.w_format, self.layout[0], self.arch) if grouped else mx_gemm_kernel
 
     @property
     def signature(self) -> dict[str, str]:
@@ -71,12 +72,13 @@ class Variant:
         step, top_k = max(self.config.block_k, self.group), 2 if self.grouped else 1
         k = step if self.even_k else step + self.group
         if isinstance(self.config, GroupGemmConfig):
-            given = self.config.constants(self.w_format, self.group, top_k, k, self.arch)
+            given = self.config.constants(self.w_format, self.group, top_k, k, self.arch, self.layout)
         else:
             given = self.config.constants(self.x_format, self.w_format, top_k, k, self.arch)
+            given |= layout_constants(self.layout)
         optional = (n for n in ("x_scales", "bias", *_ROUTING) if n in self.kernel.arg_names)
         absent = dict.fromkeys(n for n in optional if n not in self.signature)
-        return absent | given | layout_constants(self.layout)
+        return absent | given
 
     @property
     def divisible(self) -> tuple[str, ...]:
@@ -92,6 +94,8 @@ class Variant:
     @property
     def options(self) -> dict[str, int]:
         """Compile options."""
+        if isinstance(self.config, GroupGemmConfig):
+            return self.config.options_of(self.kernel, self.arch)
         return self.config.options(self.arch)
 
 
@@ -138,10 +142,11 @@ def group_variants() -> Iterator[Variant]:
     models in fp16, strided weights both ways."""
     for arch in TRITON_ARCHS:
         few, many = _GROUP_TILES[arch]
-        plain = replace(many, block_k=64)  # strided weights need more registers
+        plain = replace(many, block_k=64)  # strided MX weights need more registers
+        int4 = replace(many, num_warps=4) if arch != "sm_90" else many
         decode, matrix = (INT4_VALUES[arch], "tile_group"), ("matrix",)
         yield Variant("group_gemm_int4_grouped", arch, "bf16", "int4", few, True, False, matrix)
-        yield Variant("group_gemm_int4_dense", arch, "fp16", "int4", many, False, True, matrix, decode, 128)
+        yield Variant("group_gemm_int4_dense", arch, "fp16", "int4", int4, False, True, matrix, decode, 128)
         yield Variant("group_gemm_e2m1_grouped", arch, "fp16", "e2m1", few, True, False, matrix)
         yield Variant("group_gemm_e2m1_dense", arch, "fp16", "e2m1", plain, False, True, matrix)
         yield Variant("group_gemm_e4m3_grouped", arch, "fp16", "e4m3", few, True, True, matrix)

@@ -159,26 +159,36 @@ def _moe(
 
 
 def _groups(
-    arch: str, *tiles: tuple[int | None, int, int, int, int], num_stages: int | None = None
+    arch: str,
+    *tiles: tuple[int | None, int, int, int, int],
+    num_stages: int | None = None,
+    of: tuple[str, ...] = ("int4", "fp16"),
+    shrink: tuple[int, int] | None = None,
 ) -> tuple[TileRule, ...]:
     """Tiles of the group GEMM: most rows where it is dense, BLOCK_M (what routing gives where it is grouped), BLOCK_N,
     BLOCK_K, warps; the last takes all more rows."""
     return tuple(
         TileRule(
             kernel, arch, _AOT, block_m, ((None, block_n),), block_k, num_warps, num_stages,
-            rows=None if grouped else (0, most), routed=grouped and most is not None,
+            shrink=shrink, rows=None if grouped else (0, most), routed=grouped and most is not None,
         )
         for most, block_m, block_n, block_k, num_warps in tiles
-        for weights in ("int4", "fp16")
+        for weights in of
         for kernel, grouped in ((f"triton_{weights}_gemm", False), (f"triton_{weights}_moe", True))
     )  # fmt: skip
 
 
-_CDNA_GROUPS = (
-    (16, 16, 64, 128, 4), (32, 32, 64, 64, 4), (32, 32, 64, 128, 4), (1023, 64, 128, 64, 8), (1023, 64, 128, 128, 8),
-    (None, 128, 128, 64, 8), (None, 128, 128, 128, 8),
+_CDNA_GROUPS = ((16, 16, 64, 128, 4), (32, 32, 64, 64, 4), (1023, 64, 128, 64, 8), (None, 128, 128, 64, 8))
+_ANY = 1 << 31
+_GFX950_INT4 = (
+    (16, 16, 64, 128, 4), (32, 32, 64, 128, 4), (1023, 64, 128, 128, 4), (None, 128, 64, 64, 4),
+    (None, 128, 128, 128, 4),
 )  # fmt: skip
-"""Strided weights take the first of two, `cdna_int4`, whose tiles are 128 of K, the second."""
+"""Four warps share columns: each dequantizes its own, once for all rows of a block. Of the two highest strided weights
+take the first, `cdna_int4`, whose tiles are 128 of K, the second."""
+_GFX942_INT4 = ((16, 16, 64, 128, 4), (32, 32, 64, 128, 4), (_ANY, 64, 128, 128, 4), (None, 128, 64, 128, 4))
+_GFX11_INT4 = ((16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (_ANY, 64, 64, 64, 4), (None, 128, 64, 64, 8))
+"""128 x 128 spills. 64 rows are enough: matrix instructions take longer than the others; routing may give 128."""
 
 _WIDE = ("triton_hopper_bf16", "triton_hopper_int4")
 """Those that multiply in 16 bits on sm_90."""
@@ -212,9 +222,12 @@ TILE_RULES: tuple[TileRule, ...] = (
     # Two blocks of K a step spill on gfx11: with a bias, or a tail of K, static.
     *_moe("gfx11", (32, 32), (32, 32), (16, 32), stages=1),
     *_moe("sm_90", (64, 64), (64, 64), (16, 32, 64), stages=4),
-    *_groups("gfx950", *_CDNA_GROUPS),
-    *_groups("gfx942", *_CDNA_GROUPS),
-    *_groups("gfx11", (16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (None, 64, 64, 64, 8), num_stages=1),
+    *_groups("gfx950", *_GFX950_INT4, of=("int4",), shrink=(128, 0)),
+    *_groups("gfx942", *_GFX942_INT4, of=("int4",), shrink=(128, 0)),
+    *_groups("gfx950", *_CDNA_GROUPS, of=("fp16",)),
+    *_groups("gfx942", *_CDNA_GROUPS, of=("fp16",)),
+    *_groups("gfx11", *_GFX11_INT4, num_stages=1, of=("int4",)),
+    *_groups("gfx11", (16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (None, 64, 64, 64, 8), num_stages=1, of=("fp16",)),
     *_groups("sm_90", (16, 16, 64, 128, 4), (32, 32, 64, 64, 8), (1023, 64, 64, 64, 8), (None, 128, 64, 64, 8),
            num_stages=3),
     *_few("gfx950", 64, 256),

@@ -97,14 +97,17 @@ def _group_tile(problem: GemmProblem) -> Config:
 
 def _group_lds(problem: GemmProblem, config: Config) -> int:
     """On AMD x of a whole step in every stage but one, which is in registers, or of one product in a single stage; and
-    the weights of one product, dequantized. On NVIDIA x, codes and scales of a whole step in every stage, and its
-    weights."""
+    the weights of one product, dequantized; of int4 as its own kernel reads it, x of one step only. On NVIDIA x, codes
+    and scales of a whole step in every stage, and its weights."""
     block_m, block_n, block_k = config.tile
     step, depth, stages = max(block_k, problem.group), min(block_k, problem.group), config.num_stages or 1
     scale = 4 if problem.scheme == "int4_w4a16" else 1
     x, w = block_m * step * 2, block_n * (step * problem.weight_bits // 8 + scale * step // problem.group)
     if problem.arch == "sm_90":
         return stages * (x + w) + block_n * step * 2
+    decode = [layouts.get((problem.arch, "int4")) for layouts in (AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS)]
+    if problem.scheme == "int4_w4a16" and problem.layout in (None, "strided", *decode):
+        return x
     return max((stages - 1) * x, block_m * depth * 2) + block_n * depth * 2
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it is not said
 
 from emulated_triton import emulated_triton
+from sglang_amd_quant.kernels.triton import group_gemm as group_gemm_module
 from sglang_amd_quant.kernels.triton.group_gemm import GroupGemmConfig, group_gemm, group_gemm_torch
 from sglang_amd_quant.kernels.triton.hopper_pack import row_order
 from sglang_amd_quant.kernels.triton.manifest import Variant, group_variants
@@ -172,6 +173,15 @@ def test_experts(arch: str, lies: str, x: str, out: str) -> None:
     p = problem(11, 40, 160, 32, x, grouped=16, bias=True)
     assert int(p.options["block_experts"].min()) == -1
     executed(p, config, arch, layout, out)
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
+@pytest.mark.parametrize("k", [128, 160])
+def test_experts_whose_tokens_are_beyond_buffer_loads(arch: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if x were larger: its addresses are of 64 bits."""
+    monkeypatch.setattr(group_gemm_module, "SHORT", 0)
+    config = GroupGemmConfig(16, 32, whole(64, DECODE[arch]))
+    executed(problem(11, 40, k, 32, grouped=16), config, arch, DECODE[arch])
 
 
 @pytest.mark.parametrize("arch", [*AMD, "sm_90"])

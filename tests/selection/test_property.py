@@ -82,12 +82,16 @@ def hopper_bytes(kernel, p, c):
 
 def group_bytes(p, c):
     """x of every stage, on AMD of all but one, with codes and scales of weights on NVIDIA; and dequantized weights, on
-    AMD of one product."""
+    AMD of one product; of int4 that lies as AMD's own kernel reads it x of one step alone."""
     step, depth = max(c.block_k, p.group), min(c.block_k, p.group)
     if p.arch == "sm_90":
         scale = 4 if p.scheme == "int4_w4a16" else 1
         x = 2 * c.block_m * step + c.block_n * step * WEIGHT_BITS[p.scheme] // 8 + scale * c.block_n * step // p.group
         return c.num_stages * x + 2 * c.block_n * step
+    own = {"gfx950": "cdna_int4", "gfx942": "cdna_int4", "gfx11": "rdna_int4"}.get(p.arch)
+    values = (p.layout or "strided").removeprefix("decode_").partition("+")[0]
+    if p.scheme == "int4_w4a16" and values in ("strided", own):
+        return 2 * c.block_m * step
     return max((c.num_stages - 1) * 2 * c.block_m * step, 2 * c.block_m * depth) + 2 * c.block_n * depth
 
 

@@ -89,14 +89,17 @@ def test_layouts_of_decode_kernels_compile_without_spills(arch, scheme, layout, 
 
 def group_problems(arch):
     """int4 experts, by the height that routing gives, on strided weights: dense tiles are among theirs. int4 linears,
-    on weights that lie as decode kernels read them, in models of fp16. And MX linears and experts in these, whose
-    activations are not quantized."""
+    and the highest tile's experts, on weights that lie as decode kernels read them, in models of fp16. And MX linears
+    and experts in these, whose activations are not quantized."""
     shape, experts = {"n": 1536, "k": 2048}, {"e_local": 64, "e_total": 64, "top_k": 8, "layout": "strided"}
-    for group in (32, 128):  # 64 is between
+    for group in (32, 64, 128):
         shared = shape | {"scheme": "int4_w4a16", "arch": arch, "group": group}
         dense = {"layout": AMD_DECODE_LAYOUTS.get((arch, "int4"), "mma_int4+tile_group"), "out_dtype": "fp16"}
         yield from (GemmProblem("moe_gate_up", m=64, block_m=b, **shared, **experts) for b in (16, 32, 64, 128))
         yield from (GemmProblem("linear", m=m, **shared, **dense) for m in (32, 64, 4096))
+        if (arch, "int4") in AMD_MOE_DECODE_LAYOUTS:
+            packed = experts | {"layout": AMD_MOE_DECODE_LAYOUTS[arch, "int4"], "out_dtype": "fp16"}
+            yield GemmProblem("moe_gate_up", m=64, block_m=128, **shared, **packed)
     for scheme in ("w4a16", "mxfp8"):
         shared = shape | {"scheme": scheme, "arch": arch, "act": "bf16", "out_dtype": "fp16"}
         yield from (GemmProblem("moe_gate_up", m=64, block_m=b, **shared, **experts) for b in (16, 32, 64, 128))
@@ -108,7 +111,7 @@ def group_tiles():
     for problem in (problem for arch in GPUS for problem in group_problems(arch)):
         name = f"triton_{'int4' if problem.scheme == 'int4_w4a16' else 'fp16'}_{'moe' if problem.moe else 'gemm'}"
         choice = Selector(available={name}).decide(problem)
-        if choice.source == "heuristic":  # no rule of gfx11's is as high as 128
+        if choice.source == "heuristic":  # of MX weights no rule of gfx11's is as high as 128
             tile = "x".join(map(str, choice.config.tile))
             yield pytest.param(
                 problem, choice, id=f"{problem.arch}-{problem.scheme}-{problem.op}-{problem.group}-{tile}"
@@ -117,7 +120,9 @@ def group_tiles():
 
 @pytest.mark.parametrize(("problem", "choice"), group_tiles())
 def test_group_tiles_compile_without_spills_in_the_lds_that_is_estimated(problem, choice):
-    config, lies = choice.config, TensorLayout.parse(problem.layout)
+    packed = problem.layout.startswith("decode_")  # experts
+    lies = TensorLayout.parse(problem.layout.removeprefix("decode_") + "+tile_group" if packed else problem.layout)
+    config = choice.config
     even = problem.group >= (config.block_k or 0)
     weights = {"int4_w4a16": "int4", "w4a16": "e2m1", "mxfp8": "e4m3"}[problem.scheme]
     made = compile_variant(
