@@ -5,12 +5,12 @@ e2m1 or e4m3 in MX blocks of 32 (w4a16, and MXFP8 with activations as they are).
 exact in x's dtype. Its products are summed within a group in fp32, and the group's scale is applied to that sum in
 fp32: nothing is rounded but sums, and scales may be beyond what fp16 holds.
 
-Codes of 4 bits come as int32 words of eight: in sequence, as in a checkpoint's bytes, or of int4 paired as the decode
-kernels of a target read them; e4m3 as bytes. Grouped (mixture of experts) as in `mx_gemm.py`; experts lie one after the
-other, each padded by itself. Of gate_up weights as decode kernels read them 8 gates and 8 ups alternate (`decode_*`
-layouts): results and biases do not.
+Codes of 4 bits come as int32 words of eight in sequence, as in a checkpoint's bytes; e4m3 as bytes. Grouped (mixture of
+experts) as in `mx_gemm.py`; experts lie one after the other, each padded by itself.
 
-int4 on AMD has a kernel of its own, `int4_gemm.py`, for strided weights and the layout that its decode kernels read.
+int4 on AMD has a kernel of its own, `int4_gemm.py`, for strided weights and the layout that decode kernels read there,
+in which words are paired. Of gate_up weights as those read them 8 gates and 8 ups alternate (`decode_*` layouts):
+results and biases do not.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .group_values import blocks_of, scale_of, values_of
+from .group_values import scale_of, values_of
 from .int4_gemm import LAYOUTS, int4_gemm_kernel
 from .mx_gemm import values_torch
-from .tiles import STRIDED, TileConfig, column_offsets, gemm_torch, layout_constants, row_offsets, tile_of_program
+from .tiles import STRIDED, TileConfig, gemm_torch, layout_constants, tile_of_program
 
 SHORT = 1 << 31
 """Bytes from which rows that routing gathers are beyond what buffer loads reach."""
@@ -38,61 +38,40 @@ def group_gemm_kernel(
     FORMAT: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, XCDS: tl.constexpr, EVEN_K: tl.constexpr,
-    VALUES: tl.constexpr, SCALES: tl.constexpr, PAD: tl.constexpr, SCALE_PAD: tl.constexpr,
-    PAIRS: tl.constexpr = None,
 ):  # fmt: skip
-    """One BLOCK_M x BLOCK_N tile of y; see `group_gemm` for the arguments.
+    """One BLOCK_M x BLOCK_N tile of y, of strided weights; see `group_gemm` for the arguments.
 
     M: rows of y (routed rows when grouped). tiles_m: blocks along M. FORMAT: of the weights, as in `group_values.py`.
         GROUP: elements that share a scale. TOP_K: rows of y that share a row of x. BLOCK_K: of one step, whole groups;
-        or of one product, several of which make a group; whole tiles of `cdna_int4` and `mma_int4`. EVEN_K: steps end
-        where K does. VALUES, SCALES: the weights' layouts, whose rows are padded to PAD words (e4m3: bytes) and
-        SCALE_PAD scales. PAIRS: `halves` or `interleaved`, where 8 gates and 8 ups alternate in the weights, for how
-        they do in y; N is then whole 16s. `bias`, `row_ids` with `block_experts`, and `row_weights` may be None.
+        or of one product, several of which make a group. EVEN_K: steps end where K does. `bias`, `row_ids` with
+        `block_experts`, and `row_weights` may be None.
     """
     HALF: tl.constexpr = x.dtype.element_ty == tl.float16
-    PAIRED: tl.constexpr = VALUES != "strided"
     PER: tl.constexpr = 1 if FORMAT == "e4m3" else 8  # codes a stored column
     STEP: tl.constexpr = BLOCK_K if BLOCK_K > GROUP else GROUP
-    TILE_K: tl.constexpr = 128 if VALUES == "cdna_int4" else 64 if VALUES == "mma_int4" else 0  # 256 or 128 words
-    DEPTH: tl.constexpr = 32 if TILE_K else GROUP if BLOCK_K > GROUP else BLOCK_K
+    DEPTH: tl.constexpr = GROUP if BLOCK_K > GROUP else BLOCK_K
     tile_m, tile_n = tile_of_program(tl.program_id(0), tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    places = columns  # of y and of the bias
-    if PAIRS == "halves":
-        places = columns // 16 * 8 + columns % 8 + columns % 16 // 8 * (N // 2)
-    elif PAIRS == "interleaved":
-        places = columns // 16 * 16 + columns % 8 * 2 + columns % 16 // 8
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     # K is whole groups, of 32 at least: so Triton sees by how much rows are aligned.
-    w_cols = tl.cdiv(K // 32 * (32 // PER), PAD) * PAD
-    s_cols = tl.cdiv(K // GROUP, SCALE_PAD) * SCALE_PAD
+    w_cols, s_cols = K // 32 * (32 // PER), K // GROUP
     if row_ids is not None:
         rows = tl.load(row_ids + rows)
         expert = tl.load(block_experts + tile_m).to(tl.int64)
         if expert < 0:
             nothing = tl.zeros((BLOCK_M, BLOCK_N), y.dtype.element_ty)
             inside = (rows < M)[:, None] & (columns < N)[None, :]
-            tl.store(y + rows.to(tl.int64)[:, None] * N + places[None, :], nothing, mask=inside)
+            tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], nothing, mask=inside)
             return
-        before = expert * (tl.cdiv(N, 16) * 16 if PAIRED else N)  # rows
-        w += before * w_cols
-        w_scales += before * s_cols
+        w += expert * N * w_cols
+        w_scales += expert * N * s_cols
         if bias is not None:
             bias += expert * N
     row_mask = (rows < M)[:, None]
     column_mask = columns < N
     x_rows = x + (rows // TOP_K).to(tl.int64)[:, None] * (K // 32 * 32) + tl.arange(0, DEPTH)[None, :]
-    stored = columns
-    if VALUES == "mma_int4":
-        stored = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2) // 8 * 16 + tl.arange(0, BLOCK_N // 2) % 8
-    w_rows = w + row_offsets(stored.to(tl.int64), w_cols, VALUES)[:, None]
-    s_rows = w_scales + row_offsets(columns.to(tl.int64), s_cols, SCALES)
-    w_k = tl.arange(0, DEPTH // PER)[None, :]
-    if TILE_K:
-        tl.static_assert(BLOCK_K % TILE_K == 0, "a step is whole tiles of the layout")
-        w_k = tl.arange(0, 16)[None, :]
-        w_k = w_k // 4 * 64 + w_k % 4 if VALUES == "cdna_int4" else w_k
+    w_rows, w_k = w + columns.to(tl.int64)[:, None] * w_cols, tl.arange(0, DEPTH // PER)[None, :]
+    s_rows = w_scales + columns.to(tl.int64) * s_cols
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, STEP):
@@ -101,29 +80,22 @@ def group_gemm_kernel(
             if not EVEN_K:
                 x_mask = row_mask & (k + g * GROUP < K)
                 s_mask = column_mask & (k + g * GROUP < K)
-            scales = tl.load(s_rows + column_offsets(k // GROUP + g, SCALES), mask=s_mask, other=0)
+            scales = tl.load(s_rows + k // GROUP + g, mask=s_mask, other=0)
             products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for d in tl.static_range(GROUP // DEPTH):
                 at = g * GROUP + d * DEPTH
                 x_tile = tl.load(x_rows + k + at, mask=x_mask, other=0.0)
-                if TILE_K:
-                    if (g * GROUP + d * DEPTH) % TILE_K == 0:
-                        w_mask = (stored < N)[:, None] if EVEN_K else (stored < N)[:, None] & (k + at < K)
-                        blocks = blocks_of(tl.load(w_rows + (k + at) * 2 + w_k, mask=w_mask, other=0), VALUES, BLOCK_N)
-                    w_tile = blocks[(g * GROUP + d * DEPTH) % TILE_K // 32]
-                else:
-                    w_at = column_offsets((k + at) // PER + w_k, VALUES)
-                    w_tile = tl.load(w_rows + w_at, mask=s_mask[:, None], other=0)
-                values = values_of(w_tile, scales, FORMAT, PAIRED, HALF, BLOCK_N, DEPTH)
+                w_tile = tl.load(w_rows + ((k + at) // PER + w_k), mask=s_mask[:, None], other=0)
+                values = values_of(w_tile, scales, FORMAT, HALF, BLOCK_N, DEPTH)
                 products = tl.dot(x_tile, values.T, products)
             total += products * scale_of(scales, FORMAT)[None, :]
 
     if bias is not None:
-        total += tl.load(bias + places, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if row_weights is not None:
         total *= tl.load(row_weights + rows, mask=rows < M, other=0.0)[:, None]
     inside = row_mask & column_mask[None, :]
-    tl.store(y + rows.to(tl.int64)[:, None] * N + places[None, :], total.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -153,8 +125,12 @@ class GroupGemmConfig(TileConfig):
 
 
 def kernel_of(w_format: str, values: str, arch: str) -> Any:
-    """The kernel for weights in a layout of values."""
-    own = w_format == "int4" and _family(arch) in LAYOUTS and values in ("strided", LAYOUTS[_family(arch)])
+    """The kernel for weights in a layout of values. Raises ValueError where none reads it."""
+    own = LAYOUTS.get(_family(arch)) if w_format == "int4" else None
+    if values not in ("strided", own):
+        raise ValueError(
+            f"{w_format} weights in layout {values} on {arch}: takes strided ones{f' and {own}' * bool(own)}"
+        )
     return int4_gemm_kernel if own else group_gemm_kernel
 
 
@@ -201,13 +177,12 @@ def group_gemm(
         pairs: where 8 gates and 8 ups alternate in w's rows, how they do in y and bias: `halves` or `interleaved`.
 
     Raises:
-        ValueError: MX weights with x that is not fp16, or in another layout than strided.
+        ValueError: weights in a layout that is not read on the arch, or MX ones with x that is not fp16.
     """
     w_format = format_of(w, w_scales)
-    if w_format != "int4" and (x.dtype != torch.float16 or layout != STRIDED or group != 32):
+    if w_format != "int4" and (x.dtype != torch.float16 or group != 32):
         raise ValueError(
-            f"{w_format} weights in layouts {layout}, groups of {group}, with x of {x.dtype}: takes strided ones in "
-            "groups of 32 with fp16; use mx_gemm"
+            f"{w_format} weights in groups of {group} with x of {x.dtype}: takes groups of 32 with fp16; use mx_gemm"
         )
     m, n = y.shape
     k = x.shape[-1]
@@ -215,11 +190,12 @@ def group_gemm(
     kernel = kernel_of(w_format, layout[0], arch)
     constants = config.constants(w_format, group, top_k, k, arch, layout)
     if kernel is int4_gemm_kernel:
-        constants["LONG"] = row_ids is not None and x.numel() * x.element_size() >= SHORT
+        long = row_ids is not None and x.numel() * x.element_size() >= SHORT
+        constants |= {"LONG": long, "PAIRS": pairs}
     codes = w.view(torch.uint8 if w_format == "e4m3" else torch.int32)
     kernel[grid](
         x, codes, w_scales, bias, y, row_ids, block_experts, row_weights, m, n, k, tiles_m,
-        **constants, PAIRS=pairs, **config.options_of(kernel, arch),
+        **constants, **config.options_of(kernel, arch),
     )  # fmt: skip
     return y
 

@@ -16,35 +16,11 @@ from .mx_gemm import e8m0_to_fp32
 
 
 @triton.jit
-def codes_of(words, PAIRED: tl.constexpr):
-    """int32 [R, C] words of eight codes -> int32 [R, C, 2, 2, 2], in order of K.
-
-    Nibbles are in sequence, or PAIRED: 0, 2, 4, 6, 1, 3, 5, 7.
-    """
-    codes = tl.join(words, words >> (8 if PAIRED else 16))  # 0 to 3, and 4 to 7
-    codes = tl.join(codes, codes >> (4 if PAIRED else 8))
-    return tl.join(codes, codes >> (16 if PAIRED else 4)) & 15
-
-
-@triton.jit
-def blocks_of(words, VALUES: tl.constexpr, ROWS: tl.constexpr):
-    """Words as tiles keep them -> [ROWS, 4] in order of K, of each 32-block: four of `cdna_int4`, two of `mma_int4`.
-
-    So Triton loads 16 bytes a lane, and keeps elements along K together on their way to the matrix unit.
-
-    Args:
-        words: int32 [ROWS, 16], of which 4 q ... 4 q + 3 are word q of each block. `mma_int4`: [ROWS / 2, 16], of
-            which these are word q of either block, for rows n and n + 8.
-    """
-    if VALUES == "cdna_int4":
-        even, odd = tl.split(words.reshape(ROWS, 4, 2, 2))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        blocks = (first, second, third, fourth)
-    else:
-        first, second = tl.split(words.reshape(ROWS // 16, 8, 4, 2, 2).permute(0, 4, 1, 2, 3))
-        blocks = (first.reshape(ROWS, 4), second.reshape(ROWS, 4))
-    return blocks
+def codes_of(words):
+    """int32 [R, C] words of eight codes in sequence -> int32 [R, C, 2, 2, 2], in order of K."""
+    codes = tl.join(words, words >> 16)  # 0 to 3, and 4 to 7
+    codes = tl.join(codes, codes >> 8)
+    return tl.join(codes, codes >> 4) & 15
 
 
 @triton.jit
@@ -87,8 +63,7 @@ def e4m3_to_half(data):
 
 @triton.jit
 def values_of(
-    data, scales, FORMAT: tl.constexpr, PAIRED: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    data, scales, FORMAT: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
 ):  # fmt: skip
     """DEPTH elements of each row: uint8 [ROWS, DEPTH] of e4m3, else int32 [ROWS, DEPTH / 8]; and their group's scales
     [ROWS] as loaded -> [ROWS, DEPTH], fp16 if HALF, else bf16."""
@@ -96,7 +71,7 @@ def values_of(
     if FORMAT == "e4m3":
         values = e4m3_to_half(data)
     else:
-        codes = codes_of(data, PAIRED).reshape(ROWS, DEPTH)
+        codes = codes_of(data).reshape(ROWS, DEPTH)
         values = e2m1_to_half(codes) if FORMAT == "e2m1" else int4_values(codes, scales & 15, HALF)
     return values
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .group_gemm import GroupGemmConfig, kernel_of
+from .int4_gemm import LAYOUTS
 from .mx_gemm import MxGemmConfig, mx_gemm_kernel
 from .tiles import STRIDED, layout_constants
 
@@ -132,19 +133,17 @@ _GROUP_TILES = {
     "sm_90": (GroupGemmConfig(16, 64, 128, num_stages=3), GroupGemmConfig(128, 64, 64, num_warps=8, num_stages=3)),
 }
 
-INT4_VALUES = {"gfx950": "cdna_int4", "gfx942": "cdna_int4", "gfx1100": "rdna_int4", "sm_90": "mma_int4"}
-"""Arch -> layout of values that its decode kernels read."""
-
 
 def group_variants() -> Iterator[Variant]:
     """What is compiled: of int4, with small tiles, grouped, strided weights in groups of 32, and a tail of K; with
-    large ones, dense, what decode kernels read, in groups of 128 and a model in fp16. Of MX formats, which are for
-    models in fp16, strided weights both ways."""
+    large ones, dense, on AMD what decode kernels read, in groups of 128 and a model in fp16. Of MX formats, which are
+    for models in fp16, strided weights both ways."""
     for arch in TRITON_ARCHS:
         few, many = _GROUP_TILES[arch]
         plain = replace(many, block_k=64)  # strided MX weights need more registers
-        int4 = replace(many, num_warps=4) if arch != "sm_90" else many
-        decode, matrix = (INT4_VALUES[arch], "tile_group"), ("matrix",)
+        own = LAYOUTS.get("gfx11" if arch.startswith("gfx11") else arch)
+        int4 = replace(many, num_warps=4) if own else many
+        decode, matrix = (own, "tile_group") if own else STRIDED, ("matrix",)
         yield Variant("group_gemm_int4_grouped", arch, "bf16", "int4", few, True, False, matrix)
         yield Variant("group_gemm_int4_dense", arch, "fp16", "int4", int4, False, True, matrix, decode, 128)
         yield Variant("group_gemm_e2m1_grouped", arch, "fp16", "e2m1", few, True, False, matrix)

@@ -30,7 +30,7 @@ def tile_of_program(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr, XCDS: tl.const
 def row_offsets(n, COLS, LAYOUT: tl.constexpr):
     """What row n adds to the place in storage of each of its columns; rows are padded to COLS of them.
 
-    A column is a byte of values, of int4 a word of eight, or a scale. The closed forms of docs/layouts.md, which are
+    A column is a byte of values, or a scale. The closed forms of docs/layouts.md, which are
     sums of a part of the row's and a part of the column's. n is int64.
     """
     tile = n // 16 * 16 * COLS
@@ -41,14 +41,10 @@ def row_offsets(n, COLS, LAYOUT: tl.constexpr):
         at = tile + row % 16 * 32
     elif LAYOUT == "mma_tile":
         at = tile + row % 16 // 8 * 512 + row % 8 * 64
-    elif LAYOUT == "tile_scale" or LAYOUT == "cdna_int4" or LAYOUT == "rdna_int4":
+    elif LAYOUT == "tile_scale":
         at = tile + row % 16 * 4
     elif LAYOUT == "mma_scale":
         at = tile + row % 8 * 4 + row % 16 // 8 * 2
-    elif LAYOUT == "mma_int4":
-        at = tile + row % 8 * 16 + row % 16 // 8
-    elif LAYOUT == "tile_group":
-        at = tile + row % 16
     else:
         tl.static_assert(LAYOUT == "preshuffle" or LAYOUT == "cdna3_e2m1", "no such layout")
         at = tile + row % 16 * 16
@@ -67,12 +63,10 @@ def column_offsets(c, LAYOUT: tl.constexpr):
         at = c // 64 * 1024 + c // 4 % 4 * 256 + c // 16 % 4 * 4 + c % 4
     elif LAYOUT == "mma_tile":
         at = c // 64 * 1024 + c // 8 % 4 * 16 + c // 32 % 2 * 8 + c % 8
-    elif LAYOUT == "tile_scale" or LAYOUT == "rdna_int4":
+    elif LAYOUT == "tile_scale":
         at = c // 4 * 64 + c % 4
     elif LAYOUT == "mma_scale":
         at = c // 2 * 32 + c % 2
-    elif LAYOUT == "tile_group":
-        at = c * 16
     else:
         at = c
     return at
@@ -81,9 +75,9 @@ def column_offsets(c, LAYOUT: tl.constexpr):
 STRIDED = ("strided", "strided")
 PADS = {
     "strided": 1, "preshuffle": 32, "mxfp8_lane": 128, "cdna3_e2m1": 64, "mma_tile": 64,
-    "tile_scale": 4, "mma_scale": 2, "cdna_int4": 16, "rdna_int4": 4, "mma_int4": 8, "tile_group": 1,
+    "tile_scale": 4, "mma_scale": 2, "cdna_int4": 16, "rdna_int4": 4, "tile_group": 1,
 }  # fmt: skip
-"""What layouts pad rows to: columns of values, or of scales."""
+"""What layouts pad rows to: columns of values (of int4 words of eight), or of scales."""
 
 
 def layout_constants(layout: tuple[str, str] = STRIDED) -> dict[str, object]:

@@ -109,6 +109,8 @@ def _layout(p: GemmProblem, kernel: KernelSpec) -> Found:
     name = layout_of(p, kernel)
     if kernel.layouts and name not in kernel.layouts:
         yield Refusal("layout", f"reads {'/'.join(kernel.layouts)} weights, these are {name}")
+    if p.arch not in kernel.layout_archs.get(name, (p.arch,)):
+        yield Refusal("layout", f"reads {name} weights on {'/'.join(kernel.layout_archs[name])}, not on {p.arch}")
     for reason in _layout_reasons(name, p.n, p.k, p.scheme):
         yield Refusal("layout", reason)
 

@@ -29,8 +29,6 @@ def _read(layouts: dict[tuple[str, str], str], *weights: str) -> tuple[str, ...]
     return tuple(dict.fromkeys(name for (_, weight), name in layouts.items() if weight in weights))
 
 
-INT4_LAYOUTS = _read(AMD_DECODE_LAYOUTS, "int4")
-"""Of int4 for AMD's decode kernels."""
 HOPPER_INT4 = ("mma_int4+tile_group", "decode_mma_int4")
 """For Hopper's, and its experts."""
 
@@ -97,16 +95,15 @@ def _group_tile(problem: GemmProblem) -> Config:
 
 def _group_lds(problem: GemmProblem, config: Config) -> int:
     """On AMD x of a whole step in every stage but one, which is in registers, or of one product in a single stage; and
-    the weights of one product, dequantized; of int4 as its own kernel reads it, x of one step only. On NVIDIA x, codes
-    and scales of a whole step in every stage, and its weights."""
+    the weights of one product, dequantized; of int4 x of one step only. On NVIDIA x, codes and scales of a whole step
+    in every stage, and its weights."""
     block_m, block_n, block_k = config.tile
     step, depth, stages = max(block_k, problem.group), min(block_k, problem.group), config.num_stages or 1
     scale = 4 if problem.scheme == "int4_w4a16" else 1
     x, w = block_m * step * 2, block_n * (step * problem.weight_bits // 8 + scale * step // problem.group)
     if problem.arch == "sm_90":
         return stages * (x + w) + block_n * step * 2
-    decode = [layouts.get((problem.arch, "int4")) for layouts in (AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS)]
-    if problem.scheme == "int4_w4a16" and problem.layout in (None, "strided", *decode):
+    if problem.scheme == "int4_w4a16":
         return x
     return max((stages - 1) * x, block_m * depth * 2) + block_n * depth * 2
 
@@ -129,11 +126,17 @@ def _group_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
     )
 
 
-def _int4_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ()) -> KernelSpec:
+def _int4_gemm(name: str, ops: tuple[str, ...], *tables: dict[tuple[str, str], str]) -> KernelSpec:
+    """`tables`: what decode kernels of an arch read, and this on that arch too."""
+    read: dict[str, tuple[str, ...]] = {}
+    for (arch, weight), layout in (item for table in tables for item in table.items()):
+        if weight == "int4":
+            read[layout] = (*read.get(layout, ()), arch)
     return replace(
         _group_gemm(name, ops),
         schemes=("int4_w4a16",),
-        layouts=("strided", *INT4_LAYOUTS, *layouts),
+        layouts=("strided", *read),
+        layout_archs=read,
         groups=INT4_GROUPS,
         x_dtypes=("bf16", "fp16"),
     )
@@ -356,8 +359,8 @@ SHIPPED_KERNELS = (
     ),
     _MOE,
     _mx_gemm("triton_mx_moe", ("moe_gate_up", "moe_down")),
-    _int4_gemm("triton_int4_gemm", ("linear",)),
-    _int4_gemm("triton_int4_moe", ("moe_gate_up", "moe_down"), _read(AMD_MOE_DECODE_LAYOUTS, "int4")),
+    _int4_gemm("triton_int4_gemm", ("linear",), AMD_DECODE_LAYOUTS),
+    _int4_gemm("triton_int4_moe", ("moe_gate_up", "moe_down"), AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS),
     _fp16_gemm("triton_fp16_gemm", ("linear",)),
     _fp16_gemm("triton_fp16_moe", ("moe_gate_up", "moe_down")),
     _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1")),

@@ -34,6 +34,7 @@ class KernelSpec:
         origin: where envelope and figures come from.
         archs, schemes, ops: what it covers; empty = any.
         layouts: names of the weight layouts it reads, preferred first; empty = any.
+        layout_archs: of layouts that it does not read everywhere, the archs where it does.
         space: its config parameters and the values that each may take. A parameter not listed here it does not have.
         configure: its default config for a problem.
         triton: a Triton kernel: its LDS use is estimated, and scaled MFMA needs `num_warps >= 2` and a deep BLOCK_K.
@@ -68,6 +69,7 @@ class KernelSpec:
     schemes: tuple[str, ...] = ()
     ops: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ("strided",)
+    layout_archs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     space: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     configure: Callable[[GemmProblem], Config] = _no_config
     triton: bool = False

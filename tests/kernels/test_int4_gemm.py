@@ -27,8 +27,10 @@ from sglang_amd_quant.toolchain.triton_aot import compile_variant
 AMD = ("gfx950", "gfx942", "gfx1100", "gfx1151")
 DECODE = {
     "gfx950": "cdna_int4+tile_group", "gfx942": "cdna_int4+tile_group", "gfx1100": "rdna_int4+tile_group",
-    "gfx1151": "rdna_int4+tile_group", "sm_90": "mma_int4+tile_group",
+    "gfx1151": "rdna_int4+tile_group",
 }  # fmt: skip
+PLACES = [*((arch, lies) for arch in AMD for lies in ("strided", "decode")), ("sm_90", "strided")]
+"""Arch, and where weights lie: in rows, or as decode kernels read them."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXPERTS, TOP_K = 3, 2
 VARIANTS = [v for v in group_variants() if v.w_format == "int4"]
@@ -146,8 +148,7 @@ def test_variants_compile_without_spills_and_keep_their_claims(variant: Variant)
     assert compile_variant(variant).report.problems == []
 
 
-@pytest.mark.parametrize("arch", [*AMD, "sm_90"])
-@pytest.mark.parametrize("lies", ["strided", "decode"])
+@pytest.mark.parametrize(("arch", "lies"), PLACES)
 @pytest.mark.parametrize(("group", "block_k", "x"), [(32, 64, "bf16"), (64, 128, "fp16"), (128, 64, "bf16")])
 def test_layouts_are_read_where_they_lie(arch: str, lies: str, group: int, block_k: int, x: str) -> None:
     """K of an odd number of groups: where two are a step, the last has one."""
@@ -156,19 +157,16 @@ def test_layouts_are_read_where_they_lie(arch: str, lies: str, group: int, block
     executed(problem(20, 40, 3 * group, group, x), config, arch, layout)
 
 
-@pytest.mark.parametrize("layout", sorted({"strided", *DECODE.values()}))
-@pytest.mark.parametrize("grouped", [0, 16], ids=["dense", "grouped"])
-def test_every_layout_is_read(layout: str, grouped: int) -> None:
-    """sm_90's too, whose own machine code is not executed here."""
-    config = GroupGemmConfig(32 if grouped == 0 else 16, 32, whole(64, layout), num_stages=1)
-    executed(problem(20, 72, 160, 32, grouped=grouped), config, "gfx1100", layout)
+@pytest.mark.parametrize(("arch", "layout"), [("gfx1100", "cdna_int4"), ("gfx950", "rdna_int4"), ("sm_90", "mma_int4")])
+def test_layouts_of_other_kernels_are_refused(arch: str, layout: str) -> None:
+    with pytest.raises(ValueError, match=f"int4 weights in layout {layout} on {arch}: takes strided ones"):
+        problem(20, 72, 128, 32).run(GroupGemmConfig(16, 32, 128), arch, f"{layout}+tile_group", torch.float32)
 
 
-@pytest.mark.parametrize("arch", [*AMD, "sm_90"])
-@pytest.mark.parametrize(("lies", "x", "out"), [("strided", "bf16", "fp32"), ("decode", "fp16", "fp16")])
-def test_experts(arch: str, lies: str, x: str, out: str) -> None:
+@pytest.mark.parametrize(("arch", "lies"), PLACES)
+def test_experts(arch: str, lies: str) -> None:
     """N is no multiple of 16, so experts are padded in tiles; some rows are another rank's, and become zero."""
-    layout = "strided" if lies == "strided" else DECODE[arch]
+    layout, x, out = ("strided", "bf16", "fp32") if lies == "strided" else (DECODE[arch], "fp16", "fp16")
     config = GroupGemmConfig(16, 32, whole(64, layout), nonkdim=16, num_stages=2)
     p = problem(11, 40, 160, 32, x, grouped=16, bias=True)
     assert int(p.options["block_experts"].min()) == -1
@@ -184,7 +182,7 @@ def test_experts_whose_tokens_are_beyond_buffer_loads(arch: str, k: int, monkeyp
     executed(problem(11, 40, k, 32, grouped=16), config, arch, DECODE[arch])
 
 
-@pytest.mark.parametrize("arch", [*AMD, "sm_90"])
+@pytest.mark.parametrize("arch", AMD)
 @pytest.mark.parametrize("pairs", ["halves", "interleaved"])
 def test_gates_and_ups_that_alternate_in_the_weights_are_where_they_belong(arch: str, pairs: str) -> None:
     """In the result, and in the bias."""

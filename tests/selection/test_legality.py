@@ -176,3 +176,10 @@ def test_decode_is_legal_only_where_it_has_a_plan(scheme, layout, group):
         ks = range(step, 1 << 18, step)
         room = bisect_right(ks, ARCHES["sm_90"].lds_bytes, key=lambda k, m=m: least_lds(name, m, k))
         assert plans(name, m, 4096, ks[room - 1], 132)
+
+
+def test_a_layout_of_another_arch_is_refused_by_name():
+    layout = "rdna_int4+tile_group"
+    problem = GemmProblem("linear", "int4_w4a16", "gfx942", m=64, n=512, k=1024, layout=layout, group=128)
+    told = [refusal.text for refusal in legal(problem, kernel("triton_int4_gemm"), Config(64, 128, 128))]
+    assert f"reads {layout} weights on gfx11, not on gfx942" in told

@@ -118,13 +118,13 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["scheme"] * (p.scheme != "int4_w4a16" or p.act != "bf16" or p.group not in (32, 64, 128))
         out += ["op"] * ((p.op == "linear") != (choice.kernel == "triton_int4_gemm"))
         paired = ("decode_cdna_int4", "decode_rdna_int4")
-        read = ("strided", *INT4_LAYOUTS, *(paired if choice.kernel == "triton_int4_moe" else ()))
+        own = {"gfx950": "cdna_int4", "gfx942": "cdna_int4", "gfx11": "rdna_int4"}.get(p.arch, "none")
+        moe = choice.kernel == "triton_int4_moe"
+        read = ("strided", f"{own}+tile_group", *((f"decode_{own}",) if moe else ()))
         out += ["layout read"] * (choice.layout not in read)
         out += ["whole tiles of gates and ups"] * (choice.layout in paired and bool(p.n % 16))
         out += ["x is bf16 or fp16"] * (p.out_dtype == "fp32")
-        out += ["tiles of the layout"] * (
-            c.block_k < {"cdna": 128, "mma_": 64}.get(choice.layout.removeprefix("decode_")[:4], 32)
-        )
+        out += ["tiles of the layout"] * (c.block_k < {"cdna": 128}.get(choice.layout.removeprefix("decode_")[:4], 32))
     if choice.kernel in FP16:
         out += ["op"] * ((p.op == "linear") != (choice.kernel == "triton_fp16_gemm"))
         out += ["operands"] * (p.scheme not in ("w4a16", "mxfp8") or p.act != "bf16")
