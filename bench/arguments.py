@@ -1,4 +1,5 @@
-"""Readers of command-line arguments that benches share: what is wrong is said before anything is measured."""
+"""Kinds of arguments that benches share, besides those of `cli/arguments.py`; what is wrong is said before anything is
+measured."""
 
 from __future__ import annotations
 
@@ -18,14 +19,6 @@ def names(known: Collection[str]) -> Callable[[str], list[str]]:
         return list(dict.fromkeys(name for _, matching in found for name in matching))
 
     return read
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Reads comma-separated numbers, 1 at least."""
-    found = tuple(int(word) for word in text.split(","))
-    if any(number < 1 for number in found):
-        raise argparse.ArgumentTypeError(f"{text}: numbers from 1 on, comma-separated")
-    return found
 
 
 def file(text: str) -> Path:

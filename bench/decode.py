@@ -31,12 +31,13 @@ from typing import Any
 
 import torch
 
-from bench.arguments import file, names, numbers
+from bench.arguments import file, names
 from bench.decode_ours import load, measure
 from bench.decode_peers import PEERS, measure_peers
 from bench.decode_problem import NAMES, Problem
 from bench.decode_warm_up import tasks, warm_up
 from bench.timing import autotune_briefly, read_bandwidth
+from sglang_amd_quant.cli.arguments import wholes
 from sglang_amd_quant.errors import AmdMxError
 from sglang_amd_quant.runtime.device import gpu
 
@@ -113,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--shapes", type=shapes, default=SEED_SHAPES + ",8192x28672", help="KxN, comma-separated")
     made.add_argument(
-        "--m", type=numbers, default="1,2,4,8,16,32,64", help="rows of activations, comma-separated"
+        "--m", type=wholes, default="1,2,4,8,16,32,64", help="rows of activations, comma-separated"
     )  # fmt: skip
     made.add_argument(
         "--peers", type=names(PEERS),

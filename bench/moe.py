@@ -29,7 +29,7 @@ import torch
 import triton
 
 from bench import moe_dense
-from bench.arguments import names, numbers
+from bench.arguments import names
 from bench.moe_jobs import Job, Row, run_jobs
 from bench.moe_measure import measure
 from bench.moe_ours import SCHEMES
@@ -37,6 +37,7 @@ from bench.moe_pack import pack_entries
 from bench.moe_problem import SHAPES
 from bench.peers_moe import PEERS
 from bench.timing import read_bandwidth
+from sglang_amd_quant.cli.arguments import wholes
 from sglang_amd_quant.errors import AmdMxError
 from sglang_amd_quant.runtime.device import gpu
 
@@ -144,7 +145,7 @@ def main() -> int:
     parser.add_argument(
         "--schemes", type=names(SCHEMES), default="w4a8,w4a16,mxfp8", help="of " + ", ".join(SCHEMES) + ", or none"
     )
-    parser.add_argument("--m", type=numbers, default="1,4,16,64,256,1024,8192", help="tokens, comma-separated")
+    parser.add_argument("--m", type=wholes, default="1,4,16,64,256,1024,8192", help="tokens, comma-separated")
     parser.add_argument(
         "--peers", type=names(PEERS), default=",".join(PEERS), help="of " + ", ".join(PEERS) + ", or none"
     )

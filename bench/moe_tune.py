@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from sglang_amd_quant.kernels.triton.hopper import HopperConfig
 
-from bench.arguments import names, numbers
+from bench.arguments import names
 from bench.moe_ours import SCHEMES, Configs, check
 from bench.moe_problem import SHAPES, Shape
+from sglang_amd_quant.cli.arguments import wholes
 
 SHARED_MEMORY = 227 << 10
 
@@ -114,7 +115,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=names(SHAPES), required=True, help="of " + ", ".join(SHAPES))
     parser.add_argument("--schemes", type=names(SCHEMES), required=True, help="of " + ", ".join(SCHEMES))
-    parser.add_argument("--m", type=numbers, required=True, help="tokens, comma-separated")
+    parser.add_argument("--m", type=wholes, required=True, help="tokens, comma-separated")
     parser.add_argument("--part", type=int, default=0, help="which part of the configs, from 0 on")
     parser.add_argument("--parts", type=int, default=1, help="into how many parts they are dealt, a process each")
     a = parser.parse_args()

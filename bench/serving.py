@@ -25,9 +25,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.arguments import numbers
 from examples.server import Server, ServerError
 from examples.tiny_models import make_tokenizer
+from sglang_amd_quant.cli.arguments import wholes
 
 _QWEN3 = {
     "vocab_size": 151936,
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help=f"a folder, or one of {', '.join(SHAPES)}")
     parser.add_argument("--variants", default="bf16,amd_mx", help="see above; the baseline first")
-    parser.add_argument("--concurrency", default="1,4,16", type=numbers, help="requests at a time")
+    parser.add_argument("--concurrency", default="1,4,16", type=wholes, help="requests at a time")
     parser.add_argument("--input", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=4, help="prompts a run, times the concurrency")

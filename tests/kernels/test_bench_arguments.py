@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.arguments import file, names, numbers
+from bench.arguments import file, names
 
 read = names(["w4a8", "w4a16", "mxfp8"])
 
@@ -16,13 +16,10 @@ def test_names_and_patterns_of_them_come_in_the_order_given() -> None:
     assert read("mxfp8,w4*,w4a8") == ["mxfp8", "w4a8", "w4a16"]
     assert read("none") == []
     assert read("") == []
-    assert numbers("1,16") == (1, 16)
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="fp4: not among w4a8, w4a16, mxfp8"):
         read("w4a8,fp4")
-    with pytest.raises(argparse.ArgumentTypeError, match="1,0: numbers from 1 on"):
-        numbers("1,0")
     with pytest.raises(argparse.ArgumentTypeError, match=r"gone[.]json: no such file"):
         file(str(tmp_path / "gone.json"))
