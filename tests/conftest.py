@@ -19,6 +19,15 @@ GROUPS = {
 """Folder or file -> what is imported or built once for its tests, in tens of seconds."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """How long hypothesis takes for an example says how busy the machine is, and nothing about the product."""
+    if config.pluginmanager.hasplugin("hypothesispytest"):  # tests of a device do without it
+        from hypothesis import HealthCheck, settings
+
+        settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        settings.load_profile("tests")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent

@@ -61,6 +61,7 @@ def test_parts_must_agree():
         ('{"rules": {"re:a{99999999999}": "bf16"}}', "no regular expression"),
         ('{"rules": {"re:' + "(" * 5000 + ")" * 5000 + '": "bf16"}}', "no regular expression"),
     ],
+    ids=lambda text: str(text)[:40],
 )
 def test_unreadable_files(tmp_path, content, match):
     path = tmp_path / "r.json"

@@ -14,7 +14,7 @@ from sglang_amd_quant.schemes import SCHEMES, ScaleMode, scheme
 from sglang_amd_quant.tensor import MxTensor, PadPlan
 
 INT4 = scheme("int4_w4a16")
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -68,7 +68,7 @@ def test_shapes_and_round_trip(group: int, symmetric: bool, dtype: torch.dtype):
     assert torch.equal(back, expected.to(dtype))
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(
     st.lists(st.floats(-1e4, 1e4, width=32), min_size=32, max_size=32),
     st.booleans(),
@@ -149,7 +149,7 @@ def test_words_hold_every_16_bit_scale_exactly(dtype: torch.dtype):
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_subnormal=False), min_size=1, max_size=20), st.integers(0, 15)
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_words_round_other_scales_to_19_bits(values: list[float], zero: int):
     scales = torch.tensor(values)
     there, zeros = split_words(group_words(scales, torch.full(scales.shape, zero, dtype=torch.uint8)))

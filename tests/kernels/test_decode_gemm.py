@@ -257,7 +257,7 @@ def test_enough_bytes_are_on_their_way(amd: Any, shape: tuple[int, int], m: int)
 # ---- plans: no target needed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 100),
     st.integers(1, 20000),

@@ -162,7 +162,7 @@ def test_infinite_and_widely_spread_activations(target: Any, code_objects: Any) 
 # ---- plans: no target needed
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(1, 4),
     st.integers(1, 40000),

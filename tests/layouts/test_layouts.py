@@ -15,7 +15,7 @@ from sglang_amd_quant.layouts.registry import SCALES, SOURCES, VALUES
 PAIRED = [layout for name, layout in VALUES.items() if name.endswith("_int4")]
 BYTE_LAYOUTS = [layout for layout in (*VALUES.values(), *SCALES.values()) if layout.storage_dtype is None]
 LEADING = st.lists(st.integers(1, 3), max_size=2).map(tuple)
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 
 
 def identify(layout):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sglang_amd_quant.layouts import AutoAwq, Cdna4Scale, ExLlama, Gptq, Mxfp8Lane, Preshuffle
 
-quick = settings(max_examples=20, deadline=None)
+quick = settings(max_examples=20)
 SEEDS = st.integers(0, 2**32 - 1)
 
 

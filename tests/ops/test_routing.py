@@ -23,7 +23,7 @@ def expected(ids: list[int], experts: int, block_m: int) -> tuple[list[int], lis
     return row_ids, block_experts
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data(), st.integers(0, 40), st.integers(1, 8), st.integers(1, 9), st.sampled_from([1, 4, 16, 128]))
 def test_against_a_loop(data, m, top_k, experts, block_m):
     ids = data.draw(st.lists(st.integers(-2, experts + 1), min_size=m * top_k, max_size=m * top_k))

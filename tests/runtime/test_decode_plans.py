@@ -62,7 +62,7 @@ def check(plan: DecodePlan, scheme: str, m: int, n: int, k: int, pairs: bool) ->
         assert -(-m // plan.rows) * plan.blocks <= places(plan)  # all of them start at once
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ANY | SMALL)
 def test_every_plan_is_one_that_its_kernel_can_follow(problem: tuple[str, int, int, int, bool]) -> None:
     scheme, m, n, k, pairs = problem
@@ -73,7 +73,7 @@ def test_every_plan_is_one_that_its_kernel_can_follow(problem: tuple[str, int, i
     assert [plan.early for plan in found] == sorted((plan.early for plan in found), reverse=True)  # those first
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(ANY | SMALL, ANY | SMALL)
 def test_plans_are_the_same_whatever_was_asked_before(
     problem: tuple[str, int, int, int, bool], other: tuple[str, int, int, int, bool]

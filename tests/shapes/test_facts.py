@@ -128,7 +128,7 @@ def test_quantized_checkpoints_are_told() -> None:
 NOISE = st.one_of(st.none(), st.integers(-3, 70), st.text(max_size=3), st.lists(st.integers(0, 5), max_size=4))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_any_config_plans_or_is_refused_in_one_line(data: st.DataObject) -> None:
     """Keys dropped or replaced by noise: facts or an error of ours, never another exception."""

@@ -62,7 +62,7 @@ def possible(facts: ModelFacts, tp: int, ep: int) -> bool:
     return tp % ep == 0 and (ep == 1 or routed) and (facts.name, tp) != ("gemma-3-270m", 8)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     card=st.sampled_from(list(shapes.cards())),
     world=st.sampled_from(WORLD),
