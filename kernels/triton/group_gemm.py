@@ -106,10 +106,11 @@ class GroupGemmConfig(TileConfig):
     """
 
     def constants(
-        self, w_format: str, group: int, top_k: int, k: int, arch: str, layout: tuple[str, str] = STRIDED
-    ) -> dict[str, object]:
+        self, w_format: str, group: int, top_k: int, k: int, arch: str, x: torch.dtype,
+        layout: tuple[str, str] = STRIDED,
+    ) -> dict[str, object]:  # fmt: skip
         """The constexpr arguments of an arch's kernel."""
-        kernel = kernel_of(w_format, layout[0], arch)
+        kernel = kernel_of(w_format, layout[0], arch, x)
         given = self.tile_constants(arch) | layout_constants(layout) | {
             "FORMAT": w_format, "GROUP": group, "TOP_K": top_k, "EVEN_K": k % max(self.block_k, group) == 0,
             "ARCH": _family(arch), "WARPS": self.num_warps,
@@ -124,9 +125,9 @@ class GroupGemmConfig(TileConfig):
         return {"num_warps": self.num_warps, **({"waves_per_eu": 2} if arch.startswith("gfx9") else {})}
 
 
-def kernel_of(w_format: str, values: str, arch: str) -> Any:
+def kernel_of(w_format: str, values: str, arch: str, x: torch.dtype) -> Any:
     """The kernel for weights in a layout of values. Raises ValueError where none reads it."""
-    own = LAYOUTS.get(_family(arch)) if w_format == "int4" else None
+    own = LAYOUTS.get((_family(arch), w_format)) if w_format == "int4" or x == torch.bfloat16 else None
     if values not in ("strided", own):
         raise ValueError(
             f"{w_format} weights in layout {values} on {arch}: takes strided ones{f' and {own}' * bool(own)}"
@@ -180,15 +181,17 @@ def group_gemm(
         ValueError: weights in a layout that is not read on the arch, or MX ones with x that is not fp16.
     """
     w_format = format_of(w, w_scales)
-    if w_format != "int4" and (x.dtype != torch.float16 or group != 32):
+    exact = x.dtype == torch.float16 or (w_format == "e2m1" and (_family(arch), w_format) in LAYOUTS)
+    if w_format != "int4" and (group != 32 or not exact):
         raise ValueError(
-            f"{w_format} weights in groups of {group} with x of {x.dtype}: takes groups of 32 with fp16; use mx_gemm"
+            f"{w_format} weights in groups of {group} with x of {x.dtype} on {arch}: takes groups of 32 with fp16, and "
+            "on AMD e2m1 with bf16; use mx_gemm"
         )
     m, n = y.shape
     k = x.shape[-1]
     tiles_m, grid = config.grid(m, n, row_ids)
-    kernel = kernel_of(w_format, layout[0], arch)
-    constants = config.constants(w_format, group, top_k, k, arch, layout)
+    kernel = kernel_of(w_format, layout[0], arch, x.dtype)
+    constants = config.constants(w_format, group, top_k, k, arch, x.dtype, layout)
     if kernel is int4_gemm_kernel:
         long = row_ids is not None and x.numel() * x.element_size() >= SHORT
         constants |= {"LONG": long, "PAIRS": pairs}

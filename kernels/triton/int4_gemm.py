@@ -16,10 +16,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.amd.cdna3 import buffer_load, mfma
 from triton.experimental.gluon.language.amd.rdna3 import wmma
 
+from .e2m1_values import e2m1_values, e8m0_values
 from .int4_values import int4_values
 from .tiles import tile_of_program
 
-LAYOUTS = {"gfx950": "cdna_int4", "gfx942": "cdna_int4", "gfx11": "rdna_int4"}
+LAYOUTS = {
+    ("gfx950", "int4"): "cdna_int4", ("gfx942", "int4"): "cdna_int4", ("gfx11", "int4"): "rdna_int4",
+    ("gfx950", "e2m1"): "preshuffle", ("gfx942", "e2m1"): "cdna3_e2m1", ("gfx11", "e2m1"): "preshuffle",
+}  # fmt: skip
 """Layout of values that is read on an arch, besides `strided`."""
 
 
@@ -81,18 +85,26 @@ def x_of(x, at, x_k, k, K, LONG: gl.constexpr, EVEN_K: gl.constexpr):
 
 @gluon.jit
 def words_of(w, at, word, k, K, VALUES: gl.constexpr, EVEN_K: gl.constexpr):
-    """Weights of a step, zero behind K, where `cdna_int4` is padded."""
-    inside = None if EVEN_K or VALUES == "cdna_int4" else gl.expand_dims(k + word * 8 < K, 0)
+    """Weights of a step, zero behind K, where tiles of 128 of K are padded."""
+    inside = None if EVEN_K or VALUES == "cdna_int4" or VALUES == "cdna3_e2m1" else gl.expand_dims(k + word * 8 < K, 0)
     return buffer_load(w + (k // 8 if VALUES == "strided" else k * 2), at, inside)
 
 
 @gluon.jit
-def scales_of(w_scales, at, k, K, GROUP: gl.constexpr, PARTS: gl.constexpr, NEXT: gl.constexpr, EVEN_K: gl.constexpr):
-    """Words of scale and zero point of a step's groups, zero behind K."""
+def scales_of(w_scales, at, k, K, GROUP: gl.constexpr, PARTS: gl.constexpr, SCALES: gl.constexpr, EVEN_K: gl.constexpr):
+    """Words of scale and zero point of a step's groups, or bytes of its MX blocks' scales; zero behind K."""
     scales = ()
     for g in gl.static_range(PARTS):
         inside = None if EVEN_K else at * 0 + k + g * GROUP < K
-        scales += (buffer_load(w_scales + (k // GROUP + g) * NEXT, at, inside),)
+        column = k // GROUP + g
+        place = (
+            column * 16
+            if SCALES == "tile_group"
+            else column // 4 * 64 + column % 4
+            if SCALES == "tile_scale"
+            else column
+        )
+        scales += (buffer_load(w_scales + place, at, inside),)
     return scales
 
 
@@ -110,8 +122,8 @@ def int4_gemm_kernel(
     ARCH: gl.constexpr, GROUP: gl.constexpr, TOP_K: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, WARPS: gl.constexpr,
     GROUP_M: gl.constexpr, XCDS: gl.constexpr, EVEN_K: gl.constexpr,
-    VALUES: gl.constexpr, SCALES: gl.constexpr, PAD: gl.constexpr, LONG: gl.constexpr = False,
-    PAIRS: gl.constexpr = None,
+    VALUES: gl.constexpr, SCALES: gl.constexpr, PAD: gl.constexpr, SCALE_PAD: gl.constexpr,
+    FORMAT: gl.constexpr = "int4", LONG: gl.constexpr = False, PAIRS: gl.constexpr = None,
 ):  # fmt: skip
     """One BLOCK_M x BLOCK_N tile of y; see `group_gemm` for the arguments.
 
@@ -122,6 +134,8 @@ def int4_gemm_kernel(
     CDNA: gl.constexpr = ARCH != "gfx11"
     HALF: gl.constexpr = x.dtype.element_ty == gl.float16
     PACKED: gl.constexpr = VALUES != "strided"
+    MX: gl.constexpr = FORMAT == "e2m1"
+    SCALED: gl.constexpr = MX and CDNA  # values are, which powers of two leave exact; else sums
     STEP: gl.constexpr = BLOCK_K if BLOCK_K > GROUP else GROUP
     PARTS: gl.constexpr = STEP // GROUP
     WARPS_N: gl.constexpr = min(BLOCK_N // 16, WARPS)
@@ -134,8 +148,9 @@ def int4_gemm_kernel(
     shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, STEP // 8, [1, 0])
 
     tile_m, tile_n = tile_of_program(gl.program_id(0), tiles_m, gl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
-    w_cols = gl.cdiv(K // 32 * 4, PAD) * PAD
-    s_cols = K // GROUP
+    W_PAD: gl.constexpr = PAD // 4 if MX and PACKED else PAD  # of words; pads of MX values are of bytes
+    w_cols = gl.cdiv(K // 32 * 4, W_PAD) * W_PAD
+    s_cols = gl.cdiv(K // GROUP, SCALE_PAD) * SCALE_PAD
     y_places = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, sums))
     x_rows = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, staged))
     columns = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, sums))
@@ -175,11 +190,13 @@ def int4_gemm_kernel(
     # Of strided weights single words, so that every lane has the parts of K that it has of packed ones.
     word = c % (STEP // 32) * 4 + c // (STEP // 32) if CDNA else c
     if PACKED:
-        w_at = gl.expand_dims(n // 16 * 16 * w_cols + n % 16 * 4, 1) + gl.expand_dims(c // 4 * 64 + c % 4, 0)
+        stored = c if VALUES == "cdna_int4" or VALUES == "cdna3_e2m1" else word
+        w_at = gl.expand_dims(n // 16 * 16 * w_cols + n % 16 * 4, 1) + gl.expand_dims(stored // 4 * 64 + stored % 4, 0)
     else:
         w_at = gl.expand_dims(n * w_cols, 1) + gl.expand_dims(word, 0)
-    s_at = n // 16 * 16 * s_cols + n % 16 if SCALES == "tile_group" else n * s_cols
-    S_NEXT: gl.constexpr = 16 if SCALES == "tile_group" else 1
+    s_at = n * s_cols
+    if SCALES != "strided":
+        s_at = n // 16 * 16 * s_cols + n % 16 * (4 if SCALES == "tile_scale" else 1)
 
     AHEAD: gl.constexpr = BLOCK_M <= 64  # of LDS too; of more rows x would take too many registers
     buffer = gl.allocate_shared_memory(x.dtype.element_ty, [BLOCK_M, STEP], shared)
@@ -187,7 +204,7 @@ def int4_gemm_kernel(
     last = (K - 1) // STEP * STEP
     x_tile = x_of(x, x_at, x_k, 0, K, LONG, EVEN_K)
     w_tile = words_of(w, w_at, word, 0, K, VALUES, EVEN_K)
-    scales = scales_of(w_scales, s_at, 0, K, GROUP, PARTS, S_NEXT, EVEN_K)
+    scales = scales_of(w_scales, s_at, 0, K, GROUP, PARTS, SCALES, EVEN_K)
     for k in range(0, K, STEP):
         buffer.store(x_tile)
         words = parts_of(w_tile, CDNA, STEP // 32, BLOCK_N)
@@ -195,26 +212,33 @@ def int4_gemm_kernel(
         ahead = gl.minimum(k + STEP, last)  # the last step once more, behind it
         x_tile = x_of(x, x_at, x_k, ahead, K, LONG, EVEN_K)
         w_tile = words_of(w, w_at, word, ahead, K, VALUES, EVEN_K)
-        scales = scales_of(w_scales, s_at, ahead, K, GROUP, PARTS, S_NEXT, EVEN_K)
+        scales = scales_of(w_scales, s_at, ahead, K, GROUP, PARTS, SCALES, EVEN_K)
         x_part = buffer.slice(0, 32, 1).load(left)
         x_next = x_part
         for g in gl.static_range(PARTS):
-            zeros = gl.convert_layout(now[g], gl.SliceLayout(1, words[0].type.layout), assert_trivial=True)
-            scale = gl.convert_layout(now[g], gl.SliceLayout(0, sums), assert_trivial=True)
-            products = gl.full((BLOCK_M, BLOCK_N), 0, gl.float32, sums)
+            of_words = gl.convert_layout(now[g], gl.SliceLayout(1, words[0].type.layout), assert_trivial=True)
+            of_words = gl.expand_dims(of_words, 1)
+            products = total if SCALED else gl.full((BLOCK_M, BLOCK_N), 0, gl.float32, sums)
             for d in gl.static_range(g * (GROUP // 32), (g + 1) * (GROUP // 32)):
                 if AHEAD and d + 1 < STEP // 32:
                     x_next = buffer.slice((d + 1) * 32, 32, 1).load(left)
                 elif not AHEAD and d > 0:
                     x_part = buffer.slice(d * 32, 32, 1).load(left)
-                values = int4_values(words[d], gl.expand_dims(zeros, 1), ARCH, HALF, PACKED, BLOCK_N)
+                if MX:
+                    values = e2m1_values(words[d], e8m0_values(of_words, ARCH), ARCH, BLOCK_N)
+                else:
+                    values = int4_values(words[d], of_words, ARCH, HALF, PACKED, BLOCK_N)
                 operand = gl.convert_layout(values.permute((1, 0)), right, assert_trivial=True)
                 products = mfma(x_part, operand, products) if CDNA else wmma(x_part, operand, products)
                 if AHEAD:
                     x_part = x_next
-            scale = gl.expand_dims((scale & -16).to(gl.float32, bitcast=True), 0)
-            total = gl.fma(products, gl.broadcast(scale, products)[0], total)
-            if BLOCK_M * BLOCK_N > 4096 and g + 1 < PARTS:
+            if SCALED:
+                total = products
+            else:
+                scale = gl.convert_layout(now[g], gl.SliceLayout(0, sums), assert_trivial=True)
+                scale = e8m0_values(scale, ARCH) if MX else (scale & -16).to(gl.float32, bitcast=True)
+                total = gl.fma(products, gl.broadcast(gl.expand_dims(scale, 0), products)[0], total)
+            if not SCALED and BLOCK_M * BLOCK_N > 4096 and g + 1 < PARTS:
                 total = in_turn(total)
 
     y_rows = y_places

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from .group_gemm import GroupGemmConfig, kernel_of
 from .int4_gemm import LAYOUTS
 from .mx_gemm import MxGemmConfig, mx_gemm_kernel
@@ -17,6 +19,7 @@ from .tiles import STRIDED, layout_constants
 TRITON_ARCHS = ("gfx950", "gfx942", "gfx1100", "sm_90")
 
 _ELEMENT = {"e2m1": "*u8", "e4m3": "*fp8e4nv", "bf16": "*bf16", "fp16": "*fp16"}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _WORDS = {"int4": "*i32", "e2m1": "*i32", "e4m3": "*u8"}
 """How `group_gemm_kernel` has weights."""
 _ROUTING = {"row_ids": "*i32", "block_experts": "*i32", "row_weights": "*fp32"}
@@ -54,7 +57,9 @@ class Variant:
     def kernel(self) -> Any:
         """The `triton.jit` function."""
         grouped = isinstance(self.config, GroupGemmConfig)
-        return kernel_of(self.w_format, self.layout[0], self.arch) if grouped else mx_gemm_kernel
+        return (
+            kernel_of(self.w_format, self.layout[0], self.arch, _DTYPES[self.x_format]) if grouped else mx_gemm_kernel
+        )
 
     @property
     def signature(self) -> dict[str, str]:
@@ -73,7 +78,9 @@ class Variant:
         step, top_k = max(self.config.block_k, self.group), 2 if self.grouped else 1
         k = step if self.even_k else step + self.group
         if isinstance(self.config, GroupGemmConfig):
-            given = self.config.constants(self.w_format, self.group, top_k, k, self.arch, self.layout)
+            given = self.config.constants(
+                self.w_format, self.group, top_k, k, self.arch, _DTYPES[self.x_format], self.layout
+            )
         else:
             given = self.config.constants(self.x_format, self.w_format, top_k, k, self.arch)
             given |= layout_constants(self.layout)
@@ -141,7 +148,7 @@ def group_variants() -> Iterator[Variant]:
     for arch in TRITON_ARCHS:
         few, many = _GROUP_TILES[arch]
         plain = replace(many, block_k=64)  # strided MX weights need more registers
-        own = LAYOUTS.get("gfx11" if arch.startswith("gfx11") else arch)
+        own = LAYOUTS.get(("gfx11" if arch.startswith("gfx11") else arch, "int4"))
         int4 = replace(many, num_warps=4) if own else many
         decode, matrix = (own, "tile_group") if own else STRIDED, ("matrix",)
         yield Variant("group_gemm_int4_grouped", arch, "bf16", "int4", few, True, False, matrix)

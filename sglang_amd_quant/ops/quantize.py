@@ -66,3 +66,17 @@ def quantize_activation(x: torch.Tensor, act: ActQuant) -> Quantized:
     if element == "bf16":
         return Quantized(x.contiguous())
     return Quantized(*quantize(x, element, act.mode or DEFAULT_SCALE_MODE[element]))
+
+
+def bf16_values(x: torch.Tensor, act: ActQuant) -> torch.Tensor:
+    """x[M, K] in bf16, where its scheme quantizes it the values of the MX codes, which bf16 has exactly but at the ends
+    of its range. No host read: may be captured in a graph."""
+    element = act.scheme.act
+    if element == "bf16":
+        return x.contiguous()
+    mode = act.mode or DEFAULT_SCALE_MODE[element]
+    if has_triton(x) and x.dtype in (torch.bfloat16, torch.float16):
+        from sglang_amd_quant.kernels.triton.quant_mx import quant_mx
+
+        return quant_mx(x.contiguous(), element, "bf16", mode.value, native=_native_fp8(x.get_device()))[0]
+    return formats.dequantize_mx(*formats.quantize_mx(x, element, mode), element, torch.bfloat16)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_amd_quant.ops.packed import Weight, pairs_of
-from sglang_amd_quant.ops.quantize import Quantized
+from sglang_amd_quant.ops.quantize import Quantized, bf16_values
 from sglang_amd_quant.ops.routing import Routing
 from sglang_amd_quant.ops.triton_mx import first_gemm, launch_options, second_gemm, two_gemms
 from sglang_amd_quant.selection import Config, GemmProblem
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 def run_group_gemm(call: LinearCall) -> None:
     """Dense."""
     _gemm(call.x.contiguous(), call.weight, call.y, call.config, call.problem, bias=call.bias)
+
+
+def run_e2m1_gemm(call: LinearCall) -> None:
+    """Dense, MXFP4 weights by x as bf16 has it: as it is, or what its MX codes stand for."""
+    _gemm(bf16_values(call.x, call.act), call.weight, call.y, call.config, call.problem, bias=call.bias)
 
 
 def run_group_moe(call: MoeCall) -> torch.Tensor:

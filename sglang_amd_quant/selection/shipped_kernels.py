@@ -95,17 +95,23 @@ def _group_tile(problem: GemmProblem) -> Config:
 
 def _group_lds(problem: GemmProblem, config: Config) -> int:
     """On AMD x of a whole step in every stage but one, which is in registers, or of one product in a single stage; and
-    the weights of one product, dequantized; of int4 x of one step only. On NVIDIA x, codes and scales of a whole step
-    in every stage, and its weights."""
+    the weights of one product, dequantized. On NVIDIA x, codes and scales of a whole step in every stage, and its
+    weights."""
     block_m, block_n, block_k = config.tile
     step, depth, stages = max(block_k, problem.group), min(block_k, problem.group), config.num_stages or 1
     scale = 4 if problem.scheme == "int4_w4a16" else 1
     x, w = block_m * step * 2, block_n * (step * problem.weight_bits // 8 + scale * step // problem.group)
     if problem.arch == "sm_90":
         return stages * (x + w) + block_n * step * 2
-    if problem.scheme == "int4_w4a16":
-        return x
     return max((stages - 1) * x, block_m * depth * 2) + block_n * depth * 2
+
+
+def _registers_lds(problem: GemmProblem, config: Config) -> int:
+    """x of one step, where weights are in registers all the way: on AMD."""
+    if problem.arch == "sm_90":
+        return _group_lds(problem, config)
+    block_m, _, block_k = config.tile
+    return block_m * max(block_k, problem.group) * 2
 
 
 def _group_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
@@ -126,19 +132,42 @@ def _group_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
     )
 
 
+def _archs_of(weight: str, *tables: dict[tuple[str, str], str]) -> dict[str, tuple[str, ...]]:
+    """What decode kernels read of a weight format, with the archs of each."""
+    read: dict[str, tuple[str, ...]] = {}
+    for (arch, of), layout in (item for table in tables for item in table.items()):
+        if of == weight:
+            read[layout] = (*read.get(layout, ()), arch)
+    return read
+
+
 def _int4_gemm(name: str, ops: tuple[str, ...], *tables: dict[tuple[str, str], str]) -> KernelSpec:
     """`tables`: what decode kernels of an arch read, and this on that arch too."""
-    read: dict[str, tuple[str, ...]] = {}
-    for (arch, weight), layout in (item for table in tables for item in table.items()):
-        if weight == "int4":
-            read[layout] = (*read.get(layout, ()), arch)
+    read = _archs_of("int4", *tables)
     return replace(
         _group_gemm(name, ops),
         schemes=("int4_w4a16",),
         layouts=("strided", *read),
         layout_archs=read,
         groups=INT4_GROUPS,
+        lds=_registers_lds,
         x_dtypes=("bf16", "fp16"),
+    )
+
+
+def _e2m1_gemm(name: str, archs: tuple[str, ...], schemes: tuple[str, ...], acts: tuple[str, ...]) -> KernelSpec:
+    """MXFP4 weights where there is no matrix unit for MX, or activations are not quantized."""
+    read = _archs_of("e2m1", AMD_DECODE_LAYOUTS)
+    return replace(
+        _group_gemm(name, ("linear",)),
+        archs=archs,
+        schemes=schemes,
+        acts=acts,
+        layouts=("strided", *read),
+        layout_archs=read,
+        gathers=True,
+        lds=_registers_lds,
+        x_dtypes=("bf16",),
     )
 
 
@@ -352,6 +381,8 @@ SHIPPED_KERNELS = (
     ),
     *(_amd_decode(arch, weight) for arch, weight in AMD_DECODE_LAYOUTS),
     *(_amd_moe_decode(arch, weight) for arch, weight in AMD_MOE_DECODE_LAYOUTS),
+    _e2m1_gemm("triton_e2m1_gemm", ("gfx942", "gfx11"), ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1")),
+    _e2m1_gemm("triton_e2m1_bf16_gemm", ("gfx950",), ("w4a16",), ("bf16",)),
     _mx_gemm(
         "triton_mx_gemm",
         ("linear",),

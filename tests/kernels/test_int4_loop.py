@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Iterator
 from itertools import product
 
 import pytest
@@ -15,9 +13,8 @@ pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it is not said
 
 from emulated_triton import Launch, emulated_triton
-from emulator import CodeObject
-from emulator.disassembler import disassemble
 from sglang_amd_quant.kernels.triton.group_gemm import GroupGemmConfig, group_gemm
+from wait_states import check_wait_states
 
 from sglang_amd_quant.formats import group_words
 from sglang_amd_quant.layouts.names import TensorLayout
@@ -76,43 +73,8 @@ def test_a_step_has_few_instructions_two_barriers_and_no_bank_conflicts(arch: st
     assert many.counters.lds_bank_conflicts == few.counters.lds_bank_conflicts
 
 
-def written(instruction: str) -> set[int]:
-    """Vector registers that an instruction other than a matrix instruction writes."""
-    return registers(operands(instruction)[0]) if re.match(r"v_(?!mfma|cmp)", instruction) else set()
-
-
-def operands(instruction: str) -> list[str]:
-    return (instruction.split(None, 1)[1:] or [""])[0].split(", ")
-
-
-def registers(operand: str) -> set[int]:
-    """Vector registers that an operand names."""
-    found = re.match(r"v(?:\[(\d+):(\d+)\]|(\d+))", operand)
-    return set(range(int(found[1] or found[3]), int(found[2] or found[3]) + 1)) if found else set()
-
-
-def within(instructions: Iterable[str], states: int) -> Iterator[str]:
-    """Those that are issued before so many wait states have passed."""
-    for instruction in instructions:
-        if states <= 0:
-            return
-        yield instruction
-        states -= int(instruction.split()[1]) + 1 if instruction.startswith("s_nop") else 1
-
-
 @pytest.mark.parametrize("arch", ["gfx950", "gfx942"])
 @pytest.mark.parametrize("m", [16, 32, 64, 4096])
 @pytest.mark.parametrize(("group", "x"), product((128, 32), ("bf16", "fp16")))
 def test_assembly_leaves_the_matrix_unit_its_wait_states(arch: str, m: int, group: int, x: str) -> None:
-    """Nothing writes what it is about to read, two before, or sums that it begins with, three after; LLVM sees to
-    that only where it knows an instruction."""
-    compiled = launched(arch, config_of(arch, m, group), group, x, 128).compiled
-    kernel = CodeObject(compiled.code).kernel(compiled.kernel)
-    lines = [line.text for line in disassemble(kernel.code, kernel.address, arch, 64)]
-    found = [i for i, line in enumerate(lines) if line.startswith("v_mfma")]
-    for i in found:
-        sums, *read = (registers(operand) for operand in operands(lines[i])[:4])
-        assert not any(written(line) & set().union(*read) for line in within(reversed(lines[:i]), 2)), lines[i]
-        begun = read[2] if read[2] != sums else set()
-        assert not any(written(line) & begun for line in within(lines[i + 1 :], 3)), lines[i]
-    assert found
+    check_wait_states(launched(arch, config_of(arch, m, group), group, x, 128).compiled, arch)

@@ -1,0 +1,127 @@
+"""Words of eight e2m1 codes -> bf16, exact, in few instructions of AMD's (`int4_gemm.py`).
+
+| | by way of | instructions for 8 |
+| --- | --- | --- |
+| gfx950 | its conversion of two codes under a scale | 4 |
+| gfx942 | e4m3 by a look into a table of eight, two of which become fp32 at once; scaled there | 24 |
+| RDNA | either byte of a bf16 by such a look; sums are scaled | 20 |
+
+What assembly owes the matrix unit is in `int4_values.py`.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .int4_values import joined, upper_halves
+
+_SCALED = gl.constexpr("""
+v_cvt_scalef32_pk_bf16_fp4 $0, $4, $5
+v_cvt_scalef32_pk_bf16_fp4 $1, $4, $5 op_sel:[1,0,0]
+v_cvt_scalef32_pk_bf16_fp4 $2, $4, $5 op_sel:[0,1,0]
+v_cvt_scalef32_pk_bf16_fp4 $3, $4, $5 op_sel:[1,1,0]
+s_nop 1
+""")
+_FLOATS = gl.constexpr("""
+s_nop 2
+v_cvt_pk_f32_fp8_e32 $0, $4
+v_cvt_pk_f32_fp8_sdwa $1, $4 src0_sel:WORD_1
+v_cvt_pk_f32_fp8_e32 $2, $5
+v_cvt_pk_f32_fp8_sdwa $3, $5 src0_sel:WORD_1
+v_pk_mul_f32 $0, $0, $6
+v_pk_mul_f32 $1, $1, $6
+v_pk_mul_f32 $2, $2, $6
+v_pk_mul_f32 $3, $3, $6
+""")
+
+
+@gluon.jit
+def e8m0_values(scales, ARCH: gl.constexpr):
+    """Bytes -> fp32: 2^(byte - 127); 0 is a subnormal, 255 NaN. For gfx950's conversion, which reads the exponent only,
+    the byte where that is."""
+    bits = scales.to(gl.int32) << 23
+    if ARCH != "gfx950":
+        bits = gl.where(scales == 255, 0x7FC00000, gl.maximum(bits, 1 << 22))
+    return bits.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def looked_up(upper, lower, selectors):
+    """Of each byte of the selectors, below 8, that byte of a table: 4 to 7 are in `upper`. int32 all of them."""
+    return gl.inline_asm_elementwise(
+        "v_perm_b32 $0, $1, $2, $3", "=v,v,s,v", [upper, lower, selectors], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def chosen(upper, lower, PLACES: gl.constexpr):
+    """Four bytes of two words, by their places."""
+    return gl.inline_asm_elementwise(
+        "v_perm_b32 $0, $1, $2, $3", "=v,v,v,s", [upper, lower, PLACES], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def pairs_of(pairs):
+    """int32 [R, C] of two bf16 each -> [R, C, 2]."""
+    return gl.join(pairs.to(gl.int16), (pairs >> 16).to(gl.int16)).to(gl.bfloat16, bitcast=True)
+
+
+@gluon.jit
+def e2m1_values(words, scales, ARCH: gl.constexpr, ROWS: gl.constexpr):
+    """Values of codes, on CDNA times their scale.
+
+    Args:
+        words: int32 [ROWS, 4], of 32 codes along K, in sequence.
+        scales: fp32 [ROWS, 1], as `e8m0_values` gives them.
+        ARCH: gfx950, gfx942 or gfx11.
+    """
+    if ARCH == "gfx950":
+        a, b, c, d = gl.inline_asm_elementwise(
+            _SCALED,
+            "=&v,=&v,=&v,=&v,v,v",
+            [words, scales],
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        values = joined(pairs_of(a), pairs_of(b), pairs_of(c), pairs_of(d), ROWS)
+    else:
+        even, odd = words & 0x07070707, (words >> 4) & 0x07070707  # magnitudes of elements 0, 2, 4, 6 and 1, 3, 5, 7
+        even_signs, odd_signs = words << 4, words
+        if ARCH == "gfx942":  # FNUZ: a negative zero is a NaN there
+            even_signs &= even + 0x7F7F7F7F
+            odd_signs &= odd + 0x7F7F7F7F
+            first = looked_up(even * 0 + 0x54504C48, 0x44403800, even) | even_signs & -0x7F7F7F80
+            second = looked_up(odd * 0 + 0x54504C48, 0x44403800, odd) | odd_signs & -0x7F7F7F80
+            s = scales.to(gl.uint32, bitcast=True).to(gl.uint64)
+            # Elements 0 and 2, 4 and 6, 1 and 3, 5 and 7.
+            p, q, r, t = gl.inline_asm_elementwise(
+                _FLOATS,
+                "=&v,=&v,=&v,=&v,v,v,v",
+                [first, second, s << 32 | s],
+                dtype=(gl.int64, gl.int64, gl.int64, gl.int64),
+                is_pure=True,
+                pack=1,
+            )
+            a, b = (
+                upper_halves(p.to(gl.int32), r.to(gl.int32)),
+                upper_halves((p >> 32).to(gl.int32), (r >> 32).to(gl.int32)),
+            )
+            c, d = (
+                upper_halves(q.to(gl.int32), t.to(gl.int32)),
+                upper_halves((q >> 32).to(gl.int32), (t >> 32).to(gl.int32)),
+            )
+            values = joined(a, b, c, d, ROWS)
+        else:
+            e_low = looked_up(even * 0 - 0x3F7FC000, -0x3F800000, even)
+            o_low = looked_up(odd * 0 - 0x3F7FC000, -0x3F800000, odd)
+            e_high = looked_up(even * 0 + 0x40404040, 0x3F3F3F00, even) | even_signs & -0x7F7F7F80
+            o_high = looked_up(odd * 0 + 0x40404040, 0x3F3F3F00, odd) | odd_signs & -0x7F7F7F80
+            e02, e46 = chosen(e_high, e_low, 0x05010400), chosen(e_high, e_low, 0x07030602)
+            o13, o57 = chosen(o_high, o_low, 0x05010400), chosen(o_high, o_low, 0x07030602)
+            a, b = chosen(o13, e02, 0x05040100), chosen(o13, e02, 0x07060302)
+            c, d = chosen(o57, e46, 0x05040100), chosen(o57, e46, 0x07060302)
+            values = joined(pairs_of(a), pairs_of(b), pairs_of(c), pairs_of(d), ROWS)
+    return values
