@@ -1,4 +1,4 @@
-"""Words of eight e2m1 codes -> bf16, exact, in few instructions of AMD's (`int4_gemm.py`).
+"""Words of eight e2m1 codes -> bf16, exact, in few instructions of AMD's (`amd_gemm.py`).
 
 | | by way of | instructions for 8 |
 | --- | --- | --- |

@@ -1,16 +1,16 @@
 """Dense and grouped GEMM of weights that are scaled group by group: y = x w^T for prefill.
 
-x is bf16 or fp16, not quantized; w is int4 in groups of 32, 64 or 128 along K (the scheme int4_w4a16), or, for fp16 x,
-e2m1 or e4m3 in MX blocks of 32 (w4a16, and MXFP8 with activations as they are). A weight without its group's scale is
+x is bf16 or fp16; w is int4 in groups of 32, 64 or 128 along K (the scheme int4_w4a16), or, for fp16 x, e2m1 or e4m3
+in MX blocks of 32 (w4a16, and MXFP8 with activations as they are). A weight without its group's scale is
 exact in x's dtype. Its products are summed within a group in fp32, and the group's scale is applied to that sum in
 fp32: nothing is rounded but sums, and scales may be beyond what fp16 holds.
 
 Codes of 4 bits come as int32 words of eight in sequence, as in a checkpoint's bytes; e4m3 as bytes. Grouped (mixture of
 experts) as in `mx_gemm.py`; experts lie one after the other, each padded by itself.
 
-int4 on AMD has a kernel of its own, `int4_gemm.py`, for strided weights and the layout that decode kernels read there,
-in which words are paired. Of gate_up weights as those read them 8 gates and 8 ups alternate (`decode_*` layouts):
-results and biases do not.
+On AMD int4, and e2m1 with bf16 x, have a kernel of their own, `amd_gemm.py`, for strided weights and the layout that
+decode kernels read there; in int4's words are paired. Of gate_up weights as those read them 8 gates and 8 ups alternate
+(`decode_*` layouts): results and biases do not.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .amd_gemm import LAYOUTS, amd_gemm_kernel
 from .group_values import scale_of, values_of
-from .int4_gemm import LAYOUTS, int4_gemm_kernel
 from .mx_gemm import values_torch
 from .tiles import STRIDED, TileConfig, gemm_torch, layout_constants, tile_of_program
 
@@ -102,7 +102,7 @@ def group_gemm_kernel(
 class GroupGemmConfig(TileConfig):
     """block_k is whole groups, or divides one: 32 to 128 of K go into one product, never more than a group.
 
-    `int4_gemm_kernel` has no use for num_stages (it is always a step ahead) and nonkdim (16).
+    `amd_gemm_kernel` has no use for num_stages (it is always a step ahead) and nonkdim (16).
     """
 
     def constants(
@@ -120,7 +120,7 @@ class GroupGemmConfig(TileConfig):
     def options_of(self, kernel: Any, arch: str) -> dict[str, int]:
         """Compile options of a kernel. Two waves a SIMD keep the sums of int4 in registers that all instructions read:
         with more than 256 for each, they would lie in accumulation registers, a move apart."""
-        if kernel is not int4_gemm_kernel:
+        if kernel is not amd_gemm_kernel:
             return self.options(arch)
         return {"num_warps": self.num_warps, **({"waves_per_eu": 2} if arch.startswith("gfx9") else {})}
 
@@ -132,7 +132,7 @@ def kernel_of(w_format: str, values: str, arch: str, x: torch.dtype) -> Any:
         raise ValueError(
             f"{w_format} weights in layout {values} on {arch}: takes strided ones{f' and {own}' * bool(own)}"
         )
-    return int4_gemm_kernel if own else group_gemm_kernel
+    return amd_gemm_kernel if own else group_gemm_kernel
 
 
 def _family(arch: str) -> str:
@@ -192,7 +192,7 @@ def group_gemm(
     tiles_m, grid = config.grid(m, n, row_ids)
     kernel = kernel_of(w_format, layout[0], arch, x.dtype)
     constants = config.constants(w_format, group, top_k, k, arch, x.dtype, layout)
-    if kernel is int4_gemm_kernel:
+    if kernel is amd_gemm_kernel:
         long = row_ids is not None and x.numel() * x.element_size() >= SHORT
         constants |= {"LONG": long, "PAIRS": pairs}
     codes = w.view(torch.uint8 if w_format == "e4m3" else torch.int32)

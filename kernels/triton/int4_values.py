@@ -1,4 +1,4 @@
-"""Words of eight int4 codes -> q - z in fp16 or bf16, exact, in few instructions of AMD's (`int4_gemm.py`).
+"""Words of eight int4 codes -> q - z in fp16 or bf16, exact, in few instructions of AMD's (`amd_gemm.py`).
 
 | x | by way of | instructions for 8 |
 | --- | --- | --- |

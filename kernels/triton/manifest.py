@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from .amd_gemm import LAYOUTS
 from .group_gemm import GroupGemmConfig, kernel_of
-from .int4_gemm import LAYOUTS
 from .mx_gemm import MxGemmConfig, mx_gemm_kernel
 from .tiles import STRIDED, layout_constants
 

@@ -39,14 +39,14 @@ def test_a_kernel_that_was_not_built_is_not_promised(capsys: Out, monkeypatch: p
     line = "--op linear --scheme w4a16 --m 2 --n 2048 --k 4096 --arch "
     _, out, _ = run(capsys, line + "gfx1101")
     assert "planned  hip_decode_gfx11_e2m1   source: rule" in out
-    assert "here     triton_mx_gemm would run (heuristic)" in out
+    assert "here     triton_e2m1_gemm would run (heuristic)" in out
     assert "hip_decode_gfx11_e2m1 cannot be launched here: nothing is compiled for gfx1101" in out
     monkeypatch.setattr(detect, "find_spec", lambda name: None)
     detect.launchable.cache_clear()
     detect.missing.cache_clear()
     _, out, _ = run(capsys, line + "gfx1101")
     assert "here     reference would run (reference)" in out
-    assert "triton_mx_gemm cannot be launched here: triton is not installed" in out
+    assert "triton_e2m1_gemm cannot be launched here: triton is not installed" in out
     detect.launchable.cache_clear()
     detect.missing.cache_clear()
 

@@ -1,4 +1,4 @@
-"""MXFP4 weights in registers all the way on AMD (`int4_gemm.py`), bf16 activations: executed on every arch."""
+"""MXFP4 weights in registers all the way on AMD (`amd_gemm.py`), bf16 activations: executed on every arch."""
 
 from __future__ import annotations
 

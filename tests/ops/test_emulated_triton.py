@@ -46,6 +46,22 @@ def test_linear(arch, scheme):
     assert_close(out, exact_linear(layer, x, bias), 320)
 
 
+@pytest.mark.parametrize(
+    ("arch", "scheme"),
+    [("gfx950", "w4a16"), *((arch, s) for arch in ("gfx942", "gfx1100") for s in ("w4a16", "w4a8", "mxfp4"))],
+)
+def test_linear_where_codes_stay_in_registers(arch, scheme, monkeypatch):
+    """What selection picks there for more rows than decode kernels take."""
+    names_here = frozenset({"triton_e2m1_gemm", "triton_e2m1_bf16_gemm", "triton_mx_gemm"})
+    monkeypatch.setattr(linear, "launchable", lambda arch: names_here)
+    layer = make_linear(scheme, 40, 320, arch=arch)
+    x, bias = torch.randn(35, 320).bfloat16(), torch.randn(40).bfloat16()
+    with emulated_triton(arch) as made:
+        out = layer(x, bias)
+    assert names(made) == (["quant_mx_kernel"] if scheme != "w4a16" else []) + ["amd_gemm_kernel"]
+    assert_close(out, exact_linear(layer, x, bias), 320)
+
+
 @pytest.mark.parametrize(("arch", "scheme"), [*(("gfx950", scheme) for scheme in MX), ("gfx942", "w4a8")])
 def test_moe(arch, scheme):
     experts, hidden, inter, top_k = 4, 96, 64, 2

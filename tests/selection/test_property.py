@@ -52,6 +52,8 @@ INT4 = ("triton_int4_gemm", "triton_int4_moe")
 INT4_LAYOUTS = ("cdna_int4+tile_group", "rdna_int4+tile_group")
 HOPPER_INT4 = ("mma_int4+tile_group", "decode_mma_int4")
 ON |= dict.fromkeys(INT4, ("gfx950", "gfx942", "gfx11", "sm_90"))
+E2M1 = {"triton_e2m1_gemm": ("gfx942", "gfx11"), "triton_e2m1_bf16_gemm": ("gfx950",)}
+ON |= E2M1
 FP16 = ("triton_fp16_gemm", "triton_fp16_moe")
 ON |= dict.fromkeys(FP16, ("gfx950", "gfx942", "gfx11", "sm_90"))
 HOPPER = ("triton_hopper_bf16", "triton_hopper_e4m3")
@@ -80,17 +82,15 @@ def hopper_bytes(kernel, p, c):
     return c.num_stages * (x + w + c.block_n * scales)
 
 
-def group_bytes(p, c):
+def group_bytes(p, c, registers):
     """x of every stage, on AMD of all but one, with codes and scales of weights on NVIDIA; and dequantized weights, on
-    AMD of one product; of int4 that lies as AMD's own kernel reads it x of one step alone."""
+    AMD of one product; where weights stay in registers there x of one step alone."""
     step, depth = max(c.block_k, p.group), min(c.block_k, p.group)
     if p.arch == "sm_90":
         scale = 4 if p.scheme == "int4_w4a16" else 1
         x = 2 * c.block_m * step + c.block_n * step * WEIGHT_BITS[p.scheme] // 8 + scale * c.block_n * step // p.group
         return c.num_stages * x + 2 * c.block_n * step
-    own = {"gfx950": "cdna_int4", "gfx942": "cdna_int4", "gfx11": "rdna_int4"}.get(p.arch)
-    values = (p.layout or "strided").removeprefix("decode_").partition("+")[0]
-    if p.scheme == "int4_w4a16" and values in ("strided", own):
+    if registers:
         return 2 * c.block_m * step
     return max((c.num_stages - 1) * 2 * c.block_m * step, 2 * c.block_m * depth) + 2 * c.block_n * depth
 
@@ -125,12 +125,19 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["whole tiles of gates and ups"] * (choice.layout in paired and bool(p.n % 16))
         out += ["x is bf16 or fp16"] * (p.out_dtype == "fp32")
         out += ["tiles of the layout"] * (c.block_k < {"cdna": 128}.get(choice.layout.removeprefix("decode_")[:4], 32))
+    if choice.kernel in E2M1:
+        own = {"gfx942": "cdna3_e2m1+tile_scale"}.get(p.arch, "preshuffle+tile_scale")
+        out += ["op"] * (p.op != "linear")
+        out += ["operands"] * (p.scheme not in ("w4a16", "w4a8", "mxfp4") or p.act == "fp8_static")
+        out += ["MX has a matrix unit"] * (p.arch == "gfx950" and p.act != "bf16")
+        out += ["layout read"] * (choice.layout not in ("strided", own))
+        out += ["x is bf16 where nothing quantizes it"] * (p.act == "bf16" and p.out_dtype in ("fp16", "fp32"))
     if choice.kernel in FP16:
         out += ["op"] * ((p.op == "linear") != (choice.kernel == "triton_fp16_gemm"))
         out += ["operands"] * (p.scheme not in ("w4a16", "mxfp8") or p.act != "bf16")
         out += ["x is fp16"] * (p.out_dtype in ("bf16", "fp32"))
         out += ["layout read"] * (choice.layout != "strided")
-    if choice.kernel in (*OWN, *INT4, *FP16):
+    if choice.kernel in (*OWN, *INT4, *FP16, *E2M1):
         out += ["activation and quantization are the op's"] * (
             bool(p.epilogue.activation) != ("activation" in choice.unfused)
             or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
@@ -240,7 +247,8 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             pairs = choice.kernel == "triton_moe" and p.op == "moe_gate_up" and p.epilogue.activation
             tile = c._replace(block_n=2 * c.block_n) if pairs else c  # gate and up of every column
             need = hopper_bytes(choice.kernel, p, c) if hopper else lds(p.arch, tile, *bits)
-            need = group_bytes(p, c) if choice.kernel in (*INT4, *FP16) else need
+            if choice.kernel in (*INT4, *FP16, *E2M1):
+                need = group_bytes(p, c, choice.kernel not in FP16)
             out += ["LDS"] * (need > LDS[p.arch])
     return out
 

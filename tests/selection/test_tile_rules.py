@@ -25,7 +25,7 @@ from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS, AMD_MOE_DE
 from sglang_amd_quant.selection.legality import lds_need
 from sglang_amd_quant.selection.rules import LAYOUT_RULES
 from sglang_amd_quant.selection.shipped_kernels import GPUS
-from sglang_amd_quant.selection.specs import kernel
+from sglang_amd_quant.selection.specs import kernel, kernels
 from sglang_amd_quant.toolchain.triton_aot import call, compile_variant
 
 MEMBER = {"gfx11": "gfx1100"}
@@ -89,8 +89,8 @@ def test_layouts_of_decode_kernels_compile_without_spills(arch, scheme, layout, 
 
 def group_problems(arch):
     """int4 experts, by the height that routing gives, on strided weights: dense tiles are among theirs. int4 linears,
-    and the highest tile's experts, on weights that lie as decode kernels read them, in models of fp16. And MX linears
-    and experts in these, whose activations are not quantized."""
+    and the highest tile's experts, on weights that lie as decode kernels read them, in models of fp16. MX linears and
+    experts in these, whose activations are not quantized. And MXFP4 linears on AMD in models of bf16."""
     shape, experts = {"n": 1536, "k": 2048}, {"e_local": 64, "e_total": 64, "top_k": 8, "layout": "strided"}
     for group in (32, 64, 128):
         shared = shape | {"scheme": "int4_w4a16", "arch": arch, "group": group}
@@ -104,13 +104,17 @@ def group_problems(arch):
         shared = shape | {"scheme": scheme, "arch": arch, "act": "bf16", "out_dtype": "fp16"}
         yield from (GemmProblem("moe_gate_up", m=64, block_m=b, **shared, **experts) for b in (16, 32, 64, 128))
         yield from (GemmProblem("linear", m=m, **shared, layout="strided") for m in (16, 32, 64, 4096))
+    if own := AMD_DECODE_LAYOUTS.get((arch, "e2m1")):
+        for m, layout in product((16, 32, 64, 4096), ("strided", own)):
+            yield GemmProblem("linear", "w4a16", arch, m, **shape, layout=layout)
 
 
 def group_tiles():
     """(problem, choice) of each tile that they get."""
     for problem in (problem for arch in GPUS for problem in group_problems(arch)):
-        name = f"triton_{'int4' if problem.scheme == 'int4_w4a16' else 'fp16'}_{'moe' if problem.moe else 'gemm'}"
-        choice = Selector(available={name}).decide(problem)
+        weights = "int4" if problem.scheme == "int4_w4a16" else "fp16" if problem.out_dtype == "fp16" else "e2m1"
+        names = {f"triton_{weights}_{'moe' if problem.moe else 'gemm'}", f"triton_{weights}_bf16_gemm"} & set(kernels())
+        choice = Selector(available=names).decide(problem)
         if choice.source == "heuristic":  # of MX weights no rule of gfx11's is as high as 128
             tile = "x".join(map(str, choice.config.tile))
             yield pytest.param(

@@ -1,8 +1,12 @@
-"""Dense and grouped GEMM of int4 groups on AMD: y = x w^T for prefill, weights in registers all the way.
+"""Dense and grouped GEMM of 4-bit weights on AMD: y = x w^T for prefill, weights in registers all the way.
 
-What `group_gemm.py` computes, as exactly: q - z is exact in x's dtype, products of a group are summed in fp32, and its
-scale is applied to that sum in fp32. Gluon, because layouts of registers must be told: Triton's own choice dequantizes
-first and takes values through LDS, 32 of K at a time between two barriers.
+- int4: what `group_gemm.py` computes, as exactly: q - z is exact in x's dtype, products of a group are summed in fp32,
+  and its scale is applied to that sum in fp32.
+- e2m1 (MX blocks of 32, bf16 x): on CDNA codes become bf16 with their scale, a power of two, and sums run over all of
+  K; on RDNA, which multiplies no bf16, sums of a block are scaled. Exact either way, within bf16's range.
+
+Gluon, because layouts of registers must be told: Triton's own choice dequantizes first and takes values through LDS, 32
+of K at a time between two barriers.
 
 - Weights: a lane has row l % 16 of a tile and 16 bytes of it, as decode kernels do, loaded a step ahead. Its words
   become the matrix unit's operand, which every warp of a block makes of its own rows only.
@@ -116,7 +120,7 @@ def in_turn(sums):
 
 
 @gluon.jit
-def int4_gemm_kernel(
+def amd_gemm_kernel(
     x, w, w_scales, bias, y, row_ids, block_experts, row_weights,
     M, N, K, tiles_m,
     ARCH: gl.constexpr, GROUP: gl.constexpr, TOP_K: gl.constexpr,
