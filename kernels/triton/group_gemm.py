@@ -63,8 +63,9 @@ def group_gemm_kernel(
             inside = (rows < M)[:, None] & (columns < N)[None, :]
             tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], nothing, mask=inside)
             return
-        w += expert * N * w_cols
-        w_scales += expert * N * s_cols
+        before = expert * N  # rows
+        w += before * w_cols
+        w_scales += before * s_cols
         if bias is not None:
             bias += expert * N
     row_mask = (rows < M)[:, None]
@@ -80,7 +81,7 @@ def group_gemm_kernel(
             if not EVEN_K:
                 x_mask = row_mask & (k + g * GROUP < K)
                 s_mask = column_mask & (k + g * GROUP < K)
-            scales = tl.load(s_rows + k // GROUP + g, mask=s_mask, other=0)
+            scales = tl.load(s_rows + (k // GROUP + g), mask=s_mask, other=0)
             products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for d in tl.static_range(GROUP // DEPTH):
                 at = g * GROUP + d * DEPTH

@@ -127,8 +127,8 @@ def test_on_sm_90_it_is_launched_on_what_it_reads(monkeypatch, group, dtype):
     layer = replace(plain, weight=lay_out(plain.weight, plain.problem))
     assert layer.weight.layout.name == "mma_int4+tile_group"
     x, bias = torch.randn(5, 384).to(dtype), torch.randn(64).to(dtype)
-    layer(torch.randn(64, 384).to(dtype), bias)
-    assert started[-1].kernel.removeprefix("decode_").removeprefix("prepared_") == f"{decode(dtype, group)[7:]}_m64"
+    layer(torch.randn(32, 384).to(dtype), bias)
+    assert started[-1].kernel.removeprefix("decode_").removeprefix("prepared_") == f"{decode(dtype, group)[7:]}_m32"
     started.clear()
     layer(x, bias)
     (d,) = started
