@@ -65,7 +65,9 @@ def test_linear(arch, scheme):
     with emulated_triton(arch) as made:
         out = layer(x, bias)
     quantized = ["quant_mx_kernel"] if plain.act.scheme.act != "bf16" and not static else []
-    assert names(made) == [*quantized, "group_gemm_kernel" if scheme == "w4a16" else "mx_gemm_kernel"]
+    registers = arch != "gfx950" and scheme in ("w4a8", "mxfp4") and not static  # MXFP4 without a matrix unit for MX
+    gemm = "group_gemm_kernel" if scheme == "w4a16" else "amd_gemm_kernel" if registers else "mx_gemm_kernel"
+    assert names(made) == [*quantized, gemm]
     assert out.dtype == torch.float16
     assert_close(out, exact_linear(plain, x, bias), 320 + 2 * static)  # of static fp8 each factor is rounded once more
 
