@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.amd.rdna3 import wmma
 
 from .e2m1_values import e2m1_values, e8m0_values
 from .int4_values import int4_values
-from .tiles import tile_of_program
+from .tiles import column_offsets, row_offsets, tile_of_program
 
 LAYOUTS = {
     ("gfx950", "int4"): "cdna_int4", ("gfx942", "int4"): "cdna_int4", ("gfx11", "int4"): "rdna_int4",
@@ -100,15 +100,7 @@ def scales_of(w_scales, at, k, K, GROUP: gl.constexpr, PARTS: gl.constexpr, SCAL
     scales = ()
     for g in gl.static_range(PARTS):
         inside = None if EVEN_K else at * 0 + k + g * GROUP < K
-        column = k // GROUP + g
-        place = (
-            column * 16
-            if SCALES == "tile_group"
-            else column // 4 * 64 + column % 4
-            if SCALES == "tile_scale"
-            else column
-        )
-        scales += (buffer_load(w_scales + place, at, inside),)
+        scales += (buffer_load(w_scales + column_offsets(k // GROUP + g, SCALES), at, inside),)
     return scales
 
 
@@ -131,9 +123,11 @@ def amd_gemm_kernel(
 ):  # fmt: skip
     """One BLOCK_M x BLOCK_N tile of y; see `group_gemm` for the arguments.
 
-    M, tiles_m, GROUP, TOP_K, EVEN_K, VALUES, SCALES, PAIRS: as of `group_gemm_kernel`. ARCH: gfx950, gfx942 or gfx11.
-        A step is BLOCK_K or a group of K, whichever is more, 128 at most; all 128 of `cdna_int4`. WARPS: of the block.
-        PAD: words that rows of weights are padded to. LONG: x may be beyond the 2 GiB that buffer loads reach.
+    M, tiles_m, GROUP, TOP_K, EVEN_K: as of `group_gemm_kernel`. ARCH: gfx950, gfx942, gfx11. FORMAT: `int4` or `e2m1`.
+        A step is BLOCK_K or a group of K, whichever is more, 128 at most; whole tiles of a layout. WARPS: of the block.
+        VALUES, SCALES: the weights' layouts, whose rows are padded to PAD words of int4 or bytes of e2m1, and to
+        SCALE_PAD scales. LONG: x may be beyond the 2 GiB that buffer loads reach. PAIRS: `halves` or `interleaved`,
+        where 8 gates and 8 ups alternate in the weights, for how they do in y; N is then whole 16s.
     """
     CDNA: gl.constexpr = ARCH != "gfx11"
     HALF: gl.constexpr = x.dtype.element_ty == gl.float16
@@ -152,7 +146,7 @@ def amd_gemm_kernel(
     shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, STEP // 8, [1, 0])
 
     tile_m, tile_n = tile_of_program(gl.program_id(0), tiles_m, gl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
-    W_PAD: gl.constexpr = PAD // 4 if MX and PACKED else PAD  # of words; pads of MX values are of bytes
+    W_PAD: gl.constexpr = PAD // 4 if MX and PACKED else PAD  # in words
     w_cols = gl.cdiv(K // 32 * 4, W_PAD) * W_PAD
     s_cols = gl.cdiv(K // GROUP, SCALE_PAD) * SCALE_PAD
     y_places = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, sums))
@@ -198,9 +192,7 @@ def amd_gemm_kernel(
         w_at = gl.expand_dims(n // 16 * 16 * w_cols + n % 16 * 4, 1) + gl.expand_dims(stored // 4 * 64 + stored % 4, 0)
     else:
         w_at = gl.expand_dims(n * w_cols, 1) + gl.expand_dims(word, 0)
-    s_at = n * s_cols
-    if SCALES != "strided":
-        s_at = n // 16 * 16 * s_cols + n % 16 * (4 if SCALES == "tile_scale" else 1)
+    s_at = row_offsets(n, s_cols, SCALES)
 
     AHEAD: gl.constexpr = BLOCK_M <= 64  # of LDS too; of more rows x would take too many registers
     buffer = gl.allocate_shared_memory(x.dtype.element_ty, [BLOCK_M, STEP], shared)

@@ -14,7 +14,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .int4_values import joined, upper_halves
+from .int4_values import BYTES_TO_FLOATS, halves_of, joined, upper_halves
+from .mx_gemm import e8m0_to_fp32
 
 _SCALED = gl.constexpr("""
 v_cvt_scalef32_pk_bf16_fp4 $0, $4, $5
@@ -23,27 +24,20 @@ v_cvt_scalef32_pk_bf16_fp4 $2, $4, $5 op_sel:[0,1,0]
 v_cvt_scalef32_pk_bf16_fp4 $3, $4, $5 op_sel:[1,1,0]
 s_nop 1
 """)
-_FLOATS = gl.constexpr("""
-s_nop 2
-v_cvt_pk_f32_fp8_e32 $0, $4
-v_cvt_pk_f32_fp8_sdwa $1, $4 src0_sel:WORD_1
-v_cvt_pk_f32_fp8_e32 $2, $5
-v_cvt_pk_f32_fp8_sdwa $3, $5 src0_sel:WORD_1
+_FLOATS = gl.constexpr(BYTES_TO_FLOATS + """
 v_pk_mul_f32 $0, $0, $6
 v_pk_mul_f32 $1, $1, $6
 v_pk_mul_f32 $2, $2, $6
 v_pk_mul_f32 $3, $3, $6
-""")
+""")  # fmt: skip
 
 
 @gluon.jit
 def e8m0_values(scales, ARCH: gl.constexpr):
     """Bytes -> fp32: 2^(byte - 127); 0 is a subnormal, 255 NaN. For gfx950's conversion, which reads the exponent only,
     the byte where that is."""
-    bits = scales.to(gl.int32) << 23
-    if ARCH != "gfx950":
-        bits = gl.where(scales == 255, 0x7FC00000, gl.maximum(bits, 1 << 22))
-    return bits.to(gl.float32, bitcast=True)
+    exponents = scales.to(gl.int32) << 23
+    return exponents.to(gl.float32, bitcast=True) if ARCH == "gfx950" else e8m0_to_fp32(scales)
 
 
 @gluon.jit
@@ -60,12 +54,6 @@ def chosen(upper, lower, PLACES: gl.constexpr):
     return gl.inline_asm_elementwise(
         "v_perm_b32 $0, $1, $2, $3", "=v,v,v,s", [upper, lower, PLACES], dtype=gl.int32, is_pure=True, pack=1
     )
-
-
-@gluon.jit
-def pairs_of(pairs):
-    """int32 [R, C] of two bf16 each -> [R, C, 2]."""
-    return gl.join(pairs.to(gl.int16), (pairs >> 16).to(gl.int16)).to(gl.bfloat16, bitcast=True)
 
 
 @gluon.jit
@@ -86,7 +74,7 @@ def e2m1_values(words, scales, ARCH: gl.constexpr, ROWS: gl.constexpr):
             is_pure=True,
             pack=1,
         )
-        values = joined(pairs_of(a), pairs_of(b), pairs_of(c), pairs_of(d), ROWS)
+        values = joined(halves_of(a, False), halves_of(b, False), halves_of(c, False), halves_of(d, False), ROWS)
     else:
         even, odd = words & 0x07070707, (words >> 4) & 0x07070707  # magnitudes of elements 0, 2, 4, 6 and 1, 3, 5, 7
         even_signs, odd_signs = words << 4, words
@@ -123,5 +111,5 @@ def e2m1_values(words, scales, ARCH: gl.constexpr, ROWS: gl.constexpr):
             o13, o57 = chosen(o_high, o_low, 0x05010400), chosen(o_high, o_low, 0x07030602)
             a, b = chosen(o13, e02, 0x05040100), chosen(o13, e02, 0x07060302)
             c, d = chosen(o57, e46, 0x05040100), chosen(o57, e46, 0x07060302)
-            values = joined(pairs_of(a), pairs_of(b), pairs_of(c), pairs_of(d), ROWS)
+            values = joined(halves_of(a, False), halves_of(b, False), halves_of(c, False), halves_of(d, False), ROWS)
     return values

@@ -32,7 +32,6 @@ from .hopper_operands import (
     codes_to_bf16,
     codes_to_e4m3,
     fragments,
-    group_fragments,
     int4_steps,
     int4_words_of,
     scale_fragments,
@@ -180,7 +179,7 @@ def hopper_moe_kernel(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, BLOCK_M, 16 if WIDE else 32])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2 if WIDE else 4)
     w_registers: gl.constexpr = fragments(GROUPS, NUM_WARPS, WIDE)
-    s_registers: gl.constexpr = group_fragments(GROUPS, NUM_WARPS) if INT4 else scale_fragments(GROUPS, NUM_WARPS)
+    s_registers: gl.constexpr = scale_fragments(GROUPS, NUM_WARPS, S_WIDTH)
 
     tiles_n = (groups_n + GROUPS * RUN - 1) // (GROUPS * RUN)
     pid = gl.program_id(0)

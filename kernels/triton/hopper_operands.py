@@ -18,21 +18,14 @@ def fragments(groups, warps, wide):
 
 
 @gluon.constexpr_function
-def scale_fragments(groups, warps):
-    """Registers that hold [groups, 8] words of scales: lane 4 g + t has column g, the rows g and g + 8 of a group."""
+def scale_fragments(groups, warps, columns):
+    """Registers that hold [groups, columns] words of scales: lane 4 g + t has column g, of 8 for rows g and g + 8 of a
+    group together; of 16, which int4 has, column g + 8 too."""
     rows = [[1 << i, 0] for i in range(groups.bit_length() - 1)]
     of_warps = warps.bit_length() - 1
     lanes = [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]]
-    return gl.DistributedLinearLayout(rows[of_warps:], lanes, rows[:of_warps], [], [groups, 8])
-
-
-@gluon.constexpr_function
-def group_fragments(groups, warps):
-    """Registers that hold [groups, 16] words of int4's scales: lane 4 g + t has columns g and g + 8."""
-    rows = [[1 << i, 0] for i in range(groups.bit_length() - 1)]
-    of_warps = warps.bit_length() - 1
-    lanes = [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]]
-    return gl.DistributedLinearLayout([[0, 8], *rows[of_warps:]], lanes, rows[:of_warps], [], [groups, 16])
+    own = ([[0, 8]] if columns == 16 else []) + rows[of_warps:]
+    return gl.DistributedLinearLayout(own, lanes, rows[:of_warps], [], [groups, columns])
 
 
 @gluon.jit

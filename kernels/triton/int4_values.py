@@ -23,17 +23,22 @@ v_pk_add_f16 $2, $2, $4 op_sel_hi:[1,0] neg_lo:[0,1] neg_hi:[0,1]
 v_pk_fma_f16 $3, $3, $6, $5 op_sel_hi:[1,1,0] neg_lo:[0,0,1] neg_hi:[0,0,1]
 s_nop 1
 """)
-_FLOATS_CDNA = gl.constexpr("""
+BYTES_TO_FLOATS = """
 s_nop 2
 v_cvt_pk_f32_fp8_e32 $0, $4
 v_cvt_pk_f32_fp8_sdwa $1, $4 src0_sel:WORD_1
 v_cvt_pk_f32_fp8_e32 $2, $5
 v_cvt_pk_f32_fp8_sdwa $3, $5 src0_sel:WORD_1
+"""
+_FLOATS_CDNA = gl.constexpr(
+    BYTES_TO_FLOATS
+    + """
 v_pk_fma_f32 $0, $0, $7, $6 neg_lo:[0,0,1] neg_hi:[0,0,1]
 v_pk_fma_f32 $1, $1, $7, $6 neg_lo:[0,0,1] neg_hi:[0,0,1]
 v_pk_fma_f32 $2, $2, $7, $6 neg_lo:[0,0,1] neg_hi:[0,0,1]
 v_pk_fma_f32 $3, $3, $7, $6 neg_lo:[0,0,1] neg_hi:[0,0,1]
-""")
+"""
+)
 _FLOATS_RDNA = gl.constexpr("""
 v_fma_mix_f32 $0, $8, 1.0, $12 op_sel_hi:[1,0,0]
 v_fma_mix_f32 $1, $8, 1.0, $12 op_sel:[1,0,0] op_sel_hi:[1,0,0]
@@ -63,9 +68,10 @@ def joined(a, b, c, d, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def halves_of(pairs):
-    """int32 [R, C] of two fp16 each -> [R, C, 2]."""
-    return gl.join(pairs.to(gl.int16), (pairs >> 16).to(gl.int16)).to(gl.float16, bitcast=True)
+def halves_of(pairs, HALF: gl.constexpr):
+    """int32 [R, C] of two fp16 each if HALF, else of two bf16 -> [R, C, 2]."""
+    bits = gl.join(pairs.to(gl.int16), (pairs >> 16).to(gl.int16))
+    return bits.to(gl.float16 if HALF else gl.bfloat16, bitcast=True)
 
 
 @gluon.jit
@@ -102,7 +108,7 @@ def int4_values(words, zeros, ARCH: gl.constexpr, HALF: gl.constexpr, PAIRED: gl
             is_pure=True,
             pack=1,
         )
-        values = joined(halves_of(a), halves_of(b), halves_of(c), halves_of(d), ROWS)
+        values = joined(halves_of(a, HALF), halves_of(b, HALF), halves_of(c, HALF), halves_of(d, HALF), ROWS)
     elif ARCH == "gfx11":
         z = zeros.to(gl.float32)
         v = gl.inline_asm_elementwise(

@@ -45,6 +45,8 @@ def row_offsets(n, COLS, LAYOUT: tl.constexpr):
         at = tile + row % 16 * 4
     elif LAYOUT == "mma_scale":
         at = tile + row % 8 * 4 + row % 16 // 8 * 2
+    elif LAYOUT == "tile_group":
+        at = tile + row % 16
     else:
         tl.static_assert(LAYOUT == "preshuffle" or LAYOUT == "cdna3_e2m1", "no such layout")
         at = tile + row % 16 * 16
@@ -67,6 +69,8 @@ def column_offsets(c, LAYOUT: tl.constexpr):
         at = c // 4 * 64 + c % 4
     elif LAYOUT == "mma_scale":
         at = c // 2 * 32 + c % 2
+    elif LAYOUT == "tile_group":
+        at = c * 16
     else:
         at = c
     return at

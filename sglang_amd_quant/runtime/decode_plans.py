@@ -169,9 +169,8 @@ def _large(row_tiles: int, cu_count: int) -> bool:
 
 def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, early: bool) -> Shape:
     most = next(most for most in (1, 2, 4, 8, 16, 32, 64) if m <= most and (kind, most) in _WANTED)
-    if _large(
-        row_tiles, cu_count
-    ):  # measured at K = 8192: a shorter one is shared by fewer, so that waves go on as long
+    if _large(row_tiles, cu_count):
+        # Measured at K = 8192: a shorter one is shared by fewer, so that waves go on as long.
         split, *rest = _WANTED[kind, most][0]
         return max(min(split, 2), split * min(tiles, 128) // 128), *rest
     which = 3 if tiles < 64 else 1 if row_tiles <= cu_count else 2
