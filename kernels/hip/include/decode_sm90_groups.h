@@ -41,20 +41,16 @@ struct Int4GroupBf16 {
 /// Decoded and multiplied together are 64 of K, which are two groups, one, or half of one. While they are multiplied, the next are
 /// decoded: those of the next tile before a branch (`by_turns`), or ptxas would move that behind the wait for the products.
 template <Weight W, Act A, int M>
-struct Totals<W, A, M, Way::GROUPS> {
+struct Totals<W, A, M, Way::GROUPS> : WideSums<M> {
+    using WideSums<M>::sum;
     static constexpr int GROUPS = group_of(W) < 64 ? 2 : 1, TURNS = Tile<W>::K / 64;  // groups in 64 of K; of those in a tile
     static constexpr bool AHEAD = WAITS<W, M> == Waits::AHEAD;  // whether registers suffice to decode meanwhile,
     static constexpr int PARTS = M * GROUPS > 64 ? 1 : GROUPS;    // and to multiply two groups at a time
 
-    float sum[M / 8][4], part[PARTS][M / 8][4];  // part: of a group's products
+    float part[PARTS][M / 8][4];  // part: of a group's products
     float scale[PARTS][2];                       // of that group in rows g and g + 8
     bool begun = false;
     uint32_t words[GROUPS][2], ahead[4][4];  // of the tile that is next: of groups; what is multiplied first, see `load`
-
-    DEVICE Totals() {
-#pragma unroll
-        for (int i = 0; i < M / 2; i++) sum[i / 4][i % 4] = 0;
-    }
 
     /// Decodes the first 64 of K of tile `t` of what `stream` has at hand, or of what lies behind the last.
     template <typename Tiles>
@@ -108,16 +104,6 @@ struct Totals<W, A, M, Way::GROUPS> {
     template <int Pending>
     DEVICE void settle(Number<Pending>) {
         if (Pending == 0 && AHEAD) keep(), begun = false;
-    }
-
-    template <typename X>
-    DEVICE void join(const X&) {}
-
-    static constexpr int TOGETHER = 4;  // columns that `each` hands on
-
-    template <typename Store>
-    DEVICE void each(int columns, Store store) const {
-        each_by_fours(sum, columns, store);
     }
 
    private:

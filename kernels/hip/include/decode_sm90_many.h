@@ -53,13 +53,8 @@ DEVICE Bf16x2 scale_as_bf16(uint32_t word, int i) {
 
 /// What a wave sums up for one row tile: rows g and g + 8 (g = l / 4) times the columns 2 q and 2 q + 1 of every eight.
 template <Weight W, Act A, int M>
-struct Totals<W, A, M, Way::MANY> {
-    float sum[M / 8][4];
-
-    DEVICE Totals() {
-#pragma unroll
-        for (int i = 0; i < M / 2; i++) sum[i / 4][i % 4] = 0;
-    }
+struct Totals<W, A, M, Way::MANY> : WideSums<M> {
+    using WideSums<M>::sum;
 
     template <typename Tiles>
     DEVICE void look(const Tiles&, int) {}
@@ -84,17 +79,6 @@ struct Totals<W, A, M, Way::MANY> {
 #pragma unroll
             for (int i = 0; i < M / 2; i++) asm volatile("" : "+f"(sum[i / 4][i % 4]));
         }
-    }
-
-    template <typename X>
-    DEVICE void join(const X&) {}
-
-    static constexpr int TOGETHER = 4;  // columns that `each` hands on
-
-    /// `store(row, column, values of four columns)` for all that this lane has to hand on.
-    template <typename Store>
-    DEVICE void each(int columns, Store store) const {
-        each_by_fours(sum, columns, store);
     }
 
    private:

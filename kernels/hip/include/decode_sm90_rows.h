@@ -79,16 +79,12 @@ struct Activations<W, A, M, Way::ROWS> {
 
 /// What a wave sums up for one row tile: rows g and g + 8 (g = l / 4) times the columns 2 q and 2 q + 1 of every eight.
 template <Weight W, Act A, int M>
-struct Totals<W, A, M, Way::ROWS> {
-    float sum[M / 8][4], part[M / 8][4];  // part: what the matrix unit has added up, of a few tiles
+struct Totals<W, A, M, Way::ROWS> : WideSums<M> {
+    using WideSums<M>::sum;
+    float part[M / 8][4];  // part: what the matrix unit has added up, of a few tiles
     bool begun = false;
     Words ahead;  // e2m1: codes and scales of the tile that is next
     uint32_t steps_ahead;
-
-    DEVICE Totals() {
-#pragma unroll
-        for (int i = 0; i < M / 2; i++) sum[i / 4][i % 4] = 0;
-    }
 
     /// e2m1: loads tile `t` of what `stream` has at hand.
     template <typename Tiles>
@@ -147,12 +143,5 @@ struct Totals<W, A, M, Way::ROWS> {
                 const float factor = x.factor(8 * i + column + c);
                 sum[i][c] *= factor, sum[i][c + 2] *= factor;
             }
-    }
-
-    static constexpr int TOGETHER = 4;  // columns that `each` hands on
-
-    template <typename Store>
-    DEVICE void each(int columns, Store store) const {
-        each_by_fours(sum, columns, store);
     }
 };

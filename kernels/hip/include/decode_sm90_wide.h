@@ -74,3 +74,25 @@ DEVICE void each_by_fours(const float (&sum)[Sets][4], int columns, Store store)
             store(g, column, Floats<4>{mine[0], mine[1], theirs[0], theirs[1]});
     }
 }
+
+/// Sums of wgmma for one row tile: rows g and g + 8 (g = l / 4) times the columns 2 q and 2 q + 1 of every eight.
+template <int M>
+struct WideSums {
+    static constexpr int TOGETHER = 4;  // columns that `each` hands on
+
+    float sum[M / 8][4];
+
+    DEVICE WideSums() {
+#pragma unroll
+        for (int i = 0; i < M / 2; i++) sum[i / 4][i % 4] = 0;
+    }
+
+    template <typename X>
+    DEVICE void join(const X&) {}
+
+    /// `store(row, column, values of four columns)` for all that this lane has to hand on.
+    template <typename Store>
+    DEVICE void each(int columns, Store store) const {
+        each_by_fours(sum, columns, store);
+    }
+};
