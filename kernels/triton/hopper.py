@@ -182,7 +182,7 @@ def fused_moe_hopper(
     routing = alone(topk_ids, experts, config13.block_m) or route(topk_ids, experts, config13.block_m)
     routed = routed_hopper(
         x, routing, topk_ids.shape[1], w13, w2, config13, config2,
-        partial(activations, element=element, mode=mode), partial(activations, element=element, mode=mode),
+        partial(activations, element=element, mode=mode), partial(activations, element=element, mode=mode), beside=True,
         b13=b13, b2=b2, row_weights=topk_weights, activation=activation, limit=limit, alpha=alpha, beta=beta,
     )  # fmt: skip
     return combine(routed, topk_ids, experts, torch.empty_like(x), scale)
@@ -206,6 +206,7 @@ def routed_hopper(
     quantize13: Quantize,
     quantize2: Quantize,
     *,
+    beside: bool = False,
     b13: torch.Tensor | None = None,
     b2: torch.Tensor | None = None,
     row_weights: torch.Tensor | None = None,
@@ -217,7 +218,9 @@ def routed_hopper(
 
     Args:
         routing: of the configs' block_m.
-        quantize13, quantize2: (x, x_format=...) -> what a GEMM multiplies, as `activations` gives it.
+        quantize13, quantize2: (x, x_format=..., beside=...) -> what a GEMM multiplies, as `activations` gives it.
+        beside: what launched `routing`, if anything, is the launch right in front, and x was there before it: x is
+            quantized while rows are sorted.
         row_weights: [M * top_k] fp32, or None.
         activation: `activation`, `limit`, `alpha`, `beta` of `hopper_gemm`.
         The rest as in `fused_moe_hopper`.
@@ -225,7 +228,7 @@ def routed_hopper(
     rows = x.shape[0] * top_k
     hidden = torch.empty(rows, w13.n // 2, dtype=x.dtype, device=x.device)
     routed = torch.empty(rows, w2.n, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype, device=x.device)
-    left, factors = quantize13(x, x_format=w13.x_format)
+    left, factors = quantize13(x, x_format=w13.x_format, beside=beside and not isinstance(routing, Alone))
     plain = left is x  # nothing is launched between routing and the GEMM, nor between the GEMMs
     hopper_gemm(
         left, factors, w13, hidden, routing, config13, overlapping=Overlap(ahead=not plain, late=plain), top_k=top_k,
@@ -262,14 +265,14 @@ def linear_hopper(
 
 
 def activations(
-    x: torch.Tensor, element: str | None, mode: str | None, x_format: str
+    x: torch.Tensor, element: str | None, mode: str | None, x_format: str, beside: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the kernel multiplies: x as quantized to `element`, in bf16, or as e4m3 under one factor a row.
 
     Under one factor a row, MXFP8 with RCEIL scales is what e4m3 gives anyway, but for elements that are small against
-    the row, and needs no blocks in between.
+    the row, and needs no blocks in between. `beside`: as in `quant_mx`.
     """
     if x_format != "e4m3":
-        return (x, None) if element is None else quant_mx(x, element, "bf16", mode, native=True)
+        return (x, None) if element is None else quant_mx(x, element, "bf16", mode, native=True, beside=beside)
     direct = element == "e4m3" and mode in (None, "rceil")
-    return quant_mx(x, None if direct else element, "row", mode, native=True)
+    return quant_mx(x, None if direct else element, "row", mode, native=True, beside=beside)

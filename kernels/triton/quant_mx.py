@@ -108,10 +108,10 @@ def quant_mx_kernel(
     x, norm, data, scales, row_factors, M, K, alpha, limit, beta, epsilon,
     FRONT: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr,
     CARRY: tl.constexpr, EMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, NATIVE: tl.constexpr,
-    OVERLAP: tl.constexpr = False,
+    OVERLAP: tl.constexpr = False, BESIDE: tl.constexpr = False,
 ):  # fmt: skip
     """BLOCK_M rows, BLOCK_K columns; see `quant_mx`. OUT: `mx`, `bf16` or `row`; ELEMENT `none`: no MX round trip."""
-    begin_after_previous(OVERLAP)
+    begin_after_previous(OVERLAP and not BESIDE)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (rows < M)[:, None] & (columns < K)[None, :]
@@ -158,6 +158,7 @@ def quant_mx_kernel(
         tl.store(row_factors + rows, power_of_two(scale), mask=rows < M)
         code = encode_e4m3(values * power_of_two((254 - scale) & 0xFF)[:, None], NATIVE)
         tl.store(data + wide * K + columns[None, :], code, mask=inside)
+    begin_after_previous(OVERLAP and BESIDE)
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ NO_FRONT = Front()
 
 def quant_mx(
     x: torch.Tensor, element: str | None, out: str = "mx", mode: str | None = None, front: Front = NO_FRONT,
-    native: bool = False,
+    native: bool = False, beside: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Quantize rows of x. No host read of device data.
 
@@ -214,6 +215,8 @@ def quant_mx(
         mode: scale rounding, `floor`, `rceil`, `ceil`, `even`; None: `even` for e2m1, `rceil` for e4m3.
         front: what happens before.
         native: the device converts fp32 to e4m3 (gfx950, sm_90).
+        beside: at the same time as the launch right in front where launches overlap (`overlap.py`): that one wrote
+            neither x nor anything whose memory may be free again by now.
 
     Returns:
         data and scales: e4m3 [M, K] or uint8 [M, K/2], and uint8 [M, K/32] (`mx`); bf16 [M, K] and None; e4m3 [M, K]
@@ -239,7 +242,7 @@ def quant_mx(
         constants = constants_of(element, out, mode, front, block_m, block_k, native)
         quant_mx_kernel[(triton.cdiv(m, block_m), triton.cdiv(k, block_k))](
             x, front.weight, data, scales, factors, m, k, front.alpha, front.limit or 0.0, front.beta, front.epsilon,
-            **constants, num_warps=warps, **overlap(x),
+            BESIDE=beside, **constants, num_warps=warps, **overlap(x),
         )  # fmt: skip
     if out != "bf16" and dtype == torch.uint8 and shape == (m, k):
         data = data.view(torch.float8_e4m3fn)

@@ -71,10 +71,14 @@ def route(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Routing:
     if has_triton(topk_ids) and num_experts <= MOST_EXPERTS and topk_ids.shape[1] <= MOST_TOP_K:
         from sglang_amd_quant.kernels.triton import routing
 
-        ids = topk_ids if topk_ids.dtype in (torch.int32, torch.int64) else topk_ids.int()
-        made = routing.route(ids.contiguous(), num_experts, block_m)
+        made = routing.route(as_read(topk_ids), num_experts, block_m)
         return Routing(made.row_ids, made.block_experts, made.counts, block_m, topk_ids.numel())
     return route_torch(topk_ids, num_experts, block_m)
+
+
+def as_read(topk_ids: torch.Tensor) -> torch.Tensor:
+    """topk_ids of any integer type as kernels read them: contiguous int32 or int64."""
+    return (topk_ids if topk_ids.dtype in (torch.int32, torch.int64) else topk_ids.int()).contiguous()
 
 
 def route_torch(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> Routing:

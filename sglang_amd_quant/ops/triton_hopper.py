@@ -11,7 +11,7 @@ import torch
 from sglang_amd_quant import formats
 from sglang_amd_quant.ops.packed import Weight, pairs_of
 from sglang_amd_quant.ops.reference import ActQuant
-from sglang_amd_quant.ops.routing import combined, route, row_weights, weighted_input
+from sglang_amd_quant.ops.routing import as_read, combined, route, row_weights, weighted_input
 from sglang_amd_quant.selection import Config, GemmProblem
 
 if TYPE_CHECKING:
@@ -29,12 +29,14 @@ def run_hopper_moe(call: MoeCall) -> torch.Tensor:
     p, f = call.problem, call.problem.activation
     w13, w2 = _weights(call.w13, call.gate_up, call.x), _weights(call.w2, call.down, call.x)
     tile13, tile2 = tile_of(call.config13), tile_of(call.config2)
-    ids, block_m = call.topk_ids, tile13.block_m
+    # All that takes launches of its own comes first: x is quantized while rows are sorted.
+    ids, x, weights = as_read(call.topk_ids), weighted_input(call), row_weights(call)
+    block_m = tile13.block_m
     routing = alone(ids, p.num_experts, block_m) or route(ids, p.num_experts, block_m)
     routed = routed_hopper(
-        weighted_input(call), routing, ids.shape[1], w13, w2, tile13, tile2,
-        partial(_input, act=p.act13), partial(_input, act=p.act2),
-        b13=call.b13, b2=call.b2, row_weights=row_weights(call),
+        x, routing, ids.shape[1], w13, w2, tile13, tile2,
+        partial(_input, act=p.act13), partial(_input, act=p.act2), beside=True,
+        b13=call.b13, b2=call.b2, row_weights=weights,
         activation=f.kind, limit=f.limit, alpha=f.alpha, beta=f.beta,
     )  # fmt: skip
     return combined(call, routed)
@@ -73,11 +75,13 @@ def tile_of(config: Config) -> HopperConfig:
     return HopperConfig(**named)
 
 
-def _input(x: torch.Tensor, act: ActQuant, x_format: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x[M, K] as the kernel multiplies it: bf16, or e4m3 under one factor a row."""
+def _input(
+    x: torch.Tensor, act: ActQuant, x_format: str, beside: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x[M, K] as the kernel multiplies it: bf16, or e4m3 under one factor a row. `beside`: as in `quant_mx`."""
     from sglang_amd_quant.kernels.triton.hopper import activations
 
     if act.scale is not None:
         return formats.quantize_fp8_static(x, act.scale), act.scale.float().expand(x.shape[0]).contiguous()
     element = None if act.scheme.act == "bf16" else act.scheme.act
-    return activations(x.contiguous(), element, None if act.mode is None else act.mode.value, x_format)
+    return activations(x.contiguous(), element, None if act.mode is None else act.mode.value, x_format, beside)

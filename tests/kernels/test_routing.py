@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
 from emulated_triton import emulated_triton
 from sglang_amd_quant.kernels.triton.routing import (
+    CHUNK,
     MOST_EXPERTS,
     MOST_TOP_K,
     Routing,
@@ -44,9 +47,26 @@ def same(a: Routing, b: Routing) -> None:
 def test_edges(ids: torch.Tensor, experts: int, block_m: int) -> None:
     with emulated_triton("gfx950") as launches:
         made = route(ids, experts, block_m)
-    assert len(launches) == (0 if ids.numel() == 0 else 1 if ids.numel() <= chunk_of(ids.numel()) else 2)
+    assert len(launches) == (0 if ids.numel() == 0 else 1 if ids.numel() <= chunk_of(ids.numel(), False) else 2)
     assert all(launch.compiled.report.problems == [] for launch in launches)
     same(made, route_torch(ids, experts, block_m))
+
+
+@given(st.integers(1, 1 << 20))
+def test_chunks_are_powers_of_two_and_no_larger_where_launches_overlap(rows: int) -> None:
+    usual, overlapping = chunk_of(rows, False), chunk_of(rows, True)
+    assert 32 <= overlapping <= usual <= 4 * CHUNK
+    assert usual & (usual - 1) == 0 == usual % overlapping
+
+
+def test_scratch_lives_as_long_as_the_result() -> None:
+    """Else a launch beside this one might be given its memory while it is being written."""
+    ids = torch.randint(0, 8, (300, 2), dtype=torch.int32)
+    with emulated_triton("gfx950"):
+        made = route(ids, 8, 16)
+    chunks, bins = -(-ids.numel() // chunk_of(ids.numel(), False)), 16
+    kept = made.row_ids.numel() + made.block_experts.numel() + made.counts.numel() + 2 * chunks * bins
+    assert made.row_ids.untyped_storage().nbytes() >= 4 * kept
 
 
 def test_the_bound_is_never_passed_and_sometimes_reached() -> None:
