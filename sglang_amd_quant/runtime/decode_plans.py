@@ -119,22 +119,23 @@ _WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
     ("int4", 16): ((4, 1, 16, 2, 8, -1), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
     ("int4", 32): ((1, 1, 16, 3, 4, 1), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 2, 4, 1)),
     ("int4", 64): ((1, 1, 16, 3, 4, 1), (8, 1, 8, 2, 4, -1), (8, 1, 12, 2, 4, -1), (1, 2, 4, 5, 2, 1)),
-    ("row_e2m1", 2): ((2, 4, 4, 4, 4), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
-    ("row_e2m1", 4): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
-    ("row_e2m1", 8): ((8, 1, 16, 4, 4), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 4)),
-    ("row_e2m1", 16): ((8, 1, 16, 2, 8), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
+    ("row_e2m1", 2): ((2, 4, 4, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
+    ("row_e2m1", 4): ((4, 1, 16, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
+    ("row_e2m1", 8): ((2, 4, 4, 2, 8, -1), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 4)),
+    ("row_e2m1", 16): ((4, 1, 16, 2, 8, -1), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
     ("row_e2m1", 32): ((1, 1, 8, 2, 8, 1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 1, 12, -1), (1, 4, 4, 2, 4, 1)),
-    ("row_e2m1", 64): ((1, 1, 8, 3, 4, 1), (4, 1, 4, 2, 12, -1), (8, 1, 12, 1, 12, -1), (1, 4, 4, 2, 4, 1)),
-    ("row_e4m3", 2): ((2, 4, 4, 2, 4), (8, 1, 4, 1, 12), (8, 1, 8, 1, 12), (4, 1, 4, 1, 8)),
+    ("row_e2m1", 64): ((1, 1, 16, 4, 4, 1), (4, 1, 4, 2, 12, -1), (8, 1, 12, 1, 12, -1), (1, 2, 4, 2, 8, 1)),
+    ("row_e4m3", 2): ((2, 4, 4, 2, 4), (8, 1, 4, 1, 12), (8, 1, 8, 1, 12), (4, 1, 8, 1, 8)),
     ("row_e4m3", 4): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (4, 1, 8, 1, 8)),
     ("row_e4m3", 8): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 2)),
     ("row_e4m3", 16): ((8, 2, 8, 2, 4), (8, 2, 8, 2, 3), (8, 1, 12, 4, 3), (4, 1, 8, 2, 4)),
-    ("row_e4m3", 32): ((2, 2, 4, 2, 4, -1), (4, 2, 4, 4, 2, -1), (8, 1, 12, 4, 3, -1), (1, 4, 4, 2, 4, 1)),
-    ("row_e4m3", 64): ((1, 1, 8, 2, 4, 1), (4, 2, 4, 4, 2, -1), (8, 1, 12, 4, 2, -1), (1, 2, 4, 3, 4, 1)),
+    ("row_e4m3", 32): ((4, 1, 12, 2, 4, -1), (4, 2, 4, 4, 2, -1), (8, 1, 12, 4, 3, -1), (1, 4, 4, 2, 4, 1)),
+    ("row_e4m3", 64): ((1, 1, 8, 4, 2, 1), (4, 2, 4, 4, 2, -1), (8, 1, 12, 4, 2, -1), (1, 2, 4, 3, 4, 1)),
 }
 """What measured best, or within a few percent, of 16 to 400 plans each for 70 dense problems (`python -m bench.decode
---schemes w4a8,mxfp8 --explore 100`), on an H100; `e2m1` and `e4m3`, which are for bf16 activations, with kernels for
-quantized ones that worked as theirs do; of `int4`, of 16 plans each. Chunks are in tiles of 64 along K.
+--schemes w4a8,mxfp8 --explore 100`), on an H100; rows with many row groups on an H200 (docs/measured/decode_h200.json);
+`e2m1` and `e4m3`, which are for bf16 activations, with kernels for quantized ones that worked as theirs do; of `int4`,
+of 16 plans each. Chunks are in tiles of 64 along K.
 
 K is shared by more blocks the longer it is and the more activations each would have to quantize, and few enough tiles
 remain to a wave that its ring holds all of them, or half; where every block has many row groups to take, K is shared by
@@ -152,10 +153,10 @@ _WANTED_4096: dict[tuple[str, int], Shape] = {
 """Likewise of K from 4096 to 6143 and more row tiles than multiprocessors: 30 plans each for 4096 -> 6144 and 4096."""
 
 _WANTED_EARLY: dict[tuple[str, int], tuple[Shape, Shape, Shape]] = {
-    ("row_e2m1", 2): ((8, 1, 16, 2, 6), (8, 1, 16, 2, 6), (2, 1, 12, 4, 4)),
-    ("row_e2m1", 4): ((8, 1, 16, 1, 12), (8, 1, 16, 2, 6), (2, 1, 12, 4, 4)),
+    ("row_e2m1", 2): ((8, 1, 16, 2, 6), (8, 1, 16, 2, 6), (2, 1, 12, 2, 8)),
+    ("row_e2m1", 4): ((8, 1, 16, 1, 12), (8, 1, 16, 2, 6), (2, 1, 12, 2, 8)),
     ("row_e2m1", 8): ((8, 1, 16, 2, 6), (8, 1, 12, 2, 6), (4, 1, 8, 1, 8)),
-    ("row_e2m1", 16): ((8, 2, 4, 4, 2, -1), (8, 1, 4, 4, 3, -1), (1, 4, 4, 4, 2, -1)),
+    ("row_e2m1", 16): ((4, 2, 4, 4, 3, -1), (8, 1, 4, 4, 3, -1), (1, 4, 4, 4, 2, -1)),
     ("row_e2m1", 32): ((4, 2, 4, 4, 3, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 1, 8, -1)),
 }
 """The same of plans that decode early, which are preferred where there are any: long K with few row tiles, or more;
