@@ -149,6 +149,8 @@ def check_operands(x: Any, y: Any, n: int, top_k: int, epilogue: Epilogue, schem
     if x.stride(1) != 1 or x.stride(0) % 8 or y.stride(1) != 1:
         strides = f"{_shapes(x, y, n)}, strides {x.stride()}, {y.stride()}"
         raise ShapeError(strides, "rows must be 16-byte aligned", "make x contiguous")
+    if x.stride(0) >= 1 << 31:
+        raise ShapeError(f"{_shapes(x, y, n)}, strides {x.stride()}", "rows of x 4 GiB apart", "make x contiguous")
 
 
 def _shapes(x: Any, y: Any, n: int) -> str:

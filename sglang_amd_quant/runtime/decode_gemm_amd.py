@@ -179,10 +179,10 @@ class _Cost:
         return self.piece[3 if kind == 2 and not factors else kind]
 
 
-_RDNA3 = {"codes": (0, 0), "wide": (305, 462, 244), "groups": 2, "sums": 12, "piece": (320, 257, 127, 69), "issue": 1}
+_RDNA3 = {"codes": (0, 0), "wide": (305, 462, 244), "groups": 2, "sums": 12, "piece": (304, 239, 111, 53), "issue": 1}
 _COSTS = {
-    "gfx950": _Cost((20, 22), (45, 53, 61), 9, 0, (100, 90, 107, 40), 4, 13.0, 2000, 4000, 2400),
-    "gfx942": _Cost((0, 47), (105, 124, 70), 8, 4, (155, 230, 115, 48), 4, 8.3, 2000, 4000, 2100),
+    "gfx950": _Cost((20, 22), (45, 53, 61), 9, 0, (64, 64, 96, 28), 4, 13.0, 2000, 4000, 2400),
+    "gfx942": _Cost((0, 47), (105, 124, 70), 8, 4, (145, 218, 104, 36), 4, 8.3, 2000, 4000, 2100),
     "gfx1100": _Cost(**_RDNA3, bandwidth=4.2, latency=1500, meet=3000, clock=2500),  # type: ignore[arg-type]
     "gfx1151": _Cost(**_RDNA3, bandwidth=2.2, latency=1500, meet=3000, clock=2900),  # type: ignore[arg-type]
 }

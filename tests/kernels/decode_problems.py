@@ -24,7 +24,7 @@ from sglang_amd_quant.runtime.decode_gemm_amd import (
     layout_name,
     plans,
 )
-from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES
+from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES, ScaleMode
 from sglang_amd_quant.tensor import MxTensor
 from sglang_amd_quant.toolchain.build import build
 
@@ -70,7 +70,7 @@ def activations(m: int, k: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(rng.standard_normal((m, k)) * np.exp2(rng.integers(-6, 7, (m, k)))).bfloat16()
 
 
-def quantized(x: torch.Tensor, scheme: str) -> torch.Tensor:
+def quantized(x: torch.Tensor, scheme: str, mode: ScaleMode | None = None) -> torch.Tensor:
     """The activations that the scheme multiplies, fp64; by `formats`, whose codes the kernels must hit exactly."""
     act = FORMATS[scheme][1]
     if act in ("bf16", "fp16"):
@@ -79,7 +79,7 @@ def quantized(x: torch.Tensor, scheme: str) -> torch.Tensor:
         inverse = torch.tensor(STATIC_SCALE).float().reciprocal()
         codes = (x.float() * inverse).clamp(-448, 448).to(torch.float8_e4m3fn)
         return codes.double() * torch.tensor(STATIC_SCALE).float().double()
-    return dequantize_mx(*quantize_mx(x, act), act, torch.float64)
+    return dequantize_mx(*quantize_mx(x, act, mode or DEFAULT_SCALE_MODE[act]), act, torch.float64)
 
 
 @dataclass
@@ -93,6 +93,7 @@ class Problem:
         out: dtype of y.
         ids: topk ids [M, top_k] of a grouped problem.
         block_m: rows of a routed block.
+        mode: scale rounding of activations; None: their format's own.
     """
 
     scheme: str
@@ -102,6 +103,7 @@ class Problem:
     out: torch.dtype = torch.float32
     ids: torch.Tensor | None = None
     block_m: int = 0
+    mode: ScaleMode | None = None
 
     def __post_init__(self) -> None:
         if FORMATS[self.scheme][1] == "fp16":
@@ -144,7 +146,7 @@ class Problem:
         if needed:  # counters are zero, sums are whatever they are
             workspace = torch.full((needed // 4,), float("nan"))
             workspace[:4096] = 0
-        carry = ELEMENTS[act].carry(DEFAULT_SCALE_MODE[act]) if act in ELEMENTS else 0
+        carry = ELEMENTS[act].carry(self.mode or DEFAULT_SCALE_MODE[act]) if act in ELEMENTS else 0
         d = decode_gemm_amd(
             self.x, packed.data, packed.scales, y, arch=arch, scheme=self.scheme, n=self.n, cu_count=CU_COUNT,
             carry=carry, x_scale=torch.tensor([STATIC_SCALE]) if act == "fp8_static" else None,
@@ -174,7 +176,7 @@ class Problem:
 
         Rows that are dropped are NaN.
         """
-        x = quantized(self.x, self.scheme)
+        x = quantized(self.x, self.scheme, self.mode)
         w = self.w.dequantize(torch.float64)
         if self.ids is None:
             sums, magnitudes = x @ w.mT, x.abs() @ w.abs().mT

@@ -27,6 +27,7 @@ from sglang_amd_quant.runtime.decode_gemm_amd import (
     modelled_us,
     plans,
 )
+from sglang_amd_quant.schemes import ScaleMode
 from sglang_amd_quant.toolchain.build import build
 
 SEED_SHAPES = ((2304, 6144), (6144, 2048), (1536, 6144), (6144, 1536))
@@ -193,6 +194,18 @@ def test_nan_and_infinity(amd: Any, scheme: str) -> None:
         assert_close(problem, y)
 
 
+@pytest.mark.parametrize("mode", ScaleMode)
+@pytest.mark.parametrize("scheme", ["mxfp8", "w4a8", "mxfp4"])
+def test_activations_in_every_scale_mode(amd: Any, scheme: str, mode: ScaleMode) -> None:
+    """Magnitudes up to the end of a binade, which saturate in some modes; subnormal ones; and blocks of zeros."""
+    x = activations(5, 256, 3)
+    x[:, ::32] = torch.tensor([1.9921875, -1.75, 1.5, 1.0078125, -1.9921875]).bfloat16()[:, None] * 2.0**9
+    x[:, 64:96] = 0
+    x[:, 128:160] *= 2.0**-138
+    problem = Problem(scheme, x, weights(scheme, (16, 256), 4), mode=mode)
+    assert_close(problem, problem.run(amd)[0])
+
+
 @pytest.mark.parametrize("scheme", ["mxfp8", "w4a8", "w4a16", "mxfp4", "w8a16"])
 def test_scales_and_activations_over_the_whole_range(amd: Any, scheme: str) -> None:
     w = weights(scheme, (16, 256), 1)
@@ -293,6 +306,10 @@ def test_what_does_not_fit_together_is_refused() -> None:
             decode_gemm_amd(x, None, None, y, **(given_ | bad))
     with pytest.raises(ShapeError, match="16-byte aligned"):
         decode_gemm_amd(torch.zeros(4, 257, dtype=torch.bfloat16)[:, :256], None, None, y, **given_)
+    with pytest.raises(ShapeError, match="4 GiB apart"):
+        decode_gemm_amd(
+            torch.empty(1, 256, dtype=torch.bfloat16).as_strided((1, 256), (1 << 31, 1)), None, None, y[:1], **given_
+        )
     with pytest.raises(ShapeError, match="of float16: mxfp8 takes bfloat16"):
         decode_gemm_amd(x.half(), None, None, y, **given_)
     with pytest.raises(ShapeError, match="of bfloat16: int4_w4a16_fp16_g64 takes float16"):

@@ -206,10 +206,15 @@ struct Activations {
     DEVICE void stage(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows) {
         constexpr int BATCH = M <= 2 ? 2 : 4;  // loads of a thread that are under way together
         const float inverse = A == Act::fp8_static ? 1.0f / *a.x_scale : 1.0f;
-        const int pieces = s.block_tiles * Tile<W>::K / 8, base = s.block_first * Tile<W>::K;
+        const int pieces = s.block_tiles * Tile<W>::K / 8, inside = a.k - s.block_first * Tile<W>::K;
+        const uint8_t* from = reinterpret_cast<const uint8_t*>(a.x + s.block_first * Tile<W>::K);
+        const uint32_t stride = static_cast<uint32_t>(2 * a.x_stride);  // the launcher sees to it that it fits
         if (pieces == 0) return;
         const int step_i = s.threads / pieces, step_j = s.threads % pieces;
         int i = thread_index() / pieces, j = thread_index() % pieces;
+#if TARGET_GFX950
+        if constexpr (SCALES && FP8) saturate_conversions<true>();
+#endif
 #pragma unroll 1
         while (i < rows.count) {  // pieces are a multiple of sixteen: lanes that share a factor leave together
             Words eight[BATCH];
@@ -218,7 +223,8 @@ struct Activations {
             for (int u = 0; u < BATCH; u++) {
                 is[u] = i, js[u] = j;
                 eight[u] = {};
-                if (i < rows.count && base + 8 * j < a.k) eight[u] = load_words(a.x + rows.in(i) * a.x_stride + base + 8 * j);
+                if ((i < rows.count) & (8 * j < inside))
+                    eight[u] = load_words(from + static_cast<uint64_t>(static_cast<uint32_t>(rows.in(i))) * stride + 16u * j);
                 i += step_i, j += step_j;
                 if (j >= pieces) j -= pieces, i++;
             }
@@ -226,6 +232,9 @@ struct Activations {
             for (int u = 0; u < BATCH; u++)
                 if (is[u] < rows.count) keep(eight[u], is[u], js[u], a.carry, inverse);
         }
+#if TARGET_GFX950
+        if constexpr (SCALES && FP8) saturate_conversions<false>();
+#endif
         if constexpr (FACTORS)  // sums of rows that do not exist are computed, too, and must not read what nobody wrote
             for (int at = thread_index(); at < s.block_tiles * TILE_FACTORS * (SETS * LANE_GROUPS * SUMS); at += s.threads) {
                 const int which = at / (SETS * LANE_GROUPS * SUMS), slot = at % (SETS * LANE_GROUPS * SUMS);
@@ -246,7 +255,7 @@ struct Activations {
     // An odd number of 16 bytes (of words) from row to row: rows that are read together meet in no bank. On gfx942 eight are
     // read together, 0, 4, 8, 12, 1, 5, 9 and 13 or the other eight; those from 8 on are moved out of the way of the others.
     DEVICE static int row_at(int row, int tiles) {
-        return row * (tiles * Tile<W>::K * BITS / 8 + 16) + (TARGET_GFX942 ? row / 8 * 32 : 0);
+        return small_product(row, tiles * Tile<W>::K * BITS / 8 + 16) + (TARGET_GFX942 ? row / 8 * 32 : 0);
     }
     DEVICE static int scale_bytes(int tiles) { return (tiles | 1) * Tile<W>::BLOCKS; }
     // Factors of one group of lanes [factor of a row][SUMS]; groups start in different banks.
@@ -263,6 +272,17 @@ struct Activations {
         int exponent;
         if constexpr (COPIED) {
             store_words(row + 16 * j, x);
+            return;
+        }
+        if constexpr (SCALES) {
+#if TARGET_GFX950
+            exponent = exponent_for<A>(largest_around(x), carry);
+            if constexpr (FP8)
+                *reinterpret_cast<uint64_t*>(row + 8 * j) = e4m3_under(x, exponent);
+            else
+                *reinterpret_cast<uint32_t*>(row + 4 * j) = e2m1_under(x, exponent);
+#endif
+            if (j % 4 == 0) scales[small_product(i, scale_bytes(most)) + j / 4] = static_cast<uint8_t>(exponent);
             return;
         }
         float v[8];
@@ -285,8 +305,6 @@ struct Activations {
             }
             store_words(row + 16 * j, {h[0], h[1], h[2], h[3]});
         }
-        if constexpr (SCALES)
-            if (j % 4 == 0) scales[i * scale_bytes(most) + j / 4] = static_cast<uint8_t>(exponent);
         if constexpr (FACTORS)
             if (j % (4 * FACTOR_BLOCKS) == 0) *factor_at(i, j / (4 * FACTOR_BLOCKS)) = float_from_e8m0(exponent) * UNIT;
     }
