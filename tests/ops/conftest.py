@@ -208,7 +208,7 @@ def hopper_twins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         moved = torch.tensor(3)
         return hopper_pack.HopperWeights(w, scales, one, w_format, x_format, n, k, pairs, len(w), rounded=moved)
 
-    def activations(x, element, mode, x_format):  # type: ignore[no-untyped-def]
+    def activations(x, element, mode, x_format, beside=False):  # type: ignore[no-untyped-def]
         out = "bf16" if x_format == "bf16" else "row"
         return (x, None) if element is None else quant_mx.quant_mx_torch(x, element, out, mode)
 
