@@ -204,6 +204,7 @@ class Ledger:
         if data.is_meta or scales.is_meta:
             shape = (*scales.shape[:-1], scales.shape[-1] * self._block(module))
             return name, torch.empty(shape, dtype=module.dtype, device="meta")
+        checks.codes(module.names[Role.DATA], data)
         if module.is_int4:
             return name, dequantize_int4(data, *split_words(scales), dtype=module.dtype)
         return name, dequantize_mx(data, scales, _ELEMENT_OF[data.dtype], module.dtype)

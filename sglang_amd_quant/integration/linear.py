@@ -107,7 +107,7 @@ class AmdMxLinearMethod(LinearMethodBase):
         data, scales = layer.weight.data, layer.weight_scale.data
         if loading.is_dummy_load():
             loading.fill_dummy(data, scales)
-        loading.check_loaded(self.prefix, scales)
+        loading.check_loaded(self.prefix, data, scales)
         static = loading.static_scale(self.prefix, getattr(layer, "input_scale", None))
         problem = GemmProblem(
             "linear",

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from sglang_amd_quant.checkpoints import checks
 from sglang_amd_quant.checkpoints.naming import STORED
 from sglang_amd_quant.errors import CheckpointError, ShapeError, UnsupportedError
 from sglang_amd_quant.formats import group_words, split_words
@@ -118,11 +119,13 @@ def restored(weight: Weight) -> list[torch.Tensor]:
         return list(new_storage(weight.scheme, *weight.shape))
 
 
-def check_loaded(layer: str, scales: torch.Tensor) -> None:
-    """Every scale must have come, and none may be NaN.
+def check_loaded(layer: str, data: torch.Tensor, scales: torch.Tensor) -> None:
+    """Every scale must have come, and neither scales nor weights may be NaN.
+
+    Weights are looked through here and not as they come, since here a rank has only its own, and on its device.
 
     Raises:
-        CheckpointError: there are NaN scales: in the checkpoint, or because a tensor never came.
+        CheckpointError: there are NaN scales (in the checkpoint, or because a tensor never came), or NaN weights.
     """
     nan = split_words(scales)[0].isnan() if scales.dtype == torch.int32 else scales == UNLOADED_SCALE[scales.dtype]
     missing = int(torch.count_nonzero(nan))  # sum() would widen all of them to int64
@@ -132,6 +135,7 @@ def check_loaded(layer: str, scales: torch.Tensor) -> None:
             "are NaN or were never loaded",
             "check the checkpoint with `amd-mx inspect`",
         )
+    checks.codes(f"layer {layer}: this rank's weight", data)
 
 
 def static_scale(layer: str, scales: torch.Tensor | None) -> torch.Tensor | None:

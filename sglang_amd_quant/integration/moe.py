@@ -172,7 +172,7 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             data, scales = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale").data
             if loading.is_dummy_load():
                 loading.fill_dummy(data, scales)
-            loading.check_loaded(f"{self.prefix}.{name}", scales)
+            loading.check_loaded(f"{self.prefix}.{name}", data, scales)
             static = loading.static_scale(f"{self.prefix}.{name}", getattr(layer, f"{name}_input_scale", None))
             acts.append(ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static))
             gemms.append(self._gemm(layer, op, data, activation, static is not None))
