@@ -19,7 +19,7 @@ from sglang_amd_quant.checkpoints.mxfp8 import Mxfp8Reader
 from sglang_amd_quant.checkpoints.native import NativeReader
 from sglang_amd_quant.checkpoints.quark import QuarkReader
 from sglang_amd_quant.checkpoints.reader import CONFIG, Reader
-from sglang_amd_quant.errors import CheckpointError
+from sglang_amd_quant.errors import AmdMxError, CheckpointError
 
 READERS: dict[str, type[Reader]] = {
     "amd_mx": NativeReader,
@@ -58,7 +58,9 @@ def reader_for(quantization_config: Mapping[str, Any], model_config: Mapping[str
         )
     try:
         return READERS[method].from_config(quantization_config, model_config)
-    except (AttributeError, KeyError, TypeError) as error:
+    except AmdMxError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{CONFIG}, quant_method {method!r}", f"not as that format writes it ({error!r})", "mend config.json"
         ) from error

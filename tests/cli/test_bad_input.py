@@ -89,7 +89,16 @@ def test_absurd_configs(folder: Path, capsys: Out, changes: dict[str, Any], mess
 
 
 @pytest.mark.parametrize(
-    ("config", "code"), [("awq", 2), ({"quant_method": ["awq"]}, 1), ({"producer": "modelopt-ish"}, 1)]
+    ("config", "code"),
+    [
+        ("awq", 2),
+        (["awq"], 2),
+        ("", 2),
+        ([], 2),
+        (False, 2),
+        ({"quant_method": ["awq"]}, 1),
+        ({"producer": "modelopt-ish"}, 1),
+    ],
 )
 def test_quantization_configs_that_are_none(folder: Path, capsys: Out, config: Any, code: int) -> None:
     configure(folder, quantization_config=config)
