@@ -33,6 +33,9 @@ READERS: dict[str, type[Reader]] = {
 }
 """`quant_method` of a quantization_config -> its reader."""
 
+_SGLANGS_MODELOPT = ("modelopt_fp8", "modelopt_fp4", "modelopt_mixed", "w4afp8")
+"""What SGLang calls ModelOpt's checkpoints before it hands over their config."""
+
 _NO_MODEL: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -50,6 +53,8 @@ def reader_for(quantization_config: Mapping[str, Any], model_config: Mapping[str
     if method is None and "producer" in quantization_config:  # hf_quant_config.json
         producer = quantization_config["producer"]
         method = producer.get("name") if isinstance(producer, Mapping) else producer
+    if method in _SGLANGS_MODELOPT and "quant_algo" in quantization_config:
+        method = "modelopt"
     if not isinstance(method, str) or method not in READERS:
         raise CheckpointError(
             f"quantization_config: quant_method {method!r}",
