@@ -304,6 +304,16 @@ def test_a_config_that_survived_dequantizing(originals, load_model, tmp_path, co
         load_model(folder, "amd_mx")
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
+def test_quantized_weights_that_no_config_tells_of(originals, load_model, tmp_path, name):
+    assert main(["quantize", str(originals[name]), str(tmp_path / "m"), "--scheme", "mxfp8"]) == 0
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"_proj.* torch\.float8_e4m3fn: quantized, though config\.json has no"):
+        load_model(tmp_path / "m", "amd_mx")
+
+
 def test_truncated_file(originals, load_model, tmp_path):
     folder = rewrite(originals["qwen3"], tmp_path, quark, QUARK)
     path = folder / "model.safetensors"
