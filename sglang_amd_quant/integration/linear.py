@@ -87,9 +87,9 @@ class AmdMxLinearMethod(LinearMethodBase):
         if tensor.dim() != 2 or tensor.shape[1] * per_byte != self._input_size:
             raise ShapeError(
                 f"layer {self.prefix}: {'scales' if is_scale else 'weight'} {tuple(tensor.shape)}",
-                f"K is {self._input_size} in config.json"
+                f"the model's K is {self._input_size}"
                 + (f", {per_byte} elements a {'scale' if is_scale else 'byte'}" if per_byte > 1 else ""),
-                "check the checkpoint with `amd-mx inspect`",
+                loading.COMPARE,
             )
         if is_scale:
             loading.loading(self.prefix, tensor, load, param, tensor, *shard, **named)

@@ -27,6 +27,10 @@ UNLOADED_SCALE: dict[torch.dtype, int] = {torch.uint8: 255, torch.int32: 0x7FC00
 """NaN as e8m0 and as a word of int4: what scales hold until the checkpoint fills them, so that a hole can never pass
 for a weight."""
 
+COMPARE = "compare config.json and --tp with the checkpoint (`amd-mx inspect`)"
+"""Remedy where a tensor does not fit the model. SGLang makes that of config.json, and on a CPU widens layers that --tp
+does not divide."""
+
 DUMMY_SCALE = 2.0**-8
 
 COPIES_ENV = "SGLANG_AMD_MX_CPU_COPIES_GB"
@@ -107,7 +111,7 @@ def loading(layer: str, tensor: torch.Tensor, load: Callable[..., None], *args: 
         raise CheckpointError(
             f"layer {layer}: tensor {tuple(tensor.shape)} of {tensor.dtype}",
             "does not fit the model's parameter" + (f" ({detail[0]})" if detail else ""),
-            "check config.json against the checkpoint (`amd-mx inspect`)",
+            COMPARE,
         ) from error
 
 

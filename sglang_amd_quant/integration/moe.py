@@ -132,9 +132,8 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
         if part.dim() < 2 or (part.shape[-2], part.shape[-1] * per_byte) != want:
             raise ShapeError(
                 f"layer {self.prefix}: {shard_id} {tuple(part.shape)}",
-                f"config.json makes it N={want[0]}, K={want[1]}"
-                + (f", {per_byte} elements a byte" if per_byte > 1 else ""),
-                "check the checkpoint with `amd-mx inspect`",
+                f"the model has N={want[0]}, K={want[1]}" + (f", {per_byte} elements a byte" if per_byte > 1 else ""),
+                loading.COMPARE,
             )
 
     def _pad(self, layer: torch.nn.Module, part: torch.Tensor, shard_id: str, per_byte: int) -> torch.Tensor:
