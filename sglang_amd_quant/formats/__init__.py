@@ -1,7 +1,7 @@
 """Number formats in torch, on any device: the reference for every kernel.
 
 MX blocks of e2m1 and e4m3 under e8m0 scales, int4 groups, static per-tensor fp8, and e4m3's two kinds. No Python loop
-over blocks, no host read of device data; `docs/formats.md` defines every corner.
+over blocks, no host read of device data but by `find_nan`; `docs/formats.md` defines every corner.
 """
 
 from sglang_amd_quant.formats.e4m3 import find_nan, fn_to_fnuz, mx_fn_to_fnuz, quantize_fp8_static
