@@ -1,7 +1,7 @@
-# make serve [MODEL=folder] [SCHEME=mxfp4|mxfp8|w4a8|w4a16] [PORT=30000]   serve a model on this machine's CPU
-# make stop [PORT=30000]                                                   stop it
-# make test                                                               the whole test suite
-# make check                                                              linters, type checker, resources of kernels
+# make serve [MODEL=folder] [SCHEME=mxfp4|mxfp8|w4a8|w4a16|int4_w4a16] [PORT=30000]   serve a model on this machine's CPU
+# make stop [PORT=30000]                                                              stop it
+# make test                                                                           the whole test suite
+# make check                                                                          linters, type checker, resources of kernels
 PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 30000

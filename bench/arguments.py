@@ -8,6 +8,8 @@ import fnmatch
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from sglang_amd_quant.cli.arguments import whole
+
 
 def names(known: Collection[str]) -> Callable[[str], list[str]]:
     """Reads comma-separated names, or shell patterns of them, in the order in which they are given; none of `none`."""
@@ -19,6 +21,14 @@ def names(known: Collection[str]) -> Callable[[str], list[str]]:
         return list(dict.fromkeys(name for _, matching in found for name in matching))
 
     return read
+
+
+def matrices(text: str) -> list[tuple[int, int]]:
+    """Reads comma-separated KxN, as (K, N)."""
+    try:
+        return [(whole(k), whole(n)) for k, n in (matrix.split("x") for matrix in text.split(","))]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write KxN of each matrix, as 6144x2304,8192x28672") from None
 
 
 def file(text: str) -> Path:

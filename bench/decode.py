@@ -31,14 +31,14 @@ from typing import Any
 
 import torch
 
-from bench.arguments import file, names
+from bench.arguments import file, matrices, names
 from bench.decode_ours import load, measure
 from bench.decode_peers import PEERS, measure_peers
 from bench.decode_problem import NAMES, Problem
 from bench.decode_warm_up import tasks, warm_up
 from bench.timing import autotune_briefly, read_bandwidth
 from sglang_amd_quant.cli.arguments import wholes
-from sglang_amd_quant.errors import AmdMxError
+from sglang_amd_quant.cli.ending import exit_code
 from sglang_amd_quant.runtime.device import gpu
 
 SEED_SHAPES = "6144x2304,2048x6144,6144x1536,1536x6144"
@@ -101,18 +101,13 @@ def plot(result: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
-def shapes(text: str) -> list[tuple[int, int]]:
-    """Reads KxN,..."""
-    return [(int(k), int(n)) for k, n in (shape.split("x") for shape in text.split(","))]
-
-
 def parser() -> argparse.ArgumentParser:
     """The command's."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
         "--schemes", type=names(NAMES), default="mxfp8,w4a8,w4a16", help=f"comma-separated, of {', '.join(NAMES)}"
     )
-    made.add_argument("--shapes", type=shapes, default=SEED_SHAPES + ",8192x28672", help="KxN, comma-separated")
+    made.add_argument("--shapes", type=matrices, default=SEED_SHAPES + ",8192x28672", help="KxN, comma-separated")
     made.add_argument(
         "--m", type=wholes, default="1,2,4,8,16,32,64", help="rows of activations, comma-separated"
     )  # fmt: skip
@@ -199,7 +194,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
-    except (AssertionError, AmdMxError) as error:
-        print(f"bench.decode: {error}", file=sys.stderr)
+        sys.exit(exit_code("bench.decode", main))
+    except AssertionError as error:
+        print(f"wrong result: {error}", file=sys.stderr)
         sys.exit(1)

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from sglang_amd_quant.kernels.hip.manifest import find
 
-from bench.decode_problem import Problem, Reference, carry
+from bench.decode_problem import Problem, Reference
 from bench.timing import graph_us
+from sglang_amd_quant.ops.hip import carry
+from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.runtime.decode_gemm import decode_gemm
 from sglang_amd_quant.runtime.decode_plans import DecodePlan, plans, prepared_bytes
 from sglang_amd_quant.runtime.device import Gpu
@@ -48,7 +50,7 @@ def launch(
     room = prepared_bytes(p.name, plan, *x.shape)
     prepared = x.new_empty(room, dtype=torch.uint8) if room else None
     for description in decode_gemm(
-        x, *p.packed[i], y, scheme=p.name, n=p.n, cu_count=device.cu_count, carry=carry(p.scheme.act), plan=plan,
+        x, *p.packed[i], y, scheme=p.name, n=p.n, cu_count=device.cu_count, carry=carry(ActQuant(p.scheme)), plan=plan,
         prepared=prepared,
     ):  # fmt: skip
         device.launch(replace(description, overlap=overlap), torch.cuda.current_stream().cuda_stream)

@@ -13,8 +13,7 @@ from sglang_amd_quant.kernels.hip.manifest import INT4_GROUPS, INT4_SCHEMES
 from sglang_amd_quant.kernels.triton.hopper_pack import pack_hopper
 
 from sglang_amd_quant import formats
-from sglang_amd_quant.formats.mx import ELEMENTS
-from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES, Scheme
+from sglang_amd_quant.schemes import SCHEMES, Scheme
 from sglang_amd_quant.tensor import MxTensor
 
 NAMES: dict[str, tuple[Scheme, torch.dtype]] = {
@@ -87,11 +86,6 @@ class Problem:
         x = torch.randn(m, self.k, device=device, generator=torch.Generator(device).manual_seed(seed)).to(self.dtype)
         exact = x.float() if self.scheme.act == "bf16" else formats.fake_quantize_mx(x.float(), self.scheme.act)
         return x, exact.double()
-
-
-def carry(act: str) -> int:
-    """What rounds the scales of activations of this format."""
-    return 0 if act == "bf16" else ELEMENTS[act].carry(DEFAULT_SCALE_MODE[act])
 
 
 RELATIVE_ERROR = 1e-3

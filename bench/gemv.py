@@ -18,9 +18,11 @@ from pathlib import Path
 import torch
 
 import bench.source_tree  # noqa: F401
+from bench.arguments import matrices
 from bench.timing import graph_us, read_bandwidth
 from sglang_amd_quant import formats
-from sglang_amd_quant.errors import AmdMxError
+from sglang_amd_quant.cli.arguments import wholes
+from sglang_amd_quant.cli.ending import exit_code
 from sglang_amd_quant.runtime.device import Gpu, gpu
 from sglang_amd_quant.runtime.gemv_mxfp4 import GemvPlan, gemv_mxfp4, plans
 from sglang_amd_quant.runtime.launch import LaunchDescription
@@ -144,8 +146,8 @@ def _row(kernel: str, m: int, n: int, k: int, us: float, size: int, bandwidth: f
 def main() -> int:
     """Check, measure, print. Returns 0, or 1 on a wrong result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=SHAPES, help=f"KxN, comma-separated; default {SHAPES}")
-    parser.add_argument("--m", default="1,2,4", help="activation rows, comma-separated")
+    parser.add_argument("--shapes", type=matrices, default=SHAPES, help=f"KxN, comma-separated; default {SHAPES}")
+    parser.add_argument("--m", type=wholes, default="1,2,4", help="activation rows, comma-separated")
     parser.add_argument("--explore", action="store_true", help="time up to 24 plans a shape, best first")
     parser.add_argument("--no-check", action="store_true", help="skip the comparison with fp64")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -159,9 +161,8 @@ def main() -> int:
     tiny = torch.zeros(1, device="cuda")
     empty = graph_us([lambda: tiny.add_(0)] * 100)
     rows = []
-    for shape in args.shapes.split(","):
-        k, n = map(int, shape.split("x"))
-        for m in map(int, args.m.split(",")):
+    for k, n in args.shapes:
+        for m in args.m:
             rows += measure(device, m, n, k, bandwidth, args.explore)
             torch.cuda.empty_cache()
     result = {
@@ -205,10 +206,7 @@ def prepare(device: Gpu) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(exit_code("bench.gemv", main))
     except AssertionError as error:
         print(f"wrong result: {error}", file=sys.stderr)
         sys.exit(1)
-    except AmdMxError as error:
-        print(f"bench.gemv: {error}", file=sys.stderr)
-        sys.exit(2)

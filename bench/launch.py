@@ -19,7 +19,7 @@ import torch
 
 import bench.source_tree  # noqa: F401
 from bench.gemv import prepare, weights
-from sglang_amd_quant.errors import AmdMxError
+from sglang_amd_quant.cli.ending import exit_code
 from sglang_amd_quant.ops.hip import current_stream
 from sglang_amd_quant.runtime.device import gpu
 from sglang_amd_quant.runtime.gemv_mxfp4 import gemv_mxfp4
@@ -90,8 +90,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except AmdMxError as error:
-        print(f"bench.launch: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code("bench.launch", main))

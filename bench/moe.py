@@ -38,7 +38,7 @@ from bench.moe_problem import SHAPES
 from bench.peers_moe import PEERS
 from bench.timing import read_bandwidth
 from sglang_amd_quant.cli.arguments import wholes
-from sglang_amd_quant.errors import AmdMxError
+from sglang_amd_quant.cli.ending import exit_code
 from sglang_amd_quant.runtime.device import gpu
 
 PEER_PACKAGES = ("humming-kernels", "sglang", "sglang-kernel")
@@ -222,8 +222,4 @@ def _worst(errors: dict[str, dict[str, float]]) -> dict[tuple[str, str], dict[st
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except AmdMxError as error:
-        print(f"bench.moe: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code("bench.moe", main))

@@ -20,7 +20,7 @@ from sglang_amd_quant.kernels.triton.hopper import HopperConfig
 from bench.arguments import names
 from bench.moe_ours import SCHEMES, Configs, check
 from bench.moe_problem import SHAPES, Shape
-from sglang_amd_quant.cli.arguments import wholes
+from sglang_amd_quant.cli.arguments import whole, wholes
 
 SHARED_MEMORY = 227 << 10
 
@@ -117,7 +117,9 @@ if __name__ == "__main__":
     parser.add_argument("--schemes", type=names(SCHEMES), required=True, help="of " + ", ".join(SCHEMES))
     parser.add_argument("--m", type=wholes, required=True, help="tokens, comma-separated")
     parser.add_argument("--part", type=int, default=0, help="which part of the configs, from 0 on")
-    parser.add_argument("--parts", type=int, default=1, help="into how many parts they are dealt, a process each")
+    parser.add_argument("--parts", type=whole, default=1, help="into how many parts they are dealt, a process each")
     a = parser.parse_args()
+    if not 0 <= a.part < a.parts:
+        parser.error(f"--part {a.part}: write a number from 0 to {a.parts - 1}, below --parts")
     count = checked_configs(a.shapes, a.schemes, a.m, a.part, a.parts)
     print(count, "configs agree with fp64")

@@ -24,6 +24,8 @@ import torch
 from tqdm import tqdm
 
 from sglang_amd_quant.cli.arguments import above_zero
+from sglang_amd_quant.cli.ending import exit_code
+from sglang_amd_quant.errors import UnsupportedError
 from sglang_amd_quant.integration.cpu_platform import declare_torchvision_ops
 
 SHARD_BYTES = 10**9
@@ -198,7 +200,7 @@ def measure(folder: Path, layout: str, gigabytes: float, scheme: str) -> dict[st
     """Make the checkpoints, load them in a child, and compare with the bound.
 
     Raises:
-        RuntimeError: the child failed.
+        UnsupportedError: the child failed.
     """
     layers = 1
     while 2 * sum(torch.Size(s).numel() for s in shapes(config_of(layout, layers)).values()) < gigabytes * 1e9:
@@ -208,7 +210,7 @@ def measure(folder: Path, layout: str, gigabytes: float, scheme: str) -> dict[st
     command = [sys.executable, "-m", "bench.online_memory", "--child", str(folder / "tiny"), str(folder / layout)]
     done = subprocess.run([*command, "--scheme", scheme], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise RuntimeError(f"loading {layout} failed, see above")
+        raise UnsupportedError(f"loading {layout}", f"exit code {done.returncode}", "see what it said above")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     bound = int(1.1 * found["model_bytes"] + largest)
     return {
@@ -252,4 +254,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("bench.online_memory", main))

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from bench.hf_model import fake_quantize, load_model
 from examples.fetch_gemma import DEFAULT_OUT, fetch
-from sglang_amd_quant.errors import AmdMxError, CheckpointError
+from sglang_amd_quant.cli.ending import exit_code
+from sglang_amd_quant.errors import CheckpointError
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import BF16, INT4_GROUP, SCHEMES, Scheme
 
@@ -155,22 +156,18 @@ Made by `python -m bench.perplexity --markdown`; measured, on a CPU, torch {abou
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line. Returns 0, or 2 if it cannot measure."""
+    """Command line. Returns 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.perplexity", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="directory of a bf16 model (default: Gemma 3 270M from PyPI)")
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--markdown", action="store_true", help=f"write {DOCUMENT}")
     args = parser.parse_args(argv)
-    try:
-        if args.model is None:
-            fetch(DEFAULT_OUT)
-        elif not (args.model / "config.json").is_file():  # or transformers takes it for a name on the hub
-            raise CheckpointError(str(args.model), "no directory with a config.json", "name one of a bf16 model")
-        results, about = measure(args.model or DEFAULT_OUT, args.schemes)
-    except AmdMxError as error:
-        print(f"perplexity: {error}", file=sys.stderr)
-        return 2
+    if args.model is None:
+        fetch(DEFAULT_OUT)
+    elif not (args.model / "config.json").is_file():  # or transformers takes it for a name on the hub
+        raise CheckpointError(str(args.model), "no directory with a config.json", "name one of a bf16 model")
+    results, about = measure(args.model or DEFAULT_OUT, args.schemes)
     if args.markdown:
         DOCUMENT.write_text(document(results, about))
     print(json.dumps({**about, "results": [asdict(r) for r in results]}) if args.json else table(results))
@@ -178,4 +175,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("bench.perplexity", main))

@@ -25,6 +25,8 @@ from tqdm import tqdm
 from sglang_amd_quant.checkpoints.plan import Output
 from sglang_amd_quant.checkpoints.shards import Shard, ShardWriter, plan_shards, write_index
 from sglang_amd_quant.cli.arguments import above_zero
+from sglang_amd_quant.cli.ending import exit_code
+from sglang_amd_quant.errors import UnsupportedError
 from sglang_amd_quant.schemes import SCHEMES
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 14336, 128256
@@ -80,7 +82,7 @@ def child(*args: str) -> tuple[float, int]:
     """Seconds and peak resident bytes of `amd-mx ...` in a process of its own.
 
     Raises:
-        RuntimeError: it failed.
+        UnsupportedError: it failed.
     """
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "sglang_amd_quant.cli.main", *args], stdout=subprocess.DEVNULL)
@@ -88,7 +90,7 @@ def child(*args: str) -> tuple[float, int]:
     seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"amd-mx {' '.join(args)}: exit code {process.returncode}")
+        raise UnsupportedError(f"amd-mx {' '.join(args)}", f"exit code {process.returncode}", "see what it said above")
     return seconds, usage.ru_maxrss * 1024
 
 
@@ -143,4 +145,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("bench.quantize_checkpoint", main))

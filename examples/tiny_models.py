@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.hf_model import declare_torchvision_ops
+from sglang_amd_quant.cli.ending import exit_code
 
 VOCAB = 512
 HIDDEN = 256
@@ -106,13 +107,18 @@ def _fill(name: str, weight: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line. Returns 0."""
+    """Command line. Returns 0, or 2 if a model could not be written."""
     parser = argparse.ArgumentParser(prog="python -m examples.tiny_models", description="Tiny random models.")
     parser.add_argument("out", type=Path, help="directory to write them under")
     parser.add_argument("--only", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     args = parser.parse_args(argv)
-    for name in args.only:
-        print(make_model(name, args.out))
+    return exit_code("tiny_models", lambda: _run(args.out, args.only))
+
+
+def _run(out: Path, names: list[str]) -> int:
+    out.mkdir(parents=True, exist_ok=True)  # tells what is wrong before transformers is imported
+    for name in names:
+        print(make_model(name, out))
     return 0
 
 

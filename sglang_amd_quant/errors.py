@@ -14,7 +14,8 @@ class AmdMxError(Exception):
 
     def __init__(self, what: str, reason: str, remedy: str) -> None:
         self.what, self.reason, self.remedy = what, reason, remedy
-        super().__init__(f"{what}: {reason}; {remedy}")
+        line = f"{what}: {reason}; {remedy}"
+        super().__init__("\\n".join(line.splitlines()))  # a file may hold names of several lines
 
     def __reduce__(self) -> tuple[type[AmdMxError], tuple[str, str, str]]:
         return type(self), (self.what, self.reason, self.remedy)

@@ -17,12 +17,7 @@ INT4 = scheme("int4_w4a16")
 quick = settings(max_examples=40)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weights(*shape, seed=0):

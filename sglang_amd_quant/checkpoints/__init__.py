@@ -19,7 +19,7 @@ from sglang_amd_quant.checkpoints.mxfp8 import Mxfp8Reader
 from sglang_amd_quant.checkpoints.native import NativeReader
 from sglang_amd_quant.checkpoints.quark import QuarkReader
 from sglang_amd_quant.checkpoints.reader import CONFIG, Reader
-from sglang_amd_quant.errors import CheckpointError
+from sglang_amd_quant.errors import AmdMxError, CheckpointError
 
 READERS: dict[str, type[Reader]] = {
     "amd_mx": NativeReader,
@@ -32,6 +32,9 @@ READERS: dict[str, type[Reader]] = {
     "awq": AwqReader,
 }
 """`quant_method` of a quantization_config -> its reader."""
+
+_SGLANGS_MODELOPT = ("modelopt_fp8", "modelopt_fp4", "modelopt_mixed", "w4afp8")
+"""What SGLang calls ModelOpt's checkpoints before it hands over their config."""
 
 _NO_MODEL: Mapping[str, Any] = MappingProxyType({})
 
@@ -50,6 +53,8 @@ def reader_for(quantization_config: Mapping[str, Any], model_config: Mapping[str
     if method is None and "producer" in quantization_config:  # hf_quant_config.json
         producer = quantization_config["producer"]
         method = producer.get("name") if isinstance(producer, Mapping) else producer
+    if method in _SGLANGS_MODELOPT and "quant_algo" in quantization_config:
+        method = "modelopt"
     if not isinstance(method, str) or method not in READERS:
         raise CheckpointError(
             f"quantization_config: quant_method {method!r}",
@@ -58,7 +63,9 @@ def reader_for(quantization_config: Mapping[str, Any], model_config: Mapping[str
         )
     try:
         return READERS[method].from_config(quantization_config, model_config)
-    except (AttributeError, KeyError, TypeError) as error:
+    except AmdMxError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{CONFIG}, quant_method {method!r}", f"not as that format writes it ({error!r})", "mend config.json"
         ) from error

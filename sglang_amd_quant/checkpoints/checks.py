@@ -6,7 +6,7 @@ import torch
 
 from sglang_amd_quant.checkpoints.naming import STORED, Role
 from sglang_amd_quant.errors import CheckpointError
-from sglang_amd_quant.formats import split_words
+from sglang_amd_quant.formats import find_nan, split_words
 from sglang_amd_quant.formats.int4 import ZERO
 from sglang_amd_quant.schemes import MX_BLOCK
 
@@ -33,6 +33,17 @@ def data(name: str, tensor: torch.Tensor, element: str, block: int, rank: int) -
             "fetch the checkpoint again, or mend the scheme in config.json",
         )
     return (*tensor.shape[:-1], tensor.shape[-1] // stored)
+
+
+def codes(name: str, tensor: torch.Tensor) -> None:
+    """No stored e4m3 weight may be NaN; e2m1 and int4 have no such code."""
+    place = find_nan(tensor) if tensor.dtype == torch.float8_e4m3fn else None
+    if place is not None:
+        raise CheckpointError(
+            f"{name} {list(tensor.shape)}",
+            f"holds NaN (e4m3 0x7f or 0xff), as at {list(place)}",
+            "quantize the source again: its weights held NaN, or the file was damaged",
+        )
 
 
 def scales(name: str, tensor: torch.Tensor, rank: int) -> tuple[int, ...]:

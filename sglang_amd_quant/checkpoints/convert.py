@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from sglang_amd_quant.checkpoints import checks
 from sglang_amd_quant.checkpoints.folder import Folder, TensorInfo
 from sglang_amd_quant.checkpoints.job import Job, Progress
 from sglang_amd_quant.checkpoints.native import quantization_config
@@ -94,6 +95,7 @@ def keep_job(source: Folder, target: Path, max_shard_bytes: int = 5 * 10**9) -> 
             with ShardWriter(folder, shard) as writer:
                 for _ in shard.starts:
                     name, tensor = next(tensors)
+                    checks.codes(name, tensor)
                     writer.write(name, tensor)
         for name, _ in tensors:  # runs the stream to its end, where what is missing is told
             raise CheckpointError(name, "came although its header was not there", "do not change files meanwhile")

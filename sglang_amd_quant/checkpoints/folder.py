@@ -12,7 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +130,20 @@ class Folder:
         Raises:
             CheckpointError: there is no folder or no config.json to speak of.
         """
+        bare = cls.without_tensors(path)
+        return replace(bare, tensors=_tensors(bare.path, report))
+
+    @classmethod
+    def without_tensors(cls, path: str | Path) -> Folder:
+        """Read config.json alone.
+
+        Raises:
+            CheckpointError: there is no folder or no config.json to speak of.
+        """
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(str(path), "no such folder", "name a folder with config.json and *.safetensors")
-        config = _json(path / "config.json")
-        return cls(path, config, _tensors(path, report))
+        return cls(path, _json(path / "config.json"))
 
     @property
     def quantization_config(self) -> Mapping[str, Any] | None:
@@ -145,12 +154,14 @@ class Folder:
         """
         text = self.config.get("text_config")
         inner = text.get("quantization_config") if isinstance(text, Mapping) else None
-        found = self.config.get("quantization_config") or inner
+        for found in (self.config.get("quantization_config"), inner):
+            if not isinstance(found, Mapping | None):
+                where = f"{self.path}/config.json: quantization_config"
+                raise CheckpointError(where, "no JSON object", "mend config.json")
+            if found:
+                return found
         beside = self.path / "hf_quant_config.json"
-        found = found or (_json(beside) if beside.is_file() else None)
-        if found is not None and not isinstance(found, Mapping):
-            raise CheckpointError(f"{self.path}/config.json: quantization_config", "no JSON object", "mend config.json")
-        return found
+        return _json(beside) if beside.is_file() else None
 
     def reader(self) -> Reader | None:
         """The reader of its format, or None where it is unquantized.

@@ -204,6 +204,7 @@ class Ledger:
         if data.is_meta or scales.is_meta:
             shape = (*scales.shape[:-1], scales.shape[-1] * self._block(module))
             return name, torch.empty(shape, dtype=module.dtype, device="meta")
+        checks.codes(module.names[Role.DATA], data)
         if module.is_int4:
             return name, dequantize_int4(data, *split_words(scales), dtype=module.dtype)
         return name, dequantize_mx(data, scales, _ELEMENT_OF[data.dtype], module.dtype)
@@ -228,7 +229,7 @@ class Ledger:
                     f"missing, though {some(module.names.values())} is there",
                     "fetch the shard that holds it again",
                 )
-        yield from self._unevenly_quantized()
+        yield from self._unquantized()
 
     def _is_strange(self, name: str) -> bool:
         """Whether a tensor lies in a quantized module without being known there."""
@@ -240,13 +241,17 @@ class Ledger:
             and not _KV_CACHE.fullmatch(name)
         )
 
-    def _unevenly_quantized(self) -> Iterator[CheckpointError]:
-        """Modules stored in bf16 whose likes are quantized, where the config makes no such difference."""
+    def _unquantized(self) -> Iterator[CheckpointError]:
+        """Modules stored in bf16 that the config says are quantized: those whose likes are, or any where none is.
+
+        A recipe that a user wrote into the config.json of a bf16 checkpoint (`check_patterns`) is for quantizing it.
+        """
         leaves = {module.rpartition(".")[2] for module in self._modules}
-        plain = [m for m in self._floats if m.rpartition(".")[2] in leaves and self._scheme(m) is not None]
+        none_is = not self._modules and not self._reader.check_patterns
+        plain = [m for m in self._floats if (none_is or m.rpartition(".")[2] in leaves) and self._scheme(m) is not None]
         if plain:
             yield CheckpointError(
                 some(plain),
-                "stored unquantized, but the checkpoint's config says quantized",
-                "add them to the exclude list in config.json",
+                f"stored unquantized, but the checkpoint's config says quantized{' and nothing is' if none_is else ''}",
+                f"{'take quantization_config out of' if none_is else 'add them to the exclude list in'} config.json",
             )

@@ -149,7 +149,7 @@ def _modules(folder: Folder, reader: Reader, problems: list[str], watch: Watch) 
         module.scheme = scheme.name + (f", group {scheme.block}" if scheme.weight == "int4" else "")
         module.scheme += ", static input" if reader.static_input(part.module) else ""
         module.quantized = True
-    if not any(module.quantized for module in modules.values()):
+    if not problems and not reader.check_patterns and not any(module.quantized for module in modules.values()):
         error = CheckpointError(str(folder.path), f"{reader.name}, but holds no quantized layer", "mend config.json")
         problems.append(str(error))
     return {name: module for name, module in modules.items() if module.shape}

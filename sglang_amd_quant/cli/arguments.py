@@ -32,6 +32,13 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def tcp_port(text: str) -> int:
+    """A TCP port."""
+    if not text.isdecimal() or not 0 < int(text) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a port from 1 to 65535")
+    return int(text)
+
+
 def wholes(text: str) -> tuple[int, ...]:
     """Whole numbers of at least 1, separated by commas; each counts once."""
     parts = text.split(",")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sglang_amd_quant import shapes
 from sglang_amd_quant.cli.arguments import known_arch, recipe_file, wholes
-from sglang_amd_quant.errors import ShapeError, UnsupportedError
+from sglang_amd_quant.errors import RecipeError, ShapeError, UnsupportedError
 from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.selection.choose import Selector
 from sglang_amd_quant.selection.coverage import DEFAULT_MS, Report, coverage, recorded
@@ -97,6 +97,8 @@ def _report(args: argparse.Namespace) -> Report:
         raise ShapeError("MODEL", "not given", "name one (`amd-mx shapes --list` lists cards), or give --from-trace")
     facts = shapes.load(args.model)
     recipe = recipe_file(args.recipe, facts) if args.recipe else recipe_for(facts, args.scheme, args.arch)
+    if args.group and "int4" not in recipe.weights:
+        raise RecipeError(f"--group {args.group}", f"{recipe.source} makes no int4", "drop one of the two")
     recipe = replace(recipe, group=args.group or recipe.group)
     selector = Selector(available=shipped() if args.kernels == "shipped" else None)
     return coverage(facts, args.arch, args.tp, args.ep, recipe, args.m, selector, args.cu_count, args.out_dtype)

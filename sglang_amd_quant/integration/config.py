@@ -19,7 +19,8 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, Un
 
 from sglang_amd_quant.checkpoints import READERS, Reader, reader_for
 from sglang_amd_quant.checkpoints.folder import Folder
-from sglang_amd_quant.errors import RecipeError, SchemeError, UnsupportedError
+from sglang_amd_quant.checkpoints.naming import is_fused
+from sglang_amd_quant.errors import CheckpointError, RecipeError, SchemeError, UnsupportedError
 from sglang_amd_quant.integration.plugin import METHODS, check_hooks
 from sglang_amd_quant.recipe import RECIPE_ENV, TOWERS, Recipe, Rule, default_recipe
 from sglang_amd_quant.runtime.detect import current_arch
@@ -231,12 +232,12 @@ class AmdMxConfig(QuantizationConfig):
 
         Raises:
             RecipeError: a pattern matches no layer of the model.
-            CheckpointError: as the format's reader says, or a file is broken.
+            CheckpointError: as the format's reader says, a file is broken, or weights are quantized unannounced.
         """
         if self.check_patterns:
             self._check_patterns()
         weights = _from_whole_files(weights)
-        stream = self.reader.canonical(weights) if self.reader else iter(weights)
+        stream = self.reader.canonical(weights) if self.reader else _unquantized(weights)
         transpose = self._model_type() in EXPERTS_TRANSPOSED and self.reader is not None
         return _transposed_experts(stream) if transpose else iter(stream)
 
@@ -263,6 +264,22 @@ def _from_whole_files(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[t
         if folder.is_dir():
             Folder.open(folder)
         raise
+
+
+def _unquantized(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same, from a checkpoint whose config.json says that it is not quantized.
+
+    Raises:
+        CheckpointError: a weight is, in a way that nothing tells.
+    """
+    for name, tensor in weights:
+        if tensor.element_size() == 1 and (name.endswith(".weight") or is_fused(name)):
+            raise CheckpointError(
+                f"{name} {list(tensor.shape)} {tensor.dtype}",
+                "quantized, though config.json has no quantization_config",
+                "mend config.json; where hf_quant_config.json has it, `amd-mx quantize SRC DST --scheme keep` does so",
+            )
+        yield name, tensor
 
 
 def _transposed_experts(stream: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -87,8 +87,9 @@ class AmdMxLinearMethod(LinearMethodBase):
         if tensor.dim() != 2 or tensor.shape[1] * per_byte != self._input_size:
             raise ShapeError(
                 f"layer {self.prefix}: {'scales' if is_scale else 'weight'} {tuple(tensor.shape)}",
-                f"K is {self._input_size} in config.json",
-                "check the checkpoint with `amd-mx inspect`",
+                f"the model's K is {self._input_size}"
+                + (f", {per_byte} elements a {'scale' if is_scale else 'byte'}" if per_byte > 1 else ""),
+                loading.COMPARE,
             )
         if is_scale:
             loading.loading(self.prefix, tensor, load, param, tensor, *shard, **named)
@@ -107,7 +108,7 @@ class AmdMxLinearMethod(LinearMethodBase):
         data, scales = layer.weight.data, layer.weight_scale.data
         if loading.is_dummy_load():
             loading.fill_dummy(data, scales)
-        loading.check_loaded(self.prefix, scales)
+        loading.check_loaded(self.prefix, data, scales)
         static = loading.static_scale(self.prefix, getattr(layer, "input_scale", None))
         problem = GemmProblem(
             "linear",

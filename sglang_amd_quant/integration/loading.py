@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from sglang_amd_quant.checkpoints import checks
 from sglang_amd_quant.checkpoints.naming import STORED
 from sglang_amd_quant.errors import CheckpointError, ShapeError, UnsupportedError
 from sglang_amd_quant.formats import group_words, split_words
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 UNLOADED_SCALE: dict[torch.dtype, int] = {torch.uint8: 255, torch.int32: 0x7FC00000}
 """NaN as e8m0 and as a word of int4: what scales hold until the checkpoint fills them, so that a hole can never pass
 for a weight."""
+
+COMPARE = "compare config.json and --tp with the checkpoint (`amd-mx inspect`)"
+"""Remedy where a tensor does not fit the model. SGLang makes that of config.json, and on a CPU widens layers that --tp
+does not divide."""
 
 DUMMY_SCALE = 2.0**-8
 
@@ -106,7 +111,7 @@ def loading(layer: str, tensor: torch.Tensor, load: Callable[..., None], *args: 
         raise CheckpointError(
             f"layer {layer}: tensor {tuple(tensor.shape)} of {tensor.dtype}",
             "does not fit the model's parameter" + (f" ({detail[0]})" if detail else ""),
-            "check config.json against the checkpoint (`amd-mx inspect`)",
+            COMPARE,
         ) from error
 
 
@@ -118,11 +123,13 @@ def restored(weight: Weight) -> list[torch.Tensor]:
         return list(new_storage(weight.scheme, *weight.shape))
 
 
-def check_loaded(layer: str, scales: torch.Tensor) -> None:
-    """Every scale must have come, and none may be NaN.
+def check_loaded(layer: str, data: torch.Tensor, scales: torch.Tensor) -> None:
+    """Every scale must have come, and neither scales nor weights may be NaN.
+
+    Weights are looked through here and not as they come, since here a rank has only its own, and on its device.
 
     Raises:
-        CheckpointError: there are NaN scales: in the checkpoint, or because a tensor never came.
+        CheckpointError: there are NaN scales (in the checkpoint, or because a tensor never came), or NaN weights.
     """
     nan = split_words(scales)[0].isnan() if scales.dtype == torch.int32 else scales == UNLOADED_SCALE[scales.dtype]
     missing = int(torch.count_nonzero(nan))  # sum() would widen all of them to int64
@@ -132,6 +139,7 @@ def check_loaded(layer: str, scales: torch.Tensor) -> None:
             "are NaN or were never loaded",
             "check the checkpoint with `amd-mx inspect`",
         )
+    checks.codes(f"layer {layer}: this rank's weight", data)
 
 
 def static_scale(layer: str, scales: torch.Tensor | None) -> torch.Tensor | None:

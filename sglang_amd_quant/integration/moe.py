@@ -132,9 +132,8 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
         if part.dim() < 2 or (part.shape[-2], part.shape[-1] * per_byte) != want:
             raise ShapeError(
                 f"layer {self.prefix}: {shard_id} {tuple(part.shape)}",
-                f"config.json makes it N={want[0]}, K={want[1]}"
-                + (f", {per_byte} elements a byte" if per_byte > 1 else ""),
-                "check the checkpoint with `amd-mx inspect`",
+                f"the model has N={want[0]}, K={want[1]}" + (f", {per_byte} elements a byte" if per_byte > 1 else ""),
+                loading.COMPARE,
             )
 
     def _pad(self, layer: torch.nn.Module, part: torch.Tensor, shard_id: str, per_byte: int) -> torch.Tensor:
@@ -172,7 +171,7 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             data, scales = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale").data
             if loading.is_dummy_load():
                 loading.fill_dummy(data, scales)
-            loading.check_loaded(f"{self.prefix}.{name}", scales)
+            loading.check_loaded(f"{self.prefix}.{name}", data, scales)
             static = loading.static_scale(f"{self.prefix}.{name}", getattr(layer, f"{name}_input_scale", None))
             acts.append(ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static))
             gemms.append(self._gemm(layer, op, data, activation, static is not None))

@@ -41,7 +41,15 @@ def _offer(configs: dict[str, type]) -> None:
     add_quantization_method_choices([name for name in configs if name not in QUANTIZATION_CHOICES])
     # ModelConfig and others imported these very dicts, so they are changed in place; SGLang has no register function.
     for registry in ("BASE_QUANTIZATION_METHODS", "QUANTIZATION_METHODS", "CPU_QUANTIZATION_METHODS"):
-        getattr(quantization, registry).update(configs)
+        _put_first(getattr(quantization, registry), configs)
+
+
+def _put_first(registry: dict[str, type], configs: dict[str, type]) -> None:
+    """SGLang asks methods in this order whether they take a checkpoint; its own ModelOpt classes do so even where a
+    user asked for another method by name."""
+    others = {name: method for name, method in registry.items() if name not in configs}
+    registry.clear()
+    registry.update(configs | others)
 
 
 def _refusing(error: Exception) -> dict[str, type]:
@@ -60,11 +68,15 @@ def _refusing(error: Exception) -> dict[str, type]:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise reason
 
+    def override(cls: type, checkpoint: Any, asked: str | None) -> None:
+        if asked in METHODS:
+            refuse()
+
     members = {
         "__init__": refuse,
         "from_config": classmethod(refuse),
         "get_config_filenames": staticmethod(list),
-        "override_quantization_method": classmethod(lambda cls, *args: None),
+        "override_quantization_method": classmethod(override),
     }
     return {name: type(f"Refused_{name}", (), members) for name in METHODS}
 

@@ -16,27 +16,42 @@ from sglang_amd_quant.selection.layout_choice import SAMPLE_MS
 from sglang_amd_quant.tensor import MxTensor
 
 
+def linear_layout(problem: GemmProblem, here: frozenset[str]) -> TensorLayout:
+    """The layout that serves a linear layer best over all M.
+
+    Args:
+        problem: the layer's GEMM; its M does not matter.
+        here: names of the kernels that can be launched (`runtime.detect.launchable`).
+    """
+    mine = here.intersection(linear.KERNELS) | {REFERENCE}
+    return TensorLayout.parse(choose_layout(problem, process_selector(mine)).layout)
+
+
+def expert_layouts(gate_up: GemmProblem, down: GemmProblem, here: frozenset[str]) -> tuple[TensorLayout, TensorLayout]:
+    """The same for an MoE's two GEMMs. One launcher runs both, so layouts that no pair of kernels reads at every M are
+    not taken: then both stay strided."""
+    first, second = (
+        TensorLayout.parse(choose_layout(problem, process_selector(names)).layout)
+        for problem, names in zip((gate_up, down), moe.sides(here), strict=True)
+    )
+    if (first, second) != (STRIDED, STRIDED) and not _paired(gate_up, down, [first, second], here):
+        return STRIDED, STRIDED
+    return first, second
+
+
 def lay_out(weight: MxTensor, problem: GemmProblem) -> Weight:
     """A linear layer's weight in the layout that selection picks for all M, among what this device can launch.
 
     On a CPU, and wherever no kernel is for a problem, that is the order of a checkpoint: the tensor itself. int4 gets
     words of scale and zero point in any case (`MxTensor.with_words`).
     """
-    mine = launchable(current_arch()).intersection(linear.KERNELS) | {REFERENCE}
-    return _laid_out(weight, TensorLayout.parse(choose_layout(problem, process_selector(mine)).layout), problem)
+    return _laid_out(weight, linear_layout(problem, launchable(current_arch())), problem)
 
 
 def lay_out_experts(w13: MxTensor, w2: MxTensor, gate_up: GemmProblem, down: GemmProblem) -> tuple[Weight, Weight]:
-    """The same for an MoE's two weights. One launcher runs both GEMMs, so layouts that no pair of kernels reads at
-    every M are not taken: then both stay strided."""
-    here = launchable(current_arch())
-    chosen = [
-        TensorLayout.parse(choose_layout(problem, process_selector(names)).layout)
-        for problem, names in zip((gate_up, down), moe.sides(here), strict=True)
-    ]
-    if any(layout != STRIDED for layout in chosen) and not _paired(gate_up, down, chosen, here):
-        chosen = [STRIDED, STRIDED]
-    return _laid_out(w13, chosen[0], gate_up), _laid_out(w2, chosen[1], down)
+    """The same for an MoE's two weights (`expert_layouts`)."""
+    first, second = expert_layouts(gate_up, down, launchable(current_arch()))
+    return _laid_out(w13, first, gate_up), _laid_out(w2, second, down)
 
 
 def _paired(gate_up: GemmProblem, down: GemmProblem, layouts: list[TensorLayout], here: frozenset[str]) -> bool:

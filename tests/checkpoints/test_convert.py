@@ -430,6 +430,17 @@ class TestFolder:
         assert reader.name == "amd_mx"
         assert reader.recipe.to_dict() == {"default": "mxfp8", "rules": {"lm_head": "bf16"}}
 
+    def test_keep_refuses_nan(self, source: Path, tmp_path: Path) -> None:
+        quantized(source, tmp_path / "ours", Recipe.uniform("mxfp8"))
+        (file,) = (tmp_path / "ours").glob("*.safetensors")
+        tensors = load_file(file)
+        name = "model.layers.0.mlp.down_proj.weight"
+        tensors[name].view(torch.uint8)[3, 7] = 0xFF
+        save_file(tensors, file)
+        with pytest.raises(CheckpointError, match=rf"{name} \[.*\]: holds NaN .*, as at \[3, 7\]; quantize the source"):
+            keep_job(Folder.open(tmp_path / "ours"), tmp_path / "kept").execute(silent)
+        assert not (tmp_path / "kept").exists()
+
     def test_keep_needs_a_quantized_source(self, source: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="nothing to keep"):
             keep_job(Folder.open(source), tmp_path / "kept")

@@ -66,6 +66,11 @@ def refused(capsys: Out, line: str) -> str:
         ("shapes gpt-oss-120b --recipe latin.json", "latin.json: no UTF-8 text"),
         ("shapes gpt-oss-120b --m 1,,2", "'1,,2': write whole numbers of at least 1, as 1,16,64"),
         ("coverage gpt-oss-120b --m 1, --json", "'1,': write whole numbers of at least 1, as 1,16,64"),
+        (
+            "coverage gpt-oss-120b --scheme w4a8 --group 64",
+            "--group 64: scheme w4a8 makes no int4; drop one of the two",
+        ),
+        ("shapes gpt-oss-120b --bandwidth inf", "--bandwidth: 'inf': write a number above 0"),
         ("doctor --arch foo", "'foo' is unknown: use one of gfx950"),
         ("build --jobs 0", "--jobs: '0': write a whole number of at least 1"),
         ("packs lint empty", "empty: holds no *.csv; name packs, or a folder of them"),
@@ -89,7 +94,16 @@ def test_absurd_configs(folder: Path, capsys: Out, changes: dict[str, Any], mess
 
 
 @pytest.mark.parametrize(
-    ("config", "code"), [("awq", 2), ({"quant_method": ["awq"]}, 1), ({"producer": "modelopt-ish"}, 1)]
+    ("config", "code"),
+    [
+        ("awq", 2),
+        (["awq"], 2),
+        ("", 2),
+        ([], 2),
+        (False, 2),
+        ({"quant_method": ["awq"]}, 1),
+        ({"producer": "modelopt-ish"}, 1),
+    ],
 )
 def test_quantization_configs_that_are_none(folder: Path, capsys: Out, config: Any, code: int) -> None:
     configure(folder, quantization_config=config)

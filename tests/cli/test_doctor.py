@@ -10,7 +10,11 @@ import pytest
 from sglang_amd_quant.cli import doctor
 from sglang_amd_quant.cli.main import main
 from sglang_amd_quant.integration import versions
+from sglang_amd_quant.runtime.detect import launchable
+from sglang_amd_quant.schemes import SCHEMES
+from sglang_amd_quant.selection import GemmProblem, Selector
 from sglang_amd_quant.selection.choose import process_selector
+from sglang_amd_quant.selection.explain import view
 
 
 def test_this_environment_can_serve(capsys):
@@ -52,6 +56,26 @@ def test_another_arch(capsys):
     assert "--attention-backend aiter or triton" in text
     assert "linear: triton_mx_gemm (heuristic)" in text
     assert "experts gate_up: triton_moe (heuristic)" in text
+
+
+@pytest.mark.parametrize("arch", ["gfx950", "gfx942", "gfx11", "sm_90"])
+def test_linears_run_what_explain_says_runs_here(arch):
+    """On weights as load time lays them out, which not every kernel reads."""
+    selector = Selector(available=launchable(arch))
+    for row in doctor.diagnose(arch).kernels:
+        if row["op"] == "linear":
+            group = SCHEMES[row["scheme"]].served_block(doctor.LINEAR["k"])
+            problem = GemmProblem(scheme=row["scheme"], arch=arch, m=row["M"], group=group, **doctor.LINEAR)
+            assert row["kernel"] == view(problem, selector).choice.kernel, row
+
+
+def test_experts_run_on_weights_as_they_are_laid_out():
+    (row,) = (
+        row
+        for row in doctor.diagnose("sm_90").kernels
+        if (row["scheme"], row["op"], row["M"]) == ("mxfp8", "experts down", 2048)
+    )
+    assert row["kernel"] == "triton_hopper_e4m3"
 
 
 def test_kernels_that_were_not_built(without_code_objects, capsys):

@@ -100,4 +100,16 @@ def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_config_claims_what_is_not_there(bf16: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (bf16 / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp8"}}')
     assert main(["inspect", str(bf16)]) == 1
+    (problem,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem")]
+    assert "stored unquantized, but the checkpoint's config says quantized and nothing is; take quant" in problem
+    excluded = {"quant_method": "mxfp8", "ignored_layers": ["model"]}
+    (bf16 / "config.json").write_text(json.dumps({"quantization_config": excluded}))
+    assert main(["inspect", str(bf16)]) == 1
     assert "mxfp8, but holds no quantized layer" in capsys.readouterr().out
+
+
+def test_a_recipe_for_online_quantization_is_no_problem(bf16: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"quant_method": "amd_mx", "version": 1, "recipe": {"default": "mxfp8"}}
+    (bf16 / "config.json").write_text(json.dumps({"quantization_config": config}))
+    assert main(["inspect", str(bf16)]) == 0
+    assert "no problems found" in capsys.readouterr().out

@@ -170,6 +170,7 @@ def test_mfma(name, m, k, blocks, a_type, b_type, arch):
         return
     kind = np.float64 if double else np.float32
     exact = exact + accumulator.view(kind)
+    # The emulator adds in fp64 and rounds once: half an ulp of fp32; in fp64 the sums differ by their order alone.
     np.testing.assert_allclose(got.view(kind), exact, rtol=1e-12 if double else 2.0**-23, atol=1e-30)
 
 

@@ -25,11 +25,8 @@ except (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """For all tests here."""
 
 
 def float32(bits: np.ndarray) -> torch.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_amd_quant.formats import e2m1, e4m3, e8m0, nibbles
+from sglang_amd_quant.formats import e2m1, e4m3, e8m0, find_nan, nibbles
 
 BYTES = torch.arange(256, dtype=torch.uint8)
 
@@ -40,6 +40,18 @@ def test_e2m1_codes():
     np.testing.assert_array_equal(values, np.tile(expected, 2))
     np.testing.assert_array_equal(np.signbit(values), np.tile(np.arange(16) >= 8, 2))  # -0 is a code of its own
     assert torch.equal(e2m1.encode(torch.from_numpy(values.copy())), nibbles.pack(codes))
+
+
+@pytest.mark.parametrize("code", range(256))
+def test_find_nan(code):
+    """The two codes that are NaN, in rows that lie apart; neither the largest numbers beside them."""
+    data = torch.tensor([0x7E, 0xFE, 0, 0x80], dtype=torch.uint8).repeat(3, 2)[:, ::2]
+    data[2, 1] = code
+    assert find_nan(data.view(torch.float8_e4m3fn)) == ((2, 1) if code & 0x7F == 0x7F else None)
+
+
+def test_find_nan_in_nothing():
+    assert find_nan(torch.empty(0, 32, dtype=torch.float8_e4m3fn)) is None
 
 
 def test_nibbles_hold_the_even_index_low():

@@ -8,6 +8,7 @@ import torch
 from sglang_amd_quant.formats import (
     dequantize_int4,
     dequantize_mx,
+    find_nan,
     mx_fn_to_fnuz,
     quantize_fp8_static,
     quantize_int4,
@@ -56,6 +57,15 @@ def test_int4_and_fp8(symmetric: bool):
     assert same_bits(quantize_fp8_static(x.cuda(), scale.cuda()), quantize_fp8_static(x, scale))
     fnuz = mx_fn_to_fnuz(*quantize_mx(x, "e4m3"))
     assert all(same_bits(a, b) for a, b in zip(mx_fn_to_fnuz(*quantize_mx(x.cuda(), "e4m3")), fnuz, strict=True))
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_find_nan(code: int):
+    """In weights larger than what is reduced at once."""
+    data = torch.full((3, 1 << 11, 1 << 11), 0x7E, dtype=torch.uint8, device="cuda")
+    assert find_nan(data.view(torch.float8_e4m3fn)) is None
+    data[2, 1000, 7] = code
+    assert find_nan(data.view(torch.float8_e4m3fn)) == (2, 1000, 7)
 
 
 @pytest.mark.parametrize("element", ["e2m1", "e4m3"])

@@ -246,6 +246,23 @@ class TestBadTensors:
         with pytest.raises(CheckpointError, match="1 of 64 weight scales"):
             layer.quant_method.process_weights_after_loading(layer)
 
+    @pytest.mark.parametrize("code", [0x7F, 0xFF])
+    def test_nan_weight(self, make_config, rank, code):
+        """Stored e4m3 is looked through as the rank has it: row 21 is row 5 of the second rank."""
+        from sglang.srt.layers.linear import ColumnParallelLinear
+
+        with rank(tp=(1, 2)):
+            layer = ColumnParallelLinear(
+                64, 32, bias=False, params_dtype=torch.bfloat16, quant_config=make_config("mxfp8"), prefix="m.up_proj"
+            )
+            data, scales = quantize_mx(torch.randn(32, 64), "e4m3")
+            data.view(torch.uint8)[21, 9] = code
+            layer.weight.weight_loader(layer.weight, data)
+            layer.weight_scale.weight_loader(layer.weight_scale, scales)
+            message = r"m\.up_proj: this rank's weight \[16, 64\]: holds NaN .*, as at \[5, 9\]; quantize the source"
+            with pytest.raises(CheckpointError, match=message):
+                layer.quant_method.process_weights_after_loading(layer)
+
 
 @pytest.mark.parametrize("scheme", [SCHEMES["w4a16"], SCHEMES["int4_w4a16"]], ids=lambda s: s.name)
 def test_reload_replaces_kept_copies(make_config, rank, scheme):

@@ -294,6 +294,26 @@ def test_broken_checkpoints_give_one_line(originals, load_model, tmp_path, case)
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("config", [QUARK, {"quant_method": "awq", "bits": 4, "group_size": 32}], ids=["quark", "awq"])
+def test_a_config_that_survived_dequantizing(originals, load_model, tmp_path, config):
+    """bf16 tensors under a config that says they are quantized: nobody asked for quantizing them here."""
+    folder = rewrite(originals["qwen3"], tmp_path, dict, config)
+    with pytest.raises(
+        CheckpointError, match=r"q_proj.*: stored unquantized, but .* says quantized and nothing is; take"
+    ):
+        load_model(folder, "amd_mx")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
+def test_quantized_weights_that_no_config_tells_of(originals, load_model, tmp_path, name):
+    assert main(["quantize", str(originals[name]), str(tmp_path / "m"), "--scheme", "mxfp8"]) == 0
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"_proj.* torch\.float8_e4m3fn: quantized, though config\.json has no"):
+        load_model(tmp_path / "m", "amd_mx")
+
+
 def test_truncated_file(originals, load_model, tmp_path):
     folder = rewrite(originals["qwen3"], tmp_path, quark, QUARK)
     path = folder / "model.safetensors"

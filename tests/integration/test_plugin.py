@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sglang_amd_quant.errors import UnsupportedError
+from sglang_amd_quant.errors import CheckpointError, UnsupportedError
 from sglang_amd_quant.integration import plugin, versions
 
 
@@ -56,6 +56,10 @@ def test_failed_registration_refuses_to_serve_with_its_reason(sglang_context, mo
     for use in (offered["amd_mx"], lambda: offered["amd_mx"].from_config({})):
         with pytest.raises(UnsupportedError, match=r"failed to register \(ZeroDivisionError.*amd-mx doctor"):
             use()
+    override = offered["amd_mx"].override_quantization_method
+    assert override({"quant_method": "modelopt_fp4"}, None) is None
+    with pytest.raises(UnsupportedError, match="failed to register"):
+        override({"quant_method": "modelopt_fp4"}, "amd_mx")
 
 
 class TestRocmAllowList:
@@ -93,6 +97,49 @@ class TestRocmAllowList:
     def test_mismatch_is_still_refused(self, verify):
         with pytest.raises(ValueError, match="does not match"):
             verify("fp8", {"quant_method": "amd_mx", "version": 1, "recipe": {"default": "mxfp4"}})
+
+
+class TestAskedByName:
+    """What a user asks for by name is what serves, though SGLang's own ModelOpt classes claim their checkpoints."""
+
+    @pytest.fixture
+    def verify(self, sglang_context):
+        from sglang.srt.configs.model_config import ModelConfig
+
+        def run(asked, quantization_config):
+            parsed = ModelConfig._parse_modelopt_quant_config(None, {"quantization": quantization_config}) or {}
+            config = SimpleNamespace(
+                quantization=asked,
+                is_draft_model=False,
+                _parse_quant_hf_config=lambda: quantization_config | parsed,
+                _find_quant_modelslim_config=lambda: None,
+            )
+            ModelConfig._verify_quantization(config)
+            return config.quantization
+
+        return run
+
+    @pytest.mark.parametrize("algo", ["FP8", "NVFP4", "W4A8_MXFP4_FP8"])
+    @pytest.mark.parametrize("asked", ["amd_mx", "amd_mxfp4"])
+    def test_modelopt_formats_that_no_reader_knows(self, verify, asked, algo):
+        with pytest.raises(CheckpointError, match=rf"quant_algo of '\*': {algo}, not one of MXFP8; quantize the bf16"):
+            verify(asked, {"quant_method": "modelopt", "quant_algo": algo})
+
+    @pytest.mark.parametrize(("algo", "name"), [("NVFP4", "modelopt_fp4"), ("FP8", "modelopt_fp8")])
+    def test_others_still_detect_their_own(self, verify, algo, name):
+        assert verify(None, {"quant_method": "modelopt", "quant_algo": algo}) == name
+
+    def test_mixed_with_bf16(self, verify):
+        """SGLang calls it w4afp8, whatever its layers are."""
+        layers = {"a.q_proj": {"quant_algo": "MXFP8"}}
+        config = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+        assert verify("amd_mx", config) == "amd_mx"
+
+    def test_mixed_with_what_no_reader_knows(self, verify):
+        layers = {"a.q_proj": {"quant_algo": "NVFP4"}}
+        config = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+        with pytest.raises(CheckpointError, match=r"quant_algo of 'a\.q_proj': NVFP4"):
+            verify("amd_mx", config)
 
 
 def test_mixtral_keeps_its_fused_moe(sglang_context):

@@ -65,12 +65,9 @@ NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Element held by nibble slot 0..7 of an ExLlama or AutoAWQ word."""
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    """For all tests here."""
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,7 @@ SIGMOID = lambda x: 1 / (1 + torch.exp(-x))
 def test_formulas(activation, want):
     got = activation(X)
     assert got.shape[-1] == activation.columns(X.shape[-1])
+    # fp64 on both sides: some dozen roundings of 2^-53 apiece, the same but for their order
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
