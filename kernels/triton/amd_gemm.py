@@ -113,7 +113,7 @@ def in_turn(sums):
 
 @gluon.jit
 def amd_gemm_kernel(
-    x, w, w_scales, bias, y, row_ids, block_experts, row_weights,
+    x, x_scale, w, w_scales, bias, y, row_ids, block_experts, row_weights,
     M, N, K, tiles_m,
     ARCH: gl.constexpr, GROUP: gl.constexpr, TOP_K: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, WARPS: gl.constexpr,
@@ -136,6 +136,7 @@ def amd_gemm_kernel(
     SCALED: gl.constexpr = MX and CDNA  # values are, which powers of two leave exact; else sums
     STEP: gl.constexpr = BLOCK_K if BLOCK_K > GROUP else GROUP
     PARTS: gl.constexpr = STEP // GROUP
+    gl.static_assert(STEP == 128 or not VALUES.startswith("cdna"), "steps are tiles of the layout")
     WARPS_N: gl.constexpr = min(BLOCK_N // 16, WARPS)
     WARPS_M: gl.constexpr = WARPS // WARPS_N
     sums: gl.constexpr = sums_layout(ARCH, WARPS_M, WARPS_N)
@@ -240,6 +241,8 @@ def amd_gemm_kernel(
     y_rows = y_places
     if row_ids is not None:  # not before: they would take registers all the way
         y_rows = gl.load(row_ids + y_places)
+    if x_scale is not None:
+        total *= gl.load(x_scale)
     if bias is not None:
         total += gl.expand_dims(gl.load(bias + places, mask=columns < N, other=0.0).to(gl.float32), 0)
     if row_weights is not None:

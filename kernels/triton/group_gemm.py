@@ -33,7 +33,7 @@ SHORT = 1 << 31
 
 @triton.jit
 def group_gemm_kernel(
-    x, w, w_scales, bias, y, row_ids, block_experts, row_weights,
+    x, x_scale, w, w_scales, bias, y, row_ids, block_experts, row_weights,
     M, N, K, tiles_m,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -43,8 +43,8 @@ def group_gemm_kernel(
 
     M: rows of y (routed rows when grouped). tiles_m: blocks along M. FORMAT: of the weights, as in `group_values.py`.
         GROUP: elements that share a scale. TOP_K: rows of y that share a row of x. BLOCK_K: of one step, whole groups;
-        or of one product, several of which make a group. EVEN_K: steps end where K does. `bias`, `row_ids` with
-        `block_experts`, and `row_weights` may be None.
+        or of one product, several of which make a group. EVEN_K: steps end where K does. `x_scale`, `bias`,
+        `row_ids` with `block_experts`, and `row_weights` may be None.
     """
     HALF: tl.constexpr = x.dtype.element_ty == tl.float16
     PER: tl.constexpr = 1 if FORMAT == "e4m3" else 8  # codes a stored column
@@ -91,6 +91,8 @@ def group_gemm_kernel(
                 products = tl.dot(x_tile, values.T, products)
             total += products * scale_of(scales, FORMAT)[None, :]
 
+    if x_scale is not None:
+        total *= tl.load(x_scale)
     if bias is not None:
         total += tl.load(bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if row_weights is not None:
@@ -150,6 +152,7 @@ def group_gemm(
     arch: str,
     *,
     group: int,
+    x_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     row_ids: torch.Tensor | None = None,
     block_experts: torch.Tensor | None = None,
@@ -158,7 +161,7 @@ def group_gemm(
     layout: tuple[str, str] = STRIDED,
     pairs: str | None = None,
 ) -> torch.Tensor:
-    """y = x w^T (+ bias) (* row_weights), into y. No host read of device data: may be captured in a graph.
+    """y = x w^T (* x_scale) (+ bias) (* row_weights), into y. No host read of device data: may be captured in a graph.
 
     Args:
         x: [M / top_k, K] bf16 or fp16, for MX weights fp16; contiguous, like all that follow.
@@ -170,6 +173,7 @@ def group_gemm(
         config: tile and launch options.
         arch: what it is compiled for.
         group: elements of K that share a scale: 32, and of int4 64 or 128.
+        x_scale: fp32 scalar that products are multiplied by, of static fp8 activations; None = 1.
         bias: [N], [E, N] when grouped.
         row_ids: [blocks * block_m] int32; makes the GEMM grouped.
         block_experts: [blocks] int32.
@@ -198,7 +202,7 @@ def group_gemm(
         constants |= {"LONG": long, "PAIRS": pairs}
     codes = w.view(torch.uint8 if w_format == "e4m3" else torch.int32)
     kernel[grid](
-        x, codes, w_scales, bias, y, row_ids, block_experts, row_weights, m, n, k, tiles_m,
+        x, x_scale, codes, w_scales, bias, y, row_ids, block_experts, row_weights, m, n, k, tiles_m,
         **constants, **config.options_of(kernel, arch),
     )  # fmt: skip
     return y

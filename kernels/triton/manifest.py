@@ -84,7 +84,7 @@ class Variant:
         else:
             given = self.config.constants(self.x_format, self.w_format, top_k, k, self.arch)
             given |= layout_constants(self.layout)
-        optional = (n for n in ("x_scales", "bias", *_ROUTING) if n in self.kernel.arg_names)
+        optional = (n for n in ("x_scale", "x_scales", "bias", *_ROUTING) if n in self.kernel.arg_names)
         absent = dict.fromkeys(n for n in optional if n not in self.signature)
         return absent | given
 

@@ -21,6 +21,7 @@ from sglang_amd_quant.selection.legality import operand_bits
 from sglang_amd_quant.selection.problem import Config, GemmProblem
 from sglang_amd_quant.selection.specs import SHIPPED, KernelSpec, kernel, register
 
+_EXPERTS = ("moe_gate_up", "moe_down")
 GPUS = ("gfx950", "gfx942", "gfx11", "sm_90")
 
 
@@ -75,7 +76,7 @@ def _mx_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ("strid
         space=_TILE,
         configure=_dense_tile if ops == ("linear",) else _grouped_tile,
         triton=True,
-        gathers=True,
+        gathers=("values", "scales"),
         acts=("e4m3", "e2m1", "bf16", "fp8_static"),
         out_dtypes=("bf16", "fp16", "fp32"),
         fuses=("bias",),
@@ -155,17 +156,18 @@ def _int4_gemm(name: str, ops: tuple[str, ...], *tables: dict[tuple[str, str], s
     )
 
 
-def _e2m1_gemm(name: str, archs: tuple[str, ...], schemes: tuple[str, ...], acts: tuple[str, ...]) -> KernelSpec:
-    """MXFP4 weights where there is no matrix unit for MX, or activations are not quantized."""
-    read = _archs_of("e2m1", AMD_DECODE_LAYOUTS)
+def _e2m1_gemm(name: str, ops: tuple[str, ...], table: dict[tuple[str, str], str], native: bool) -> KernelSpec:
+    """MXFP4 weights where there is no matrix unit for MX; or, if there is (`native`), activations are not quantized."""
+    archs = ("gfx950",) if native else ("gfx942", "gfx11")
+    read = {layout: on for layout, of in _archs_of("e2m1", table).items() if (on := tuple(a for a in of if a in archs))}
     return replace(
-        _group_gemm(name, ("linear",)),
+        _group_gemm(name, ops),
         archs=archs,
-        schemes=schemes,
-        acts=acts,
+        schemes=("w4a16",) if native else ("w4a16", "w4a8", "mxfp4"),
+        acts=("bf16",) if native else ("bf16", "e4m3", "e2m1", "fp8_static"),
         layouts=("strided", *read),
         layout_archs=read,
-        gathers=True,
+        gathers=("scales",),
         lds=_registers_lds,
         x_dtypes=("bf16",),
     )
@@ -197,7 +199,7 @@ _MOE = KernelSpec(
     "kernels/triton/moe_gemm.py",
     archs=GPUS,
     schemes=("mxfp8", "w4a8", "mxfp4", "w4a16"),
-    ops=("moe_gate_up", "moe_down"),
+    ops=_EXPERTS,
     layouts=("strided", *_read(AMD_MOE_DECODE_LAYOUTS, "e2m1", "e4m3")),
     space=_TILE | {"block_k": (32, 64, 128, 256, 512)},
     configure=_moe_tile,
@@ -207,6 +209,7 @@ _MOE = KernelSpec(
     fuses=("bias", "activation"),
     activations=("silu", "swigluoai"),
     x_dtypes=("bf16",),
+    gathers=("values", "scales"),
     dequantizes=True,
     lds=_moe_lds,
     k_multiple=32,
@@ -315,7 +318,7 @@ def _amd_moe_decode(arch: str, weight: str) -> KernelSpec:
     return replace(
         _amd_decode(arch, weight),
         name=f"hip_moe_decode_{arch}_{weight}",
-        ops=("moe_gate_up", "moe_down"),
+        ops=_EXPERTS,
         layouts=(AMD_MOE_DECODE_LAYOUTS[arch, weight],),
         space={"block_m": AMD_MOE_DECODE_M},
         configure=_moe_decode_block,
@@ -381,19 +384,21 @@ SHIPPED_KERNELS = (
     ),
     *(_amd_decode(arch, weight) for arch, weight in AMD_DECODE_LAYOUTS),
     *(_amd_moe_decode(arch, weight) for arch, weight in AMD_MOE_DECODE_LAYOUTS),
-    _e2m1_gemm("triton_e2m1_gemm", ("gfx942", "gfx11"), ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1")),
-    _e2m1_gemm("triton_e2m1_bf16_gemm", ("gfx950",), ("w4a16",), ("bf16",)),
+    _e2m1_gemm("triton_e2m1_gemm", ("linear",), AMD_DECODE_LAYOUTS, native=False),
+    _e2m1_gemm("triton_e2m1_bf16_gemm", ("linear",), AMD_DECODE_LAYOUTS, native=True),
+    _e2m1_gemm("triton_e2m1_moe", _EXPERTS, AMD_MOE_DECODE_LAYOUTS, native=False),
+    _e2m1_gemm("triton_e2m1_bf16_moe", _EXPERTS, AMD_MOE_DECODE_LAYOUTS, native=True),
     _mx_gemm(
         "triton_mx_gemm",
         ("linear",),
         ("strided", "mma_tile+mma_scale", *_read(AMD_DECODE_LAYOUTS, "e2m1", "e4m3")),
     ),
     _MOE,
-    _mx_gemm("triton_mx_moe", ("moe_gate_up", "moe_down")),
+    _mx_gemm("triton_mx_moe", _EXPERTS),
     _int4_gemm("triton_int4_gemm", ("linear",), AMD_DECODE_LAYOUTS),
-    _int4_gemm("triton_int4_moe", ("moe_gate_up", "moe_down"), AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS),
+    _int4_gemm("triton_int4_moe", _EXPERTS, AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS),
     _fp16_gemm("triton_fp16_gemm", ("linear",)),
-    _fp16_gemm("triton_fp16_moe", ("moe_gate_up", "moe_down")),
+    _fp16_gemm("triton_fp16_moe", _EXPERTS),
     _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1")),
     _hopper("e4m3", ("mxfp8", "w4a8", "mxfp4"), ("e4m3", "e2m1", "fp8_static")),
     replace(

@@ -52,7 +52,8 @@ INT4 = ("triton_int4_gemm", "triton_int4_moe")
 INT4_LAYOUTS = ("cdna_int4+tile_group", "rdna_int4+tile_group")
 HOPPER_INT4 = ("mma_int4+tile_group", "decode_mma_int4")
 ON |= dict.fromkeys(INT4, ("gfx950", "gfx942", "gfx11", "sm_90"))
-E2M1 = {"triton_e2m1_gemm": ("gfx942", "gfx11"), "triton_e2m1_bf16_gemm": ("gfx950",)}
+E2M1 = {f"triton_e2m1_{op}": ("gfx942", "gfx11") for op in ("gemm", "moe")}
+E2M1 |= {f"triton_e2m1_bf16_{op}": ("gfx950",) for op in ("gemm", "moe")}
 ON |= E2M1
 FP16 = ("triton_fp16_gemm", "triton_fp16_moe")
 ON |= dict.fromkeys(FP16, ("gfx950", "gfx942", "gfx11", "sm_90"))
@@ -126,11 +127,14 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["x is bf16 or fp16"] * (p.out_dtype == "fp32")
         out += ["tiles of the layout"] * (c.block_k < {"cdna": 128}.get(choice.layout.removeprefix("decode_")[:4], 32))
     if choice.kernel in E2M1:
-        own = {"gfx942": "cdna3_e2m1+tile_scale"}.get(p.arch, "preshuffle+tile_scale")
-        out += ["op"] * (p.op != "linear")
-        out += ["operands"] * (p.scheme not in ("w4a16", "w4a8", "mxfp4") or p.act == "fp8_static")
+        own = {"gfx942": "cdna3_e2m1"}.get(p.arch, "preshuffle")
+        own = f"{own}+tile_scale" if p.op == "linear" else f"decode_{own}"
+        out += ["op"] * ((p.op == "linear") != choice.kernel.endswith("gemm"))
+        out += ["operands"] * (p.scheme not in ("w4a16", "w4a8", "mxfp4"))
         out += ["MX has a matrix unit"] * (p.arch == "gfx950" and p.act != "bf16")
         out += ["layout read"] * (choice.layout not in ("strided", own))
+        out += ["whole tiles of gates and ups"] * (choice.layout.startswith("decode_") and bool(p.n % 16))
+        out += ["tiles of the layout"] * (choice.layout == own and c.block_k < (128 if p.arch == "gfx942" else 64))
         out += ["x is bf16 where nothing quantizes it"] * (p.act == "bf16" and p.out_dtype in ("fp16", "fp32"))
     if choice.kernel in FP16:
         out += ["op"] * ((p.op == "linear") != (choice.kernel == "triton_fp16_gemm"))

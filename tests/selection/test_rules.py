@@ -92,7 +92,8 @@ def test_the_grouped_decode_kernels_have_these_bounds_too(select, arch, weight, 
         ("moe_down", 128, 12, None),
     ):
         choice = select(replace(gate_up, op=op, m=rows // 4, e_local=e))
-        assert choice.kernel.startswith("triton_moe" if block_m is None else "hip_moe_decode_"), (op, e, rows)
+        more = {"e4m3": "triton_moe", "e2m1": "triton_e2m1_"}[weight]
+        assert choice.kernel.startswith(more if block_m is None else "hip_moe_decode_"), (op, e, rows)
         assert block_m in (None, choice.config.block_m)
 
 

@@ -90,7 +90,7 @@ def test_layouts_of_decode_kernels_compile_without_spills(arch, scheme, layout, 
 def group_problems(arch):
     """int4 experts, by the height that routing gives, on strided weights: dense tiles are among theirs. int4 linears,
     and the highest tile's experts, on weights that lie as decode kernels read them, in models of fp16. MX linears and
-    experts in these, whose activations are not quantized. And MXFP4 linears on AMD in models of bf16."""
+    experts in these, whose activations are not quantized. And MXFP4 linears and experts on AMD in models of bf16."""
     shape, experts = {"n": 1536, "k": 2048}, {"e_local": 64, "e_total": 64, "top_k": 8, "layout": "strided"}
     for group in (32, 64, 128):
         shared = shape | {"scheme": "int4_w4a16", "arch": arch, "group": group}
@@ -107,15 +107,19 @@ def group_problems(arch):
     if own := AMD_DECODE_LAYOUTS.get((arch, "e2m1")):
         for m, layout in product((16, 32, 64, 4096), ("strided", own)):
             yield GemmProblem("linear", "w4a16", arch, m, **shape, layout=layout)
+        for b, layout in product((16, 32, 64, 128), ("strided", AMD_MOE_DECODE_LAYOUTS[arch, "e2m1"])):
+            packed = experts | {"layout": layout, "block_m": b}
+            yield GemmProblem("moe_gate_up", "w4a16", arch, 64, **shape, **packed)
 
 
 def group_tiles():
     """(problem, choice) of each tile that they get."""
     for problem in (problem for arch in GPUS for problem in group_problems(arch)):
         weights = "int4" if problem.scheme == "int4_w4a16" else "fp16" if problem.out_dtype == "fp16" else "e2m1"
-        names = {f"triton_{weights}_{'moe' if problem.moe else 'gemm'}", f"triton_{weights}_bf16_gemm"} & set(kernels())
+        op = "moe" if problem.moe else "gemm"
+        names = {f"triton_{weights}_{op}", f"triton_{weights}_bf16_{op}"} & set(kernels())
         choice = Selector(available=names).decide(problem)
-        if choice.source == "heuristic":  # of MX weights no rule of gfx11's is as high as 128
+        if choice.source == "heuristic":  # of MX weights none of gfx11's is as high as 128
             tile = "x".join(map(str, choice.config.tile))
             yield pytest.param(
                 problem, choice, id=f"{problem.arch}-{problem.scheme}-{problem.op}-{problem.group}-{tile}"
@@ -124,8 +128,11 @@ def group_tiles():
 
 @pytest.mark.parametrize(("problem", "choice"), group_tiles())
 def test_group_tiles_compile_without_spills_in_the_lds_that_is_estimated(problem, choice):
-    packed = problem.layout.startswith("decode_")  # experts
-    lies = TensorLayout.parse(problem.layout.removeprefix("decode_") + "+tile_group" if packed else problem.layout)
+    layout = problem.layout
+    if layout.startswith("decode_"):  # experts
+        scales = "tile_group" if problem.scheme == "int4_w4a16" else "tile_scale"
+        layout = f"{layout.removeprefix('decode_')}+{scales}"
+    lies = TensorLayout.parse(layout)
     config = choice.config
     even = problem.group >= (config.block_k or 0)
     weights = {"int4_w4a16": "int4", "w4a16": "e2m1", "mxfp8": "e4m3"}[problem.scheme]
