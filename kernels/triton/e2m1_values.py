@@ -24,7 +24,7 @@ v_cvt_scalef32_pk_bf16_fp4 $2, $4, $5 op_sel:[0,1,0]
 v_cvt_scalef32_pk_bf16_fp4 $3, $4, $5 op_sel:[1,1,0]
 s_nop 1
 """)
-_FLOATS = gl.constexpr(BYTES_TO_FLOATS + """
+SCALED_BYTES = gl.constexpr(BYTES_TO_FLOATS + """
 v_pk_mul_f32 $0, $0, $6
 v_pk_mul_f32 $1, $1, $6
 v_pk_mul_f32 $2, $2, $6
@@ -86,7 +86,7 @@ def e2m1_values(words, scales, ARCH: gl.constexpr, ROWS: gl.constexpr):
             s = scales.to(gl.uint32, bitcast=True).to(gl.uint64)
             # Elements 0 and 2, 4 and 6, 1 and 3, 5 and 7.
             p, q, r, t = gl.inline_asm_elementwise(
-                _FLOATS,
+                SCALED_BYTES,
                 "=&v,=&v,=&v,=&v,v,v,v",
                 [first, second, s << 32 | s],
                 dtype=(gl.int64, gl.int64, gl.int64, gl.int64),

@@ -8,9 +8,9 @@ fp32: nothing is rounded but sums, and scales may be beyond what fp16 holds.
 Codes of 4 bits come as int32 words of eight in sequence, as in a checkpoint's bytes; e4m3 as bytes. Grouped (mixture of
 experts) as in `mx_gemm.py`; experts lie one after the other, each padded by itself.
 
-On AMD int4, and e2m1 with bf16 x, have a kernel of their own, `amd_gemm.py`, for strided weights and the layout that
-decode kernels read there; in int4's words are paired. Of gate_up weights as those read them 8 gates and 8 ups alternate
-(`decode_*` layouts): results and biases do not.
+On AMD int4, and MX weights with bf16 x where no matrix unit multiplies them, have a kernel of their own, `amd_gemm.py`,
+for strided weights and the layout that decode kernels read there; in int4's words are paired. Of gate_up weights as
+those read them 8 gates and 8 ups alternate (`decode_*` layouts): results and biases do not.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class GroupGemmConfig(TileConfig):
         return {name: value for name, value in given.items() if name in kernel.arg_names}
 
     def options_of(self, kernel: Any, arch: str) -> dict[str, int]:
-        """Compile options of a kernel. Two waves a SIMD keep the sums of int4 in registers that all instructions read:
+        """Compile options of a kernel. Two waves a SIMD keep its sums in registers that all instructions read:
         with more than 256 for each, they would lie in accumulation registers, a move apart."""
         if kernel is not amd_gemm_kernel:
             return self.options(arch)
@@ -138,8 +138,15 @@ def kernel_of(w_format: str, values: str, arch: str, x: torch.dtype) -> Any:
     return amd_gemm_kernel if own else group_gemm_kernel
 
 
+def word_of(w_format: str, kernel: Any) -> torch.dtype:
+    """What a kernel has weights in: eight codes, or of `group_gemm_kernel` a code of e4m3."""
+    if w_format != "e4m3":
+        return torch.int32
+    return torch.int64 if kernel is amd_gemm_kernel else torch.uint8
+
+
 def _family(arch: str) -> str:
-    """What int4's kernel calls an arch."""
+    """What AMD's kernel calls an arch."""
     return "gfx11" if arch.startswith("gfx11") else arch
 
 
@@ -164,9 +171,9 @@ def group_gemm(
     """y = x w^T (* x_scale) (+ bias) (* row_weights), into y. No host read of device data: may be captured in a graph.
 
     Args:
-        x: [M / top_k, K] bf16 or fp16, for MX weights fp16; contiguous, like all that follow.
-        w: uint8 [N, K/2] of int4 or e2m1, float8_e4m3fn [N, K], or int4 in int32 as a layout keeps it; with a leading E
-            when grouped.
+        x: [M / top_k, K] bf16 or fp16; contiguous, like all that follow.
+        w: uint8 [N, K/2] of int4 or e2m1, float8_e4m3fn [N, K], or as a layout keeps it (int4 in int32, e4m3 in
+            `cdna3_e4m3` as float8_e4m3fnuz); with a leading E when grouped.
         w_scales: int32 [N, K/group] words of scale and zero point of int4, or as a layout keeps them; uint8 e8m0
             [N, K/32] of the others; likewise.
         y: [M, N] bf16, fp16 or fp32.
@@ -183,14 +190,14 @@ def group_gemm(
         pairs: where 8 gates and 8 ups alternate in w's rows, how they do in y and bias: `halves` or `interleaved`.
 
     Raises:
-        ValueError: weights in a layout that is not read on the arch, or MX ones with x that is not fp16.
+        ValueError: weights in a layout that is not read on the arch, or MX ones with bf16 x where they are `mx_gemm`'s.
     """
     w_format = format_of(w, w_scales)
-    exact = x.dtype == torch.float16 or (w_format == "e2m1" and (_family(arch), w_format) in LAYOUTS)
+    exact = x.dtype == torch.float16 or (_family(arch), w_format) in LAYOUTS
     if w_format != "int4" and (group != 32 or not exact):
         raise ValueError(
-            f"{w_format} weights in groups of {group} with x of {x.dtype} on {arch}: takes groups of 32 with fp16, and "
-            "on AMD e2m1 with bf16; use mx_gemm"
+            f"{w_format} weights in groups of {group} with x of {x.dtype} on {arch}: takes groups of 32 with fp16, or "
+            "bf16 on AMD where no matrix unit multiplies them; use mx_gemm"
         )
     m, n = y.shape
     k = x.shape[-1]
@@ -200,17 +207,16 @@ def group_gemm(
     if kernel is amd_gemm_kernel:
         long = row_ids is not None and x.numel() * x.element_size() >= SHORT
         constants |= {"LONG": long, "PAIRS": pairs}
-    codes = w.view(torch.uint8 if w_format == "e4m3" else torch.int32)
     kernel[grid](
-        x, x_scale, codes, w_scales, bias, y, row_ids, block_experts, row_weights, m, n, k, tiles_m,
-        **constants, **config.options_of(kernel, arch),
+        x, x_scale, w.view(word_of(w_format, kernel)), w_scales, bias, y, row_ids, block_experts, row_weights,
+        m, n, k, tiles_m, **constants, **config.options_of(kernel, arch),
     )  # fmt: skip
     return y
 
 
 def format_of(w: torch.Tensor, w_scales: torch.Tensor) -> str:
     """Format name of weights: `int4` (scales in words), `e4m3` or `e2m1`."""
-    return "int4" if w_scales.dtype == torch.int32 else "e4m3" if w.dtype == torch.float8_e4m3fn else "e2m1"
+    return "int4" if w_scales.dtype == torch.int32 else "e4m3" if w.is_floating_point() else "e2m1"
 
 
 def group_gemm_torch(

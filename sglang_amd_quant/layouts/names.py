@@ -246,7 +246,7 @@ PACKED_LAYOUTS: Mapping[str, LayoutSpec] = {
                 about=f"{values}+{scales}, of a gated gate_up with 8 gates and 8 ups by turns: grouped decode",
             )
             for scales, of in (
-                ("tile_scale", ("preshuffle", "mxfp8_lane", "cdna3_e2m1")),
+                ("tile_scale", ("preshuffle", "mxfp8_lane", "cdna3_e2m1", "cdna3_e4m3")),
                 ("tile_group", ("cdna_int4", "rdna_int4", "mma_int4")),
             )
             for values in of

@@ -59,19 +59,22 @@ KERNELS: dict[tuple[str, str], MoeKernel] = {
     ("triton_moe", "triton_moe"): triton_moe.run_moe,
     ("triton_mx_moe", "triton_moe"): triton_moe.run_mx_then_moe,
     ("triton_mx_moe", "triton_mx_moe"): triton_mx.run_mx_moe,
-    ("triton_e2m1_moe", "triton_e2m1_moe"): triton_group.run_e2m1_moe,
-    ("triton_e2m1_bf16_moe", "triton_e2m1_bf16_moe"): triton_group.run_e2m1_moe,
+    ("triton_e2m1_moe", "triton_e2m1_moe"): triton_group.run_bf16_moe,
+    ("triton_e2m1_bf16_moe", "triton_e2m1_bf16_moe"): triton_group.run_bf16_moe,
+    ("triton_e4m3_moe", "triton_e4m3_moe"): triton_group.run_bf16_moe,
     ("triton_int4_moe", "triton_int4_moe"): triton_group.run_group_moe,
     ("triton_fp16_moe", "triton_fp16_moe"): triton_group.run_group_moe,
     ("triton_hopper_bf16", "triton_hopper_bf16"): triton_hopper.run_hopper_moe,
     ("triton_hopper_e4m3", "triton_hopper_e4m3"): triton_hopper.run_hopper_moe,
     ("triton_hopper_int4", "triton_hopper_int4"): triton_hopper.run_hopper_moe,
 }
-_TRITON = {"triton_moe": (triton_moe.gate_up, triton_moe.down)}
-_E2M1 = dict.fromkeys(("triton_e2m1_moe", "triton_e2m1_bf16_moe"), (triton_group.e2m1_gate_up, triton_group.e2m1_down))
+_LDS, _INT4 = (triton_moe.gate_up, triton_moe.down), (triton_group.gate_up, triton_group.down)
+_REGISTERS = (triton_group.bf16_gate_up, triton_group.bf16_down)
 _BESIDE = {
-    "e2m1": _TRITON | _E2M1, "e4m3": _TRITON, "int4": {"triton_int4_moe": (triton_group.gate_up, triton_group.down)}
-}  # fmt: skip
+    "e2m1": {"triton_moe": _LDS, "triton_e2m1_moe": _REGISTERS, "triton_e2m1_bf16_moe": _REGISTERS},
+    "e4m3": {"triton_moe": _LDS, "triton_e4m3_moe": _REGISTERS},
+    "int4": {"triton_int4_moe": _INT4},
+}
 """Weight format -> kernels for more rows that read what decode kernels read: either GEMM may be of either."""
 for _arch, _weight in AMD_MOE_DECODE_LAYOUTS:
     _decode = f"hip_moe_decode_{_arch}_{_weight}"

@@ -190,8 +190,8 @@ _GFX942_INT4 = ((16, 16, 64, 128, 4), (32, 32, 64, 128, 4), (_ANY, 64, 128, 128,
 _GFX11_INT4 = ((16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (_ANY, 64, 64, 64, 4), (None, 128, 64, 64, 8))
 """128 x 128 spills. 64 rows are enough: matrix instructions take longer than the others; routing may give 128."""
 
-_GFX11_E2M1 = (*_GFX11_INT4[:2], (None, *_GFX11_INT4[2][1:]))
-_CDNA_E2M1 = ((16, 16, 64, 128, 4), (32, 32, 64, 128, 4), (1023, 64, 128, 128, 4), (None, 128, 128, 128, 4))
+_GFX11_MX = (*_GFX11_INT4[:2], (None, *_GFX11_INT4[2][1:]))
+_CDNA_MX = ((16, 16, 64, 128, 4), (32, 32, 64, 128, 4), (1023, 64, 128, 128, 4), (None, 128, 128, 128, 4))
 
 _WIDE = ("triton_hopper_bf16", "triton_hopper_int4")
 """Those that multiply in 16 bits on sm_90."""
@@ -227,9 +227,9 @@ TILE_RULES: tuple[TileRule, ...] = (
     *_moe("sm_90", (64, 64), (64, 64), (16, 32, 64), stages=4),
     *_groups("gfx950", *_GFX950_INT4, of=("int4",), shrink=(128, 0)),
     *_groups("gfx942", *_GFX942_INT4, of=("int4",), shrink=(128, 0)),
-    *_groups("gfx950", *_CDNA_E2M1, of=("e2m1_bf16",), shrink=(128, 0)),
-    *_groups("gfx942", *_CDNA_E2M1, of=("e2m1",), shrink=(128, 0)),
-    *_groups("gfx11", *_GFX11_E2M1, num_stages=1, of=("e2m1",)),
+    *_groups("gfx950", *_CDNA_MX, of=("e2m1_bf16",), shrink=(128, 0)),
+    *_groups("gfx942", *_CDNA_MX, of=("e2m1", "e4m3"), shrink=(128, 0)),
+    *_groups("gfx11", *_GFX11_MX, num_stages=1, of=("e2m1", "e4m3")),
     *_groups("gfx950", *_CDNA_GROUPS, of=("fp16",)),
     *_groups("gfx942", *_CDNA_GROUPS, of=("fp16",)),
     *_groups("gfx11", *_GFX11_INT4, num_stages=1, of=("int4",)),

@@ -21,13 +21,16 @@ from sglang_amd_quant.selection.legality import operand_bits
 from sglang_amd_quant.selection.problem import Config, GemmProblem
 from sglang_amd_quant.selection.specs import SHIPPED, KernelSpec, kernel, register
 
+_MX, _FNUZ = ("e2m1", "e4m3"), ("gfx942", "e4m3")
 _EXPERTS = ("moe_gate_up", "moe_down")
 GPUS = ("gfx950", "gfx942", "gfx11", "sm_90")
 
 
-def _read(layouts: dict[tuple[str, str], str], *weights: str) -> tuple[str, ...]:
-    """Those of some weight formats."""
-    return tuple(dict.fromkeys(name for (_, weight), name in layouts.items() if weight in weights))
+def _dequantized(layouts: dict[tuple[str, str], str]) -> tuple[str, ...]:
+    """Those that kernels read which dequantize MX weights ahead of LDS: OCP codes, so not gfx942's e4m3."""
+    return tuple(
+        dict.fromkeys(name for (arch, weight), name in layouts.items() if weight in _MX and (arch, weight) != _FNUZ)
+    )
 
 
 HOPPER_INT4 = ("mma_int4+tile_group", "decode_mma_int4")
@@ -156,15 +159,17 @@ def _int4_gemm(name: str, ops: tuple[str, ...], *tables: dict[tuple[str, str], s
     )
 
 
-def _e2m1_gemm(name: str, ops: tuple[str, ...], table: dict[tuple[str, str], str], native: bool) -> KernelSpec:
-    """MXFP4 weights where there is no matrix unit for MX; or, if there is (`native`), activations are not quantized."""
+def _mx_registers(weight: str, op: str, native: bool = False) -> KernelSpec:
+    """MX weights where there is no matrix unit for MX; or, if there is (`native`), activations are not quantized."""
     archs = ("gfx950",) if native else ("gfx942", "gfx11")
-    read = {layout: on for layout, of in _archs_of("e2m1", table).items() if (on := tuple(a for a in of if a in archs))}
+    ops, table = (("linear",), AMD_DECODE_LAYOUTS) if op == "gemm" else (_EXPERTS, AMD_MOE_DECODE_LAYOUTS)
+    schemes = ("w4a16",) if native else DECODE_SCHEMES[weight]
+    read = {layout: on for layout, of in _archs_of(weight, table).items() if (on := tuple(a for a in of if a in archs))}
     return replace(
-        _group_gemm(name, ops),
+        _group_gemm(f"triton_{weight}_{'bf16_' * native}{op}", ops),
         archs=archs,
-        schemes=("w4a16",) if native else ("w4a16", "w4a8", "mxfp4"),
-        acts=("bf16",) if native else ("bf16", "e4m3", "e2m1", "fp8_static"),
+        schemes=schemes,
+        acts=(*dict.fromkeys(scheme(s).act for s in schemes), *(() if native else ("fp8_static",))),
         layouts=("strided", *read),
         layout_archs=read,
         gathers=("scales",),
@@ -200,7 +205,7 @@ _MOE = KernelSpec(
     archs=GPUS,
     schemes=("mxfp8", "w4a8", "mxfp4", "w4a16"),
     ops=_EXPERTS,
-    layouts=("strided", *_read(AMD_MOE_DECODE_LAYOUTS, "e2m1", "e4m3")),
+    layouts=("strided", *_dequantized(AMD_MOE_DECODE_LAYOUTS)),
     space=_TILE | {"block_k": (32, 64, 128, 256, 512)},
     configure=_moe_tile,
     triton=True,
@@ -384,14 +389,12 @@ SHIPPED_KERNELS = (
     ),
     *(_amd_decode(arch, weight) for arch, weight in AMD_DECODE_LAYOUTS),
     *(_amd_moe_decode(arch, weight) for arch, weight in AMD_MOE_DECODE_LAYOUTS),
-    _e2m1_gemm("triton_e2m1_gemm", ("linear",), AMD_DECODE_LAYOUTS, native=False),
-    _e2m1_gemm("triton_e2m1_bf16_gemm", ("linear",), AMD_DECODE_LAYOUTS, native=True),
-    _e2m1_gemm("triton_e2m1_moe", _EXPERTS, AMD_MOE_DECODE_LAYOUTS, native=False),
-    _e2m1_gemm("triton_e2m1_bf16_moe", _EXPERTS, AMD_MOE_DECODE_LAYOUTS, native=True),
+    *(_mx_registers(weight, op) for weight in _MX for op in ("gemm", "moe")),
+    *(_mx_registers("e2m1", op, native=True) for op in ("gemm", "moe")),
     _mx_gemm(
         "triton_mx_gemm",
         ("linear",),
-        ("strided", "mma_tile+mma_scale", *_read(AMD_DECODE_LAYOUTS, "e2m1", "e4m3")),
+        ("strided", "mma_tile+mma_scale", *_dequantized(AMD_DECODE_LAYOUTS)),
     ),
     _MOE,
     _mx_gemm("triton_mx_moe", _EXPERTS),

@@ -38,6 +38,7 @@ DECODE_LAYOUT = {
     "hip_decode_gfx950_e2m1": "preshuffle+tile_scale",
     "hip_decode_gfx950_e4m3": "mxfp8_lane+tile_scale",
     "hip_decode_gfx942_e2m1": "cdna3_e2m1+tile_scale",
+    "hip_decode_gfx942_e4m3": "cdna3_e4m3+tile_scale",
     "hip_decode_gfx11_e2m1": "preshuffle+tile_scale",
     "hip_decode_gfx11_e4m3": "preshuffle+tile_scale",
 }
@@ -52,13 +53,18 @@ INT4 = ("triton_int4_gemm", "triton_int4_moe")
 INT4_LAYOUTS = ("cdna_int4+tile_group", "rdna_int4+tile_group")
 HOPPER_INT4 = ("mma_int4+tile_group", "decode_mma_int4")
 ON |= dict.fromkeys(INT4, ("gfx950", "gfx942", "gfx11", "sm_90"))
-E2M1 = {f"triton_e2m1_{op}": ("gfx942", "gfx11") for op in ("gemm", "moe")}
-E2M1 |= {f"triton_e2m1_bf16_{op}": ("gfx950",) for op in ("gemm", "moe")}
-ON |= E2M1
+REGISTERS = {f"triton_{w}_{op}": ("gfx942", "gfx11") for w in ("e2m1", "e4m3") for op in ("gemm", "moe")}
+REGISTERS |= {f"triton_e2m1_bf16_{op}": ("gfx950",) for op in ("gemm", "moe")}
+ON |= REGISTERS
 FP16 = ("triton_fp16_gemm", "triton_fp16_moe")
 ON |= dict.fromkeys(FP16, ("gfx950", "gfx942", "gfx11", "sm_90"))
 HOPPER = ("triton_hopper_bf16", "triton_hopper_e4m3")
 OWN = ("gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe")
+
+
+def ocp(layouts):
+    """Those of MX weights that hold OCP codes, which is not gfx942's of e4m3."""
+    return [name for name in layouts.values() if "int4" not in name and "cdna3_e4m3" not in name]
 
 
 def lds(arch, c, bits_a, bits_b):
@@ -110,7 +116,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out.append("block_m is not routing's")
     if choice.kernel in OWN:
         out += ["int4"] * (p.scheme == "int4_w4a16")
-        unpacked = ("mma_tile+mma_scale", *(name for name in DECODE_LAYOUT.values() if "int4" not in name))
+        unpacked = ("mma_tile+mma_scale", *ocp(DECODE_LAYOUT))
         read = ("strided", *(unpacked if choice.kernel == "triton_mx_gemm" else ()))
         out += ["layout read"] * (choice.layout not in read)
         out += ["x is bf16 where nothing quantizes it"] * (p.act == "bf16" and p.out_dtype in ("fp16", "fp32"))
@@ -126,22 +132,25 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["whole tiles of gates and ups"] * (choice.layout in paired and bool(p.n % 16))
         out += ["x is bf16 or fp16"] * (p.out_dtype == "fp32")
         out += ["tiles of the layout"] * (c.block_k < {"cdna": 128}.get(choice.layout.removeprefix("decode_")[:4], 32))
-    if choice.kernel in E2M1:
-        own = {"gfx942": "cdna3_e2m1"}.get(p.arch, "preshuffle")
-        own = f"{own}+tile_scale" if p.op == "linear" else f"decode_{own}"
+    if choice.kernel in REGISTERS:
+        weights = choice.kernel.split("_")[1]
+        values = f"cdna3_{weights}" if p.arch == "gfx942" else "preshuffle"
+        own = f"{values}+tile_scale" if p.op == "linear" else f"decode_{values}"
         out += ["op"] * ((p.op == "linear") != choice.kernel.endswith("gemm"))
-        out += ["operands"] * (p.scheme not in ("w4a16", "w4a8", "mxfp4"))
+        schemes = {"e2m1": ("w4a16", "w4a8", "mxfp4"), "e4m3": ("mxfp8",)}[weights]
+        out += ["operands"] * (p.scheme not in schemes or (weights == "e4m3" and p.act == "bf16"))
         out += ["MX has a matrix unit"] * (p.arch == "gfx950" and p.act != "bf16")
         out += ["layout read"] * (choice.layout not in ("strided", own))
         out += ["whole tiles of gates and ups"] * (choice.layout.startswith("decode_") and bool(p.n % 16))
-        out += ["tiles of the layout"] * (choice.layout == own and c.block_k < (128 if p.arch == "gfx942" else 64))
+        tile = {"cdna3_e2m1": 128, "cdna3_e4m3": 64, "preshuffle": 64 if weights == "e2m1" else 32}
+        out += ["tiles of the layout"] * (choice.layout == own and c.block_k < tile[values])
         out += ["x is bf16 where nothing quantizes it"] * (p.act == "bf16" and p.out_dtype in ("fp16", "fp32"))
     if choice.kernel in FP16:
         out += ["op"] * ((p.op == "linear") != (choice.kernel == "triton_fp16_gemm"))
         out += ["operands"] * (p.scheme not in ("w4a16", "mxfp8") or p.act != "bf16")
         out += ["x is fp16"] * (p.out_dtype in ("bf16", "fp32"))
         out += ["layout read"] * (choice.layout != "strided")
-    if choice.kernel in (*OWN, *INT4, *FP16, *E2M1):
+    if choice.kernel in (*OWN, *INT4, *FP16, *REGISTERS):
         out += ["activation and quantization are the op's"] * (
             bool(p.epilogue.activation) != ("activation" in choice.unfused)
             or ("quantize" in choice.unfused) != (p.out_dtype in ("mxfp8", "mxfp4"))
@@ -183,8 +192,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         out += ["activations of an eighth of K, in bf16"] * (min(rows, 32) * 2 * p.k / 8 > LDS["sm_90"])
     if choice.kernel == "triton_moe":
         e = p.epilogue
-        read = (name for name in MOE_DECODE_LAYOUT.values() if "int4" not in name)
-        out += ["layout"] * (choice.layout not in ("strided", *read))
+        out += ["layout"] * (choice.layout not in ("strided", *ocp(MOE_DECODE_LAYOUT)))
         out += ["format"] * (
             ("mxfp8" in choice.layout and p.scheme != "mxfp8") or ("e2m1" in choice.layout and p.scheme == "mxfp8")
         )
@@ -251,7 +259,7 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
             pairs = choice.kernel == "triton_moe" and p.op == "moe_gate_up" and p.epilogue.activation
             tile = c._replace(block_n=2 * c.block_n) if pairs else c  # gate and up of every column
             need = hopper_bytes(choice.kernel, p, c) if hopper else lds(p.arch, tile, *bits)
-            if choice.kernel in (*INT4, *FP16, *E2M1):
+            if choice.kernel in (*INT4, *FP16, *REGISTERS):
                 need = group_bytes(p, c, choice.kernel not in FP16)
             out += ["LDS"] * (need > LDS[p.arch])
     return out

@@ -29,6 +29,7 @@ from sglang_amd_quant.selection.specs import kernel, kernels
 from sglang_amd_quant.toolchain.triton_aot import call, compile_variant
 
 MEMBER = {"gfx11": "gfx1100"}
+WEIGHTS = {"int4_w4a16": "int4", "w4a16": "e2m1", "mxfp8": "e4m3"}
 
 
 def tiles():
@@ -90,7 +91,7 @@ def test_layouts_of_decode_kernels_compile_without_spills(arch, scheme, layout, 
 def group_problems(arch):
     """int4 experts, by the height that routing gives, on strided weights: dense tiles are among theirs. int4 linears,
     and the highest tile's experts, on weights that lie as decode kernels read them, in models of fp16. MX linears and
-    experts in these, whose activations are not quantized. And MXFP4 linears and experts on AMD in models of bf16."""
+    experts in these, whose activations are not quantized. And MX linears and experts on AMD in those of bf16."""
     shape, experts = {"n": 1536, "k": 2048}, {"e_local": 64, "e_total": 64, "top_k": 8, "layout": "strided"}
     for group in (32, 64, 128):
         shared = shape | {"scheme": "int4_w4a16", "arch": arch, "group": group}
@@ -104,18 +105,25 @@ def group_problems(arch):
         shared = shape | {"scheme": scheme, "arch": arch, "act": "bf16", "out_dtype": "fp16"}
         yield from (GemmProblem("moe_gate_up", m=64, block_m=b, **shared, **experts) for b in (16, 32, 64, 128))
         yield from (GemmProblem("linear", m=m, **shared, layout="strided") for m in (16, 32, 64, 4096))
-    if own := AMD_DECODE_LAYOUTS.get((arch, "e2m1")):
-        for m, layout in product((16, 32, 64, 4096), ("strided", own)):
-            yield GemmProblem("linear", "w4a16", arch, m, **shape, layout=layout)
-        for b, layout in product((16, 32, 64, 128), ("strided", AMD_MOE_DECODE_LAYOUTS[arch, "e2m1"])):
+    for weights, scheme in (("e2m1", "w4a16"), ("e4m3", "mxfp8")):
+        if not any(spec.covers(GemmProblem("linear", scheme, arch, 1, **shape)) for spec in registers(weights)):
+            continue
+        for m, layout in product((16, 32, 64, 4096), ("strided", AMD_DECODE_LAYOUTS[arch, weights])):
+            yield GemmProblem("linear", scheme, arch, m, **shape, layout=layout)
+        for b, layout in product((16, 32, 64, 128), ("strided", AMD_MOE_DECODE_LAYOUTS[arch, weights])):
             packed = experts | {"layout": layout, "block_m": b}
-            yield GemmProblem("moe_gate_up", "w4a16", arch, 64, **shape, **packed)
+            yield GemmProblem("moe_gate_up", scheme, arch, 64, **shape, **packed)
+
+
+def registers(weights):
+    """Specs of kernels that have MX weights in registers all the way."""
+    return [spec for name, spec in kernels().items() if name.startswith(f"triton_{weights}_")]
 
 
 def group_tiles():
     """(problem, choice) of each tile that they get."""
     for problem in (problem for arch in GPUS for problem in group_problems(arch)):
-        weights = "int4" if problem.scheme == "int4_w4a16" else "fp16" if problem.out_dtype == "fp16" else "e2m1"
+        weights = WEIGHTS[problem.scheme] if problem.scheme == "int4_w4a16" or problem.out_dtype != "fp16" else "fp16"
         op = "moe" if problem.moe else "gemm"
         names = {f"triton_{weights}_{op}", f"triton_{weights}_bf16_{op}"} & set(kernels())
         choice = Selector(available=names).decide(problem)
@@ -135,7 +143,7 @@ def test_group_tiles_compile_without_spills_in_the_lds_that_is_estimated(problem
     lies = TensorLayout.parse(layout)
     config = choice.config
     even = problem.group >= (config.block_k or 0)
-    weights = {"int4_w4a16": "int4", "w4a16": "e2m1", "mxfp8": "e4m3"}[problem.scheme]
+    weights = WEIGHTS[problem.scheme]
     made = compile_variant(
         Variant(
             f"{config}", MEMBER.get(problem.arch, problem.arch), problem.out_dtype, weights,

@@ -1,4 +1,4 @@
-"""MXFP4 experts on AMD through the op: decode kernels for few rows, else weights in registers all the way, on one copy
+"""MX experts on AMD through the op: decode kernels for few rows, else weights in registers all the way, on one copy
 of the weights; machine code of every arch, helpers too."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sglang_amd_quant.selection import shipped
 from sglang_amd_quant.selection.amd_decode import AMD_MOE_DECODE_LAYOUTS
 
 E, H, INTER, TOP_K = 6, 160, 96, 2  # the last step of K is not whole
-QUANTIZED = ("w4a8", "mxfp4", "static")
+QUANTIZED = ("w4a8", "mxfp4", "mxfp8", "w4a8_static", "mxfp8_static")
 """Where no matrix unit multiplies MX."""
 
 
@@ -48,8 +48,8 @@ def schemes(device):
 
 def experts(scheme, device, activation=GPT_OSS, top_k=TOP_K, **options):
     """A layer as a checkpoint has it, and as after loading."""
-    static, scheme = scheme == "static", "w4a8" if scheme == "static" else scheme
-    plain = make_moe(scheme, E, H, INTER, top_k, device.arch_name, activation, static, **options)
+    scheme, _, static = scheme.partition("_")
+    plain = make_moe(scheme, E, H, INTER, top_k, device.arch_name, activation, bool(static), **options)
     if plain.b13 is not None:
         plain = replace(plain, b13=plain.b13.bfloat16(), b2=plain.b2.bfloat16())
     w13, w2 = lay_out_experts(plain.w13, plain.w2, plain.gate_up, plain.down)
@@ -71,9 +71,9 @@ def test_both_gemms_one_or_none_by_decode_kernels(device):
     """4 routed rows: both; 14: gate_up alone; 40: neither. Gates and ups alternate in the one copy of the weights."""
     for scheme in schemes(device):
         plain, layer = experts(scheme, device, biases=True, scale=1.5)
-        own = AMD_MOE_DECODE_LAYOUTS[plain.gate_up.arch, "e2m1"]
+        own = AMD_MOE_DECODE_LAYOUTS[plain.gate_up.arch, plain.w13.scheme.weight]
         assert [layer.w13.layout.name, layer.w2.layout.name] == [own, own]
-        values = [] if scheme in ("w4a16", "static") else ["quant_mx_kernel"]
+        values = [] if scheme == "w4a16" or "static" in scheme else ["quant_mx_kernel"]
         for m, by_decode, by_triton in (
             (2, 2, []),
             (7, 1, [*values, "amd_gemm_kernel"]),
@@ -117,7 +117,7 @@ def test_nothing_routed_here_is_nothing(device):
 
 def test_strided_weights(device, monkeypatch):
     """Where a layer has no decode kernels."""
-    names = frozenset({"triton_e2m1_moe", "triton_e2m1_bf16_moe"})
+    names = frozenset({"triton_e2m1_moe", "triton_e2m1_bf16_moe", "triton_e4m3_moe"})
     for module in (layout, linear, moe):
         monkeypatch.setattr(module, "launchable", lambda arch: names)
     for scheme in schemes(device):
@@ -133,5 +133,5 @@ def test_both_gemms_take_the_blocks_that_were_routed(device):
         for m in (20, 60, 200, 1000, 5000):
             pair = moe.bound(layer.text).pair(m, torch.bfloat16)
             assert pair.kernels[0] == pair.kernels[1]
-            assert pair.kernels[0].startswith("triton_e2m1")
+            assert pair.kernels[0].startswith(("triton_e2m1_", "triton_e4m3_"))
             assert pair.gate_up.config.block_m == pair.down.config.block_m
