@@ -2,8 +2,9 @@
 
 - int4: what `group_gemm.py` computes, as exactly: q - z is exact in x's dtype, products of a group are summed in fp32,
   and its scale is applied to that sum in fp32.
-- e2m1, e4m3 (MX blocks of 32, bf16 x): on CDNA codes become bf16 with their scale, a power of two, and sums run over
+- e2m1, e4m3 (MX blocks of 32) by bf16: on CDNA codes become bf16 with their scale, a power of two, and sums run over
   all of K; on RDNA, which multiplies no bf16, sums of a block are scaled. Exact either way, within bf16's range.
+- e2m1 by fp16, which has not the range of scales: sums of a block are scaled.
 
 Gluon, because layouts of registers must be told: Triton's own choice dequantizes first and takes values through LDS, 32
 of K at a time between two barriers.
@@ -20,9 +21,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.amd.cdna3 import buffer_load, mfma
 from triton.experimental.gluon.language.amd.rdna3 import wmma
 
-from .e2m1_values import e2m1_values, e8m0_values
+from .e2m1_values import e2m1_halves, e2m1_values, e8m0_values
 from .e4m3_values import e4m3_values
 from .int4_values import int4_values
+from .mx_gemm import e8m0_to_fp32
 from .tiles import column_offsets, row_offsets, tile_of_program
 
 LAYOUTS = {
@@ -137,7 +139,7 @@ def amd_gemm_kernel(
     PACKED: gl.constexpr = VALUES != "strided"
     MX: gl.constexpr = FORMAT != "int4"
     CHUNK: gl.constexpr = 2 if FORMAT == "e4m3" else 4  # words of eight codes that are 16 bytes
-    SCALED: gl.constexpr = MX and CDNA  # values are, which powers of two leave exact; else sums
+    SCALED: gl.constexpr = MX and CDNA and not HALF  # values are, which powers of two leave exact; else sums
     STEP: gl.constexpr = BLOCK_K if BLOCK_K > GROUP else GROUP
     PARTS: gl.constexpr = STEP // GROUP
     gl.static_assert(STEP >= 32 * CHUNK or not VALUES.startswith("cdna"), "steps are tiles of the layout")
@@ -228,7 +230,9 @@ def amd_gemm_kernel(
                     x_next = buffer.slice((d + 1) * 32, 32, 1).load(left)
                 elif not AHEAD and d > 0:
                     x_part = buffer.slice(d * 32, 32, 1).load(left)
-                if FORMAT == "e2m1":
+                if FORMAT == "e2m1" and HALF:
+                    values = e2m1_halves(words[d], ARCH, BLOCK_N)
+                elif FORMAT == "e2m1":
                     values = e2m1_values(words[d], e8m0_values(of_words, ARCH), ARCH, BLOCK_N)
                 elif FORMAT == "e4m3":
                     values = e4m3_values(words[d], e8m0_values(of_words, ARCH), ARCH, not PACKED, BLOCK_N)
@@ -242,7 +246,7 @@ def amd_gemm_kernel(
                 total = products
             else:
                 scale = gl.convert_layout(now[g], gl.SliceLayout(0, sums), assert_trivial=True)
-                scale = e8m0_values(scale, ARCH) if MX else (scale & -16).to(gl.float32, bitcast=True)
+                scale = e8m0_to_fp32(scale) if MX else (scale & -16).to(gl.float32, bitcast=True)
                 total = gl.fma(products, gl.broadcast(gl.expand_dims(scale, 0), products)[0], total)
             if not SCALED and BLOCK_M * BLOCK_N > 4096 and g + 1 < PARTS:
                 total = in_turn(total)

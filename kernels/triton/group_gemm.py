@@ -8,7 +8,7 @@ fp32: nothing is rounded but sums, and scales may be beyond what fp16 holds.
 Codes of 4 bits come as int32 words of eight in sequence, as in a checkpoint's bytes; e4m3 as bytes. Grouped (mixture of
 experts) as in `mx_gemm.py`; experts lie one after the other, each padded by itself.
 
-On AMD int4, and MX weights with bf16 x where no matrix unit multiplies them, have a kernel of their own, `amd_gemm.py`,
+On AMD int4, e2m1, and e4m3 with bf16 x where no matrix unit multiplies that, have a kernel of their own, `amd_gemm.py`,
 for strided weights and the layout that decode kernels read there; in int4's words are paired. Of gate_up weights as
 those read them 8 gates and 8 ups alternate (`decode_*` layouts): results and biases do not.
 """
@@ -130,7 +130,7 @@ class GroupGemmConfig(TileConfig):
 
 def kernel_of(w_format: str, values: str, arch: str, x: torch.dtype) -> Any:
     """The kernel for weights in a layout of values. Raises ValueError where none reads it."""
-    own = LAYOUTS.get((_family(arch), w_format)) if w_format == "int4" or x == torch.bfloat16 else None
+    own = LAYOUTS.get((_family(arch), w_format)) if w_format != "e4m3" or x == torch.bfloat16 else None
     if values not in ("strided", own):
         raise ValueError(
             f"{w_format} weights in layout {values} on {arch}: takes strided ones{f' and {own}' * bool(own)}"
@@ -224,6 +224,7 @@ def group_gemm_torch(
     w: torch.Tensor,
     w_scales: torch.Tensor,
     *,
+    x_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     row_ids: torch.Tensor | None = None,
     block_experts: torch.Tensor | None = None,
@@ -232,7 +233,7 @@ def group_gemm_torch(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The twin of `group_gemm` in plain torch, for strided weights: the result [M, N] in `dtype` (fp64: an oracle)."""
-    left = x.to(dtype).repeat_interleave(top_k, 0)
+    left = x.to(dtype).repeat_interleave(top_k, 0) * (1.0 if x_scale is None else x_scale.to(dtype))
     right = values_torch(w, w_scales, dtype) if format_of(w, w_scales) != "int4" else _int4_values(w, w_scales, dtype)
     return gemm_torch(left, right, bias, row_ids, block_experts, row_weights)
 

@@ -59,9 +59,10 @@ KERNELS: dict[tuple[str, str], MoeKernel] = {
     ("triton_moe", "triton_moe"): triton_moe.run_moe,
     ("triton_mx_moe", "triton_moe"): triton_moe.run_mx_then_moe,
     ("triton_mx_moe", "triton_mx_moe"): triton_mx.run_mx_moe,
-    ("triton_e2m1_moe", "triton_e2m1_moe"): triton_group.run_bf16_moe,
-    ("triton_e2m1_bf16_moe", "triton_e2m1_bf16_moe"): triton_group.run_bf16_moe,
-    ("triton_e4m3_moe", "triton_e4m3_moe"): triton_group.run_bf16_moe,
+    ("triton_e2m1_moe", "triton_e2m1_moe"): triton_group.run_registers_moe,
+    ("triton_e2m1_bf16_moe", "triton_e2m1_bf16_moe"): triton_group.run_registers_moe,
+    ("triton_e2m1_fp16_moe", "triton_e2m1_fp16_moe"): triton_group.run_registers_moe,
+    ("triton_e4m3_moe", "triton_e4m3_moe"): triton_group.run_registers_moe,
     ("triton_int4_moe", "triton_int4_moe"): triton_group.run_group_moe,
     ("triton_fp16_moe", "triton_fp16_moe"): triton_group.run_group_moe,
     ("triton_hopper_bf16", "triton_hopper_bf16"): triton_hopper.run_hopper_moe,
@@ -69,7 +70,7 @@ KERNELS: dict[tuple[str, str], MoeKernel] = {
     ("triton_hopper_int4", "triton_hopper_int4"): triton_hopper.run_hopper_moe,
 }
 _LDS, _INT4 = (triton_moe.gate_up, triton_moe.down), (triton_group.gate_up, triton_group.down)
-_REGISTERS = (triton_group.bf16_gate_up, triton_group.bf16_down)
+_REGISTERS = (triton_group.registers_gate_up, triton_group.registers_down)
 _BESIDE = {
     "e2m1": {"triton_moe": _LDS, "triton_e2m1_moe": _REGISTERS, "triton_e2m1_bf16_moe": _REGISTERS},
     "e4m3": {"triton_moe": _LDS, "triton_e4m3_moe": _REGISTERS},

@@ -73,8 +73,8 @@ def quantize_activation(x: torch.Tensor, act: ActQuant) -> Quantized:
 
 
 def bf16_values(x: torch.Tensor, act: ActQuant) -> Quantized:
-    """x[M, K] in bf16: where its scheme quantizes it the values of the codes, which bf16 has exactly but at the ends of
-    its range. No host read: may be captured in a graph."""
+    """x[M, K] as it is, or in bf16 what its codes stand for, which bf16 has exactly but at the ends of its range. No
+    host read: may be captured in a graph."""
     if act.scale is not None:
         return Quantized(formats.quantize_fp8_static(x, act.scale).to(torch.bfloat16), factor=act.scale.float())
     if act.scheme.act == "bf16":

@@ -1,5 +1,5 @@
 """Launchers of the Triton GEMM of scaled groups (`kernels/triton/group_gemm.py`): int4 in models of bf16 and fp16, MX
-weights in those of fp16, with activations as they are; on AMD MX weights by activations as bf16 has them."""
+weights in those of fp16, with activations as they are; on AMD MX weights by activations as bf16 has them, too."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def run_group_gemm(call: LinearCall) -> None:
     _gemm(call.x.contiguous(), call.weight, call.y, call.config, call.problem, bias=call.bias)
 
 
-def run_bf16_gemm(call: LinearCall) -> None:
-    """Dense, MX weights by x as bf16 has it: as it is, or what its codes stand for."""
+def run_registers_gemm(call: LinearCall) -> None:
+    """Dense, MX weights in registers by x as it is, or what its codes stand for in bf16."""
     x = bf16_values(call.x, call.act)
     _gemm(x.data, call.weight, call.y, call.config, call.problem, x_scale=x.factor, bias=call.bias)
 
@@ -44,32 +44,32 @@ def down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> torch.Tensor:
     return second_gemm(call, routing, hidden, _grouped)
 
 
-def run_bf16_moe(call: MoeCall) -> torch.Tensor:
+def run_registers_moe(call: MoeCall) -> torch.Tensor:
     """MX experts likewise: gate_up, activation and a round trip through codes in one kernel, down, sum over top_k."""
     p = call.problem
     assert call.config13.block_m is not None
     routing = route(call.topk_ids, p.num_experts, call.config13.block_m)
-    first = _bf16_first(call, routing)
-    return _bf16_second(call, routing, activated_values(first, p.activation, p.act2, call.x.dtype))
+    first = _registers_first(call, routing)
+    return _registers_second(call, routing, activated_values(first, p.activation, p.act2, call.x.dtype))
 
 
-def bf16_gate_up(call: MoeCall, routing: Routing) -> torch.Tensor:
+def registers_gate_up(call: MoeCall, routing: Routing) -> torch.Tensor:
     """Gate_up with its activation: [rows, I] in x's dtype."""
-    return activated(_bf16_first(call, routing), call.problem.activation, call.x.dtype)
+    return activated(_registers_first(call, routing), call.problem.activation, call.x.dtype)
 
 
-def bf16_down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> torch.Tensor:
+def registers_down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> torch.Tensor:
     """Down with the routing weights, and the sum over each token's slots."""
-    return _bf16_second(call, routing, bf16_values(hidden, call.problem.act2))
+    return _registers_second(call, routing, bf16_values(hidden, call.problem.act2))
 
 
-def _bf16_first(call: MoeCall, routing: Routing) -> torch.Tensor:
+def _registers_first(call: MoeCall, routing: Routing) -> torch.Tensor:
     """fp32, as the activation in the reference has it."""
     x = bf16_values(weighted_input(call), call.problem.act13)
     return _grouped(x, call.w13, call.b13, call.config13, call.gate_up, routing, call.topk_ids.shape[1])
 
 
-def _bf16_second(call: MoeCall, routing: Routing, x: Quantized) -> torch.Tensor:
+def _registers_second(call: MoeCall, routing: Routing, x: Quantized) -> torch.Tensor:
     # An expert may be beyond fp16 where the sum is not.
     dtype = torch.bfloat16 if call.x.dtype == torch.bfloat16 else torch.float32
     routed = _grouped(x, call.w2, call.b2, call.config2, call.down, routing, 1, row_weights(call), dtype)

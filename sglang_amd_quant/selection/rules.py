@@ -192,6 +192,9 @@ _GFX11_INT4 = ((16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (_ANY, 64, 64, 64, 4), 
 
 _GFX11_MX = (*_GFX11_INT4[:2], (None, *_GFX11_INT4[2][1:]))
 _CDNA_MX = ((16, 16, 64, 128, 4), (32, 32, 64, 128, 4), (1023, 64, 128, 128, 4), (None, 128, 128, 128, 4))
+_GFX950_FP16 = (*_CDNA_MX[:2], (1023, 64, 64, 128, 4), _CDNA_MX[3])
+_GFX942_FP16 = (*_GFX950_FP16[:3], (None, 128, 64, 128, 4))
+"""64 x 128 has more instructions than 64 x 64 where sums are scaled; on gfx942 128 x 128 spills."""
 
 _WIDE = ("triton_hopper_bf16", "triton_hopper_int4")
 """Those that multiply in 16 bits on sm_90."""
@@ -229,7 +232,9 @@ TILE_RULES: tuple[TileRule, ...] = (
     *_groups("gfx942", *_GFX942_INT4, of=("int4",), shrink=(128, 0)),
     *_groups("gfx950", *_CDNA_MX, of=("e2m1_bf16",), shrink=(128, 0)),
     *_groups("gfx942", *_CDNA_MX, of=("e2m1", "e4m3"), shrink=(128, 0)),
-    *_groups("gfx11", *_GFX11_MX, num_stages=1, of=("e2m1", "e4m3")),
+    *_groups("gfx11", *_GFX11_MX, num_stages=1, of=("e2m1", "e4m3", "e2m1_fp16")),
+    *_groups("gfx950", *_GFX950_FP16, of=("e2m1_fp16",), shrink=(128, 0)),
+    *_groups("gfx942", *_GFX942_FP16, of=("e2m1_fp16",), shrink=(128, 0)),
     *_groups("gfx950", *_CDNA_GROUPS, of=("fp16",)),
     *_groups("gfx942", *_CDNA_GROUPS, of=("fp16",)),
     *_groups("gfx11", *_GFX11_INT4, num_stages=1, of=("int4",)),

@@ -159,27 +159,27 @@ def _int4_gemm(name: str, ops: tuple[str, ...], *tables: dict[tuple[str, str], s
     )
 
 
-def _mx_registers(weight: str, op: str, native: bool = False) -> KernelSpec:
-    """MX weights where there is no matrix unit for MX; or, if there is (`native`), activations are not quantized."""
-    archs = ("gfx950",) if native else ("gfx942", "gfx11")
+def _mx_registers(weight: str, op: str, archs: tuple[str, ...], x: str = "") -> KernelSpec:
+    """MX weights where no matrix unit multiplies them. `x`: the dtype of activations that are not quantized, if it is
+    for these alone; else any, as bf16 has them."""
     ops, table = (("linear",), AMD_DECODE_LAYOUTS) if op == "gemm" else (_EXPERTS, AMD_MOE_DECODE_LAYOUTS)
-    schemes = ("w4a16",) if native else DECODE_SCHEMES[weight]
+    schemes = ("w4a16",) if x else DECODE_SCHEMES[weight]
     read = {layout: on for layout, of in _archs_of(weight, table).items() if (on := tuple(a for a in of if a in archs))}
     return replace(
-        _group_gemm(f"triton_{weight}_{'bf16_' * native}{op}", ops),
+        _group_gemm(f"triton_{weight}_{x}{'_' * bool(x)}{op}", ops),
         archs=archs,
         schemes=schemes,
-        acts=(*dict.fromkeys(scheme(s).act for s in schemes), *(() if native else ("fp8_static",))),
+        acts=(*dict.fromkeys(scheme(s).act for s in schemes), *(() if x else ("fp8_static",))),
         layouts=("strided", *read),
         layout_archs=read,
         gathers=("scales",),
         lds=_registers_lds,
-        x_dtypes=("bf16",),
+        x_dtypes=(x or "bf16",),
     )
 
 
 def _fp16_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
-    """MX weights in a model of fp16 whose activations are not quantized; bf16 ones are `_mx_gemm`'s."""
+    """MX weights in a model of fp16 whose activations are not quantized; on AMD only e4m3's are left to it."""
     return replace(_group_gemm(name, ops), schemes=("w4a16", "mxfp8"), layouts=("strided",), x_dtypes=("fp16",))
 
 
@@ -389,8 +389,9 @@ SHIPPED_KERNELS = (
     ),
     *(_amd_decode(arch, weight) for arch, weight in AMD_DECODE_LAYOUTS),
     *(_amd_moe_decode(arch, weight) for arch, weight in AMD_MOE_DECODE_LAYOUTS),
-    *(_mx_registers(weight, op) for weight in _MX for op in ("gemm", "moe")),
-    *(_mx_registers("e2m1", op, native=True) for op in ("gemm", "moe")),
+    *(_mx_registers(weight, op, ("gfx942", "gfx11")) for weight in _MX for op in ("gemm", "moe")),
+    *(_mx_registers("e2m1", op, ("gfx950",), "bf16") for op in ("gemm", "moe")),
+    *(_mx_registers("e2m1", op, ("gfx950", "gfx942", "gfx11"), "fp16") for op in ("gemm", "moe")),
     _mx_gemm(
         "triton_mx_gemm",
         ("linear",),

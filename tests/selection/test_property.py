@@ -55,6 +55,7 @@ HOPPER_INT4 = ("mma_int4+tile_group", "decode_mma_int4")
 ON |= dict.fromkeys(INT4, ("gfx950", "gfx942", "gfx11", "sm_90"))
 REGISTERS = {f"triton_{w}_{op}": ("gfx942", "gfx11") for w in ("e2m1", "e4m3") for op in ("gemm", "moe")}
 REGISTERS |= {f"triton_e2m1_bf16_{op}": ("gfx950",) for op in ("gemm", "moe")}
+REGISTERS |= {f"triton_e2m1_fp16_{op}": ("gfx950", "gfx942", "gfx11") for op in ("gemm", "moe")}
 ON |= REGISTERS
 FP16 = ("triton_fp16_gemm", "triton_fp16_moe")
 ON |= dict.fromkeys(FP16, ("gfx950", "gfx942", "gfx11", "sm_90"))
@@ -140,11 +141,13 @@ def violations(p: GemmProblem, choice: KernelChoice) -> list[str]:
         schemes = {"e2m1": ("w4a16", "w4a8", "mxfp4"), "e4m3": ("mxfp8",)}[weights]
         out += ["operands"] * (p.scheme not in schemes or (weights == "e4m3" and p.act == "bf16"))
         out += ["MX has a matrix unit"] * (p.arch == "gfx950" and p.act != "bf16")
+        out += ["quantized"] * ("_fp16_" in choice.kernel and p.act != "bf16")
         out += ["layout read"] * (choice.layout not in ("strided", own))
         out += ["whole tiles of gates and ups"] * (choice.layout.startswith("decode_") and bool(p.n % 16))
         tile = {"cdna3_e2m1": 128, "cdna3_e4m3": 64, "preshuffle": 64 if weights == "e2m1" else 32}
         out += ["tiles of the layout"] * (choice.layout == own and c.block_k < tile[values])
-        out += ["x is bf16 where nothing quantizes it"] * (p.act == "bf16" and p.out_dtype in ("fp16", "fp32"))
+        other = "bf16" if "_fp16_" in choice.kernel else "fp16"
+        out += ["x where nothing quantizes it"] * (p.act == "bf16" and p.out_dtype in (other, "fp32"))
     if choice.kernel in FP16:
         out += ["op"] * ((p.op == "linear") != (choice.kernel == "triton_fp16_gemm"))
         out += ["operands"] * (p.scheme not in ("w4a16", "mxfp8") or p.act != "bf16")

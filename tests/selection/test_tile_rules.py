@@ -101,18 +101,18 @@ def group_problems(arch):
         if (arch, "int4") in AMD_MOE_DECODE_LAYOUTS:
             packed = experts | {"layout": AMD_MOE_DECODE_LAYOUTS[arch, "int4"], "out_dtype": "fp16"}
             yield GemmProblem("moe_gate_up", m=64, block_m=128, **shared, **packed)
-    for scheme in ("w4a16", "mxfp8"):
+    for scheme in ("w4a16", "mxfp8") if arch == "sm_90" else ("mxfp8",):
         shared = shape | {"scheme": scheme, "arch": arch, "act": "bf16", "out_dtype": "fp16"}
         yield from (GemmProblem("moe_gate_up", m=64, block_m=b, **shared, **experts) for b in (16, 32, 64, 128))
         yield from (GemmProblem("linear", m=m, **shared, layout="strided") for m in (16, 32, 64, 4096))
-    for weights, scheme in (("e2m1", "w4a16"), ("e4m3", "mxfp8")):
-        if not any(spec.covers(GemmProblem("linear", scheme, arch, 1, **shape)) for spec in registers(weights)):
+    for weights, scheme, dtype in (("e2m1", "w4a16", "bf16"), ("e2m1", "w4a16", "fp16"), ("e4m3", "mxfp8", "bf16")):
+        shared = shape | {"scheme": scheme, "arch": arch, "out_dtype": dtype}
+        if not any(spec.covers(GemmProblem("linear", m=1, **shared)) for spec in registers(weights)):
             continue
         for m, layout in product((16, 32, 64, 4096), ("strided", AMD_DECODE_LAYOUTS[arch, weights])):
-            yield GemmProblem("linear", scheme, arch, m, **shape, layout=layout)
+            yield GemmProblem("linear", m=m, **shared, layout=layout)
         for b, layout in product((16, 32, 64, 128), ("strided", AMD_MOE_DECODE_LAYOUTS[arch, weights])):
-            packed = experts | {"layout": layout, "block_m": b}
-            yield GemmProblem("moe_gate_up", scheme, arch, 64, **shape, **packed)
+            yield GemmProblem("moe_gate_up", m=64, **shared | experts | {"layout": layout, "block_m": b})
 
 
 def registers(weights):
@@ -123,9 +123,8 @@ def registers(weights):
 def group_tiles():
     """(problem, choice) of each tile that they get."""
     for problem in (problem for arch in GPUS for problem in group_problems(arch)):
-        weights = WEIGHTS[problem.scheme] if problem.scheme == "int4_w4a16" or problem.out_dtype != "fp16" else "fp16"
-        op = "moe" if problem.moe else "gemm"
-        names = {f"triton_{weights}_{op}", f"triton_{weights}_bf16_{op}"} & set(kernels())
+        own, op = (f"{WEIGHTS[problem.scheme]}_", ""), "moe" if problem.moe else "gemm"
+        names = {f"triton_{weights}{x}{op}" for weights in own for x in ("", "bf16_", "fp16_")} & set(kernels())
         choice = Selector(available=names).decide(problem)
         if choice.source == "heuristic":  # of MX weights none of gfx11's is as high as 128
             tile = "x".join(map(str, choice.config.tile))
