@@ -166,7 +166,7 @@ def _mx_registers(weight: str, op: str, archs: tuple[str, ...], x: str = "") -> 
     schemes = ("w4a16",) if x else DECODE_SCHEMES[weight]
     read = {layout: on for layout, of in _archs_of(weight, table).items() if (on := tuple(a for a in of if a in archs))}
     return replace(
-        _group_gemm(f"triton_{weight}_{x}{'_' * bool(x)}{op}", ops),
+        _group_gemm("_".join(part for part in ("triton", weight, x, op) if part), ops),
         archs=archs,
         schemes=schemes,
         acts=(*dict.fromkeys(scheme(s).act for s in schemes), *(() if x else ("fp8_static",))),

@@ -67,7 +67,7 @@ def dense_tiles():
     """(arch, scheme, layout, tile): what linears get whose weights lie as the decode kernels of an arch read them."""
     here = Selector(available={"triton_mx_gemm"})
     for rule in LAYOUT_RULES:
-        if rule.ops != ("linear",) or rule.layout.startswith("hopper") or rule.scheme not in SCHEMES:
+        if rule.ops != ("linear",) or rule.layout not in kernel("triton_mx_gemm").layouts or rule.scheme not in SCHEMES:
             continue
         for m in (48, 1024):
             problem = GemmProblem("linear", rule.scheme, rule.arch, m, 2304, 6144, layout=rule.layout)
@@ -160,7 +160,7 @@ def moe_tiles():
     here = Selector(available={"triton_moe"})
     for arch, scheme, op, tail in product(GPUS, SCHEMES, ("moe_gate_up", "moe_down"), (0, 32, 64, 128)):
         decode = AMD_MOE_DECODE_LAYOUTS.get((arch, SCHEMES[scheme][1]))
-        for layout in ("strided", decode) if tail >= 64 and decode else ("strided",):
+        for layout in ("strided", decode) if tail >= 64 and decode in kernel("triton_moe").layouts else ("strided",):
             problem = GemmProblem(op, scheme, arch, 64, 1536, 2048 + tail, 0, 64, 64, 8, layout=layout)
             choices = [here.decide(replace(problem, block_m=block_m)) for block_m in (16, 32, 64, 128)]
             for config in dict.fromkeys(c.config for c in choices if c.source == "heuristic"):
