@@ -1,9 +1,10 @@
-"""Dense and grouped GEMM of 4-bit weights on AMD: y = x w^T for prefill, weights in registers all the way.
+"""Dense and grouped GEMM of int4 and MX weights on AMD: y = x w^T for prefill, weights in registers all the way.
 
 - int4: what `group_gemm.py` computes, as exactly: q - z is exact in x's dtype, products of a group are summed in fp32,
   and its scale is applied to that sum in fp32.
-- e2m1 (MX blocks of 32, bf16 x): on CDNA codes become bf16 with their scale, a power of two, and sums run over all of
-  K; on RDNA, which multiplies no bf16, sums of a block are scaled. Exact either way, within bf16's range.
+- e2m1, e4m3 (MX blocks of 32) by bf16: on CDNA codes become bf16 with their scale, a power of two, and sums run over
+  all of K; on RDNA, which multiplies no bf16, sums of a block are scaled. Exact either way, within bf16's range.
+- e2m1 by fp16, which has not the range of scales: sums of a block are scaled.
 
 Gluon, because layouts of registers must be told: Triton's own choice dequantizes first and takes values through LDS, 32
 of K at a time between two barriers.
@@ -20,13 +21,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.amd.cdna3 import buffer_load, mfma
 from triton.experimental.gluon.language.amd.rdna3 import wmma
 
-from .e2m1_values import e2m1_values, e8m0_values
+from .e2m1_values import e2m1_halves, e2m1_values, e8m0_values
+from .e4m3_values import e4m3_values
 from .int4_values import int4_values
+from .mx_gemm import e8m0_to_fp32
 from .tiles import column_offsets, row_offsets, tile_of_program
 
 LAYOUTS = {
     ("gfx950", "int4"): "cdna_int4", ("gfx942", "int4"): "cdna_int4", ("gfx11", "int4"): "rdna_int4",
     ("gfx950", "e2m1"): "preshuffle", ("gfx942", "e2m1"): "cdna3_e2m1", ("gfx11", "e2m1"): "preshuffle",
+    ("gfx942", "e4m3"): "cdna3_e4m3", ("gfx11", "e4m3"): "preshuffle",
 }  # fmt: skip
 """Layout of values that is read on an arch, besides `strided`."""
 
@@ -48,8 +52,8 @@ def sums_layout(arch, warps_m, warps_n):
 
 @gluon.constexpr_function
 def words_layout(arch, rows, words, warps_m, warps_n):
-    """Of words [rows, words] as loaded: 16 rows a wave, on CDNA with a quarter of the words to each 16 lanes, on RDNA
-    with all to either half of the wave."""
+    """Of words of eight codes [rows, words] as loaded: 16 rows a wave, on CDNA with a quarter of the words to each 16
+    lanes, on RDNA with all to either half of the wave."""
     quarters = 1 if arch == "gfx11" else 4
     own = words // quarters
     lanes = _bases(16, 0) + (_bases(4, 1, own) if quarters == 4 else [[0, 0]])
@@ -89,7 +93,7 @@ def x_of(x, at, x_k, k, K, LONG: gl.constexpr, EVEN_K: gl.constexpr):
 
 @gluon.jit
 def words_of(w, at, word, k, K, VALUES: gl.constexpr, EVEN_K: gl.constexpr):
-    """Weights of a step, zero behind K, where tiles of 128 of K are padded."""
+    """Weights of a step, zero behind K, where tiles of a whole step are padded."""
     inside = None if EVEN_K or VALUES == "cdna_int4" or VALUES == "cdna3_e2m1" else gl.expand_dims(k + word * 8 < K, 0)
     return buffer_load(w + (k // 8 if VALUES == "strided" else k * 2), at, inside)
 
@@ -113,7 +117,7 @@ def in_turn(sums):
 
 @gluon.jit
 def amd_gemm_kernel(
-    x, w, w_scales, bias, y, row_ids, block_experts, row_weights,
+    x, x_scale, w, w_scales, bias, y, row_ids, block_experts, row_weights,
     M, N, K, tiles_m,
     ARCH: gl.constexpr, GROUP: gl.constexpr, TOP_K: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, WARPS: gl.constexpr,
@@ -123,19 +127,22 @@ def amd_gemm_kernel(
 ):  # fmt: skip
     """One BLOCK_M x BLOCK_N tile of y; see `group_gemm` for the arguments.
 
-    M, tiles_m, GROUP, TOP_K, EVEN_K: as of `group_gemm_kernel`. ARCH: gfx950, gfx942, gfx11. FORMAT: `int4` or `e2m1`.
-        A step is BLOCK_K or a group of K, whichever is more, 128 at most; whole tiles of a layout. WARPS: of the block.
-        VALUES, SCALES: the weights' layouts, whose rows are padded to PAD words of int4 or bytes of e2m1, and to
-        SCALE_PAD scales. LONG: x may be beyond the 2 GiB that buffer loads reach. PAIRS: `halves` or `interleaved`,
-        where 8 gates and 8 ups alternate in the weights, for how they do in y; N is then whole 16s.
+    M, tiles_m, GROUP, TOP_K, EVEN_K: as of `group_gemm_kernel`. ARCH: gfx950, gfx942, gfx11. FORMAT: `int4`, `e2m1` or
+        `e4m3`, whose words of eight codes are int64, of the others int32. A step is BLOCK_K or a group of K, whichever
+        is more, 128 at most; whole tiles of a layout. WARPS: of the block. VALUES, SCALES: the weights' layouts, whose
+        rows are padded to PAD words of int4 or bytes of MX, and to SCALE_PAD scales. LONG: x may be beyond the 2 GiB
+        that buffer loads reach. PAIRS: `halves` or `interleaved`, where 8 gates and 8 ups alternate in the weights, for
+        how they do in y; N is then whole 16s.
     """
     CDNA: gl.constexpr = ARCH != "gfx11"
     HALF: gl.constexpr = x.dtype.element_ty == gl.float16
     PACKED: gl.constexpr = VALUES != "strided"
-    MX: gl.constexpr = FORMAT == "e2m1"
-    SCALED: gl.constexpr = MX and CDNA  # values are, which powers of two leave exact; else sums
+    MX: gl.constexpr = FORMAT != "int4"
+    CHUNK: gl.constexpr = 2 if FORMAT == "e4m3" else 4  # words of eight codes that are 16 bytes
+    SCALED: gl.constexpr = MX and CDNA and not HALF  # values are, which powers of two leave exact; else sums
     STEP: gl.constexpr = BLOCK_K if BLOCK_K > GROUP else GROUP
     PARTS: gl.constexpr = STEP // GROUP
+    gl.static_assert(STEP >= 32 * CHUNK or not VALUES.startswith("cdna"), "steps are tiles of the layout")
     WARPS_N: gl.constexpr = min(BLOCK_N // 16, WARPS)
     WARPS_M: gl.constexpr = WARPS // WARPS_N
     sums: gl.constexpr = sums_layout(ARCH, WARPS_M, WARPS_N)
@@ -146,7 +153,7 @@ def amd_gemm_kernel(
     shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, STEP // 8, [1, 0])
 
     tile_m, tile_n = tile_of_program(gl.program_id(0), tiles_m, gl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
-    W_PAD: gl.constexpr = PAD // 4 if MX and PACKED else PAD  # in words
+    W_PAD: gl.constexpr = PAD * CHUNK // 16 if MX and PACKED else PAD  # in words
     w_cols = gl.cdiv(K // 32 * 4, W_PAD) * W_PAD
     s_cols = gl.cdiv(K // GROUP, SCALE_PAD) * SCALE_PAD
     y_places = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, sums))
@@ -188,8 +195,11 @@ def amd_gemm_kernel(
     # Of strided weights single words, so that every lane has the parts of K that it has of packed ones.
     word = c % (STEP // 32) * 4 + c // (STEP // 32) if CDNA else c
     if PACKED:
-        stored = c if VALUES == "cdna_int4" or VALUES == "cdna3_e2m1" else word
-        w_at = gl.expand_dims(n // 16 * 16 * w_cols + n % 16 * 4, 1) + gl.expand_dims(stored // 4 * 64 + stored % 4, 0)
+        stored = word // CHUNK * (16 * CHUNK) + word % CHUNK
+        if VALUES.startswith("cdna"):  # by lanes: 16 bytes are of as many parts of K as have words there
+            OWN: gl.constexpr = STEP // 32 // CHUNK
+            stored = c // CHUNK % OWN * (64 * CHUNK) + c // CHUNK // OWN * (16 * CHUNK) + c % CHUNK
+        w_at = gl.expand_dims(n // 16 * 16 * w_cols + n % 16 * CHUNK, 1) + gl.expand_dims(stored, 0)
     else:
         w_at = gl.expand_dims(n * w_cols, 1) + gl.expand_dims(word, 0)
     s_at = row_offsets(n, s_cols, SCALES)
@@ -220,8 +230,12 @@ def amd_gemm_kernel(
                     x_next = buffer.slice((d + 1) * 32, 32, 1).load(left)
                 elif not AHEAD and d > 0:
                     x_part = buffer.slice(d * 32, 32, 1).load(left)
-                if MX:
+                if FORMAT == "e2m1" and HALF:
+                    values = e2m1_halves(words[d], ARCH, BLOCK_N)
+                elif FORMAT == "e2m1":
                     values = e2m1_values(words[d], e8m0_values(of_words, ARCH), ARCH, BLOCK_N)
+                elif FORMAT == "e4m3":
+                    values = e4m3_values(words[d], e8m0_values(of_words, ARCH), ARCH, not PACKED, BLOCK_N)
                 else:
                     values = int4_values(words[d], of_words, ARCH, HALF, PACKED, BLOCK_N)
                 operand = gl.convert_layout(values.permute((1, 0)), right, assert_trivial=True)
@@ -232,7 +246,7 @@ def amd_gemm_kernel(
                 total = products
             else:
                 scale = gl.convert_layout(now[g], gl.SliceLayout(0, sums), assert_trivial=True)
-                scale = e8m0_values(scale, ARCH) if MX else (scale & -16).to(gl.float32, bitcast=True)
+                scale = e8m0_to_fp32(scale) if MX else (scale & -16).to(gl.float32, bitcast=True)
                 total = gl.fma(products, gl.broadcast(gl.expand_dims(scale, 0), products)[0], total)
             if not SCALED and BLOCK_M * BLOCK_N > 4096 and g + 1 < PARTS:
                 total = in_turn(total)
@@ -240,6 +254,8 @@ def amd_gemm_kernel(
     y_rows = y_places
     if row_ids is not None:  # not before: they would take registers all the way
         y_rows = gl.load(row_ids + y_places)
+    if x_scale is not None:
+        total *= gl.load(x_scale)
     if bias is not None:
         total += gl.expand_dims(gl.load(bias + places, mask=columns < N, other=0.0).to(gl.float32), 0)
     if row_weights is not None:

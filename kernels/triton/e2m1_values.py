@@ -1,7 +1,9 @@
-"""Words of eight e2m1 codes -> bf16, exact, in few instructions of AMD's (`amd_gemm.py`).
+"""Words of eight e2m1 codes -> bf16 or fp16, exact, in few instructions of AMD's (`amd_gemm.py`).
 
 | | by way of | instructions for 8 |
 | --- | --- | --- |
+| fp16, gfx950 | its conversion of two codes, not scaled: fp16 has not the range | 4 |
+| fp16, others | the upper byte of an fp16 by a look into a table of eight; the lower is zero | 12 |
 | gfx950 | its conversion of two codes under a scale | 4 |
 | gfx942 | e4m3 by a look into a table of eight, two of which become fp32 at once; scaled there | 24 |
 | RDNA | either byte of a bf16 by such a look; sums are scaled | 20 |
@@ -24,7 +26,14 @@ v_cvt_scalef32_pk_bf16_fp4 $2, $4, $5 op_sel:[0,1,0]
 v_cvt_scalef32_pk_bf16_fp4 $3, $4, $5 op_sel:[1,1,0]
 s_nop 1
 """)
-_FLOATS = gl.constexpr(BYTES_TO_FLOATS + """
+_HALVES = gl.constexpr("""
+v_cvt_scalef32_pk_f16_fp4 $0, $4, 1.0
+v_cvt_scalef32_pk_f16_fp4 $1, $4, 1.0 op_sel:[1,0,0]
+v_cvt_scalef32_pk_f16_fp4 $2, $4, 1.0 op_sel:[0,1,0]
+v_cvt_scalef32_pk_f16_fp4 $3, $4, 1.0 op_sel:[1,1,0]
+s_nop 1
+""")
+SCALED_BYTES = gl.constexpr(BYTES_TO_FLOATS + """
 v_pk_mul_f32 $0, $0, $6
 v_pk_mul_f32 $1, $1, $6
 v_pk_mul_f32 $2, $2, $6
@@ -41,10 +50,13 @@ def e8m0_values(scales, ARCH: gl.constexpr):
 
 
 @gluon.jit
-def looked_up(upper, lower, selectors):
-    """Of each byte of the selectors, below 8, that byte of a table: 4 to 7 are in `upper`. int32 all of them."""
+def looked_up(upper, lower, selectors, LAST: gl.constexpr = False):
+    """Of each byte of the selectors, below 8, that byte of a table: 4 to 7 are in `upper`. int32 all of them.
+
+    LAST: nothing else reads the selectors, so that the result takes their registers."""
+    WHERE: gl.constexpr = "=v,v,s,0" if LAST else "=v,v,s,v"
     return gl.inline_asm_elementwise(
-        "v_perm_b32 $0, $1, $2, $3", "=v,v,s,v", [upper, lower, selectors], dtype=gl.int32, is_pure=True, pack=1
+        "v_perm_b32 $0, $1, $2, $3", WHERE, [upper, lower, selectors], dtype=gl.int32, is_pure=True, pack=1
     )
 
 
@@ -86,7 +98,7 @@ def e2m1_values(words, scales, ARCH: gl.constexpr, ROWS: gl.constexpr):
             s = scales.to(gl.uint32, bitcast=True).to(gl.uint64)
             # Elements 0 and 2, 4 and 6, 1 and 3, 5 and 7.
             p, q, r, t = gl.inline_asm_elementwise(
-                _FLOATS,
+                SCALED_BYTES,
                 "=&v,=&v,=&v,=&v,v,v,v",
                 [first, second, s << 32 | s],
                 dtype=(gl.int64, gl.int64, gl.int64, gl.int64),
@@ -113,3 +125,25 @@ def e2m1_values(words, scales, ARCH: gl.constexpr, ROWS: gl.constexpr):
             c, d = chosen(o57, e46, 0x05040100), chosen(o57, e46, 0x07060302)
             values = joined(halves_of(a, False), halves_of(b, False), halves_of(c, False), halves_of(d, False), ROWS)
     return values
+
+
+@gluon.jit
+def e2m1_halves(words, ARCH: gl.constexpr, ROWS: gl.constexpr):
+    """Values of codes in fp16; arguments as of `e2m1_values`."""
+    if ARCH == "gfx950":
+        a, b, c, d = gl.inline_asm_elementwise(
+            _HALVES,
+            "=&v,=&v,=&v,=&v,v",
+            [words],
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        even, odd = words & 0x07070707, (words >> 4) & 0x07070707  # magnitudes of elements 0, 2, 4, 6 and 1, 3, 5, 7
+        e = looked_up(even * 0 + 0x46444240, 0x3E3C3800, even, True) | words << 4 & -0x7F7F7F80
+        o = looked_up(odd * 0 + 0x46444240, 0x3E3C3800, odd, True) | words & -0x7F7F7F80
+        # No assembly: of this LLVM sees that the matrix unit is to read it.
+        a, b = (e & 0xFF) << 8 | (o & 0xFF) << 24, e & 0xFF00 | (o & 0xFF00) << 16
+        c, d = (e >> 8) & 0xFF00 | (o & 0xFF0000) << 8, (e >> 16) & 0xFF00 | o & -0x1000000
+    return joined(halves_of(a, True), halves_of(b, True), halves_of(c, True), halves_of(d, True), ROWS)

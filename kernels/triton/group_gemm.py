@@ -8,9 +8,9 @@ fp32: nothing is rounded but sums, and scales may be beyond what fp16 holds.
 Codes of 4 bits come as int32 words of eight in sequence, as in a checkpoint's bytes; e4m3 as bytes. Grouped (mixture of
 experts) as in `mx_gemm.py`; experts lie one after the other, each padded by itself.
 
-On AMD int4, and e2m1 with bf16 x, have a kernel of their own, `amd_gemm.py`, for strided weights and the layout that
-decode kernels read there; in int4's words are paired. Of gate_up weights as those read them 8 gates and 8 ups alternate
-(`decode_*` layouts): results and biases do not.
+On AMD int4, e2m1, and e4m3 with bf16 x where no matrix unit multiplies that, have a kernel of their own, `amd_gemm.py`,
+for strided weights and the layout that decode kernels read there; in int4's words are paired. Of gate_up weights as
+those read them 8 gates and 8 ups alternate (`decode_*` layouts): results and biases do not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHORT = 1 << 31
 
 @triton.jit
 def group_gemm_kernel(
-    x, w, w_scales, bias, y, row_ids, block_experts, row_weights,
+    x, x_scale, w, w_scales, bias, y, row_ids, block_experts, row_weights,
     M, N, K, tiles_m,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -43,8 +43,8 @@ def group_gemm_kernel(
 
     M: rows of y (routed rows when grouped). tiles_m: blocks along M. FORMAT: of the weights, as in `group_values.py`.
         GROUP: elements that share a scale. TOP_K: rows of y that share a row of x. BLOCK_K: of one step, whole groups;
-        or of one product, several of which make a group. EVEN_K: steps end where K does. `bias`, `row_ids` with
-        `block_experts`, and `row_weights` may be None.
+        or of one product, several of which make a group. EVEN_K: steps end where K does. `x_scale`, `bias`,
+        `row_ids` with `block_experts`, and `row_weights` may be None.
     """
     HALF: tl.constexpr = x.dtype.element_ty == tl.float16
     PER: tl.constexpr = 1 if FORMAT == "e4m3" else 8  # codes a stored column
@@ -91,6 +91,8 @@ def group_gemm_kernel(
                 products = tl.dot(x_tile, values.T, products)
             total += products * scale_of(scales, FORMAT)[None, :]
 
+    if x_scale is not None:
+        total *= tl.load(x_scale)
     if bias is not None:
         total += tl.load(bias + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if row_weights is not None:
@@ -119,7 +121,7 @@ class GroupGemmConfig(TileConfig):
         return {name: value for name, value in given.items() if name in kernel.arg_names}
 
     def options_of(self, kernel: Any, arch: str) -> dict[str, int]:
-        """Compile options of a kernel. Two waves a SIMD keep the sums of int4 in registers that all instructions read:
+        """Compile options of a kernel. Two waves a SIMD keep its sums in registers that all instructions read:
         with more than 256 for each, they would lie in accumulation registers, a move apart."""
         if kernel is not amd_gemm_kernel:
             return self.options(arch)
@@ -128,7 +130,7 @@ class GroupGemmConfig(TileConfig):
 
 def kernel_of(w_format: str, values: str, arch: str, x: torch.dtype) -> Any:
     """The kernel for weights in a layout of values. Raises ValueError where none reads it."""
-    own = LAYOUTS.get((_family(arch), w_format)) if w_format == "int4" or x == torch.bfloat16 else None
+    own = LAYOUTS.get((_family(arch), w_format)) if w_format != "e4m3" or x == torch.bfloat16 else None
     if values not in ("strided", own):
         raise ValueError(
             f"{w_format} weights in layout {values} on {arch}: takes strided ones{f' and {own}' * bool(own)}"
@@ -136,8 +138,15 @@ def kernel_of(w_format: str, values: str, arch: str, x: torch.dtype) -> Any:
     return amd_gemm_kernel if own else group_gemm_kernel
 
 
+def word_of(w_format: str, kernel: Any) -> torch.dtype:
+    """What a kernel has weights in: eight codes, or of `group_gemm_kernel` a code of e4m3."""
+    if w_format != "e4m3":
+        return torch.int32
+    return torch.int64 if kernel is amd_gemm_kernel else torch.uint8
+
+
 def _family(arch: str) -> str:
-    """What int4's kernel calls an arch."""
+    """What AMD's kernel calls an arch."""
     return "gfx11" if arch.startswith("gfx11") else arch
 
 
@@ -150,6 +159,7 @@ def group_gemm(
     arch: str,
     *,
     group: int,
+    x_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     row_ids: torch.Tensor | None = None,
     block_experts: torch.Tensor | None = None,
@@ -158,18 +168,19 @@ def group_gemm(
     layout: tuple[str, str] = STRIDED,
     pairs: str | None = None,
 ) -> torch.Tensor:
-    """y = x w^T (+ bias) (* row_weights), into y. No host read of device data: may be captured in a graph.
+    """y = x w^T (* x_scale) (+ bias) (* row_weights), into y. No host read of device data: may be captured in a graph.
 
     Args:
-        x: [M / top_k, K] bf16 or fp16, for MX weights fp16; contiguous, like all that follow.
-        w: uint8 [N, K/2] of int4 or e2m1, float8_e4m3fn [N, K], or int4 in int32 as a layout keeps it; with a leading E
-            when grouped.
+        x: [M / top_k, K] bf16 or fp16; contiguous, like all that follow.
+        w: uint8 [N, K/2] of int4 or e2m1, float8_e4m3fn [N, K], or as a layout keeps it (int4 in int32, e4m3 in
+            `cdna3_e4m3` as float8_e4m3fnuz); with a leading E when grouped.
         w_scales: int32 [N, K/group] words of scale and zero point of int4, or as a layout keeps them; uint8 e8m0
             [N, K/32] of the others; likewise.
         y: [M, N] bf16, fp16 or fp32.
         config: tile and launch options.
         arch: what it is compiled for.
         group: elements of K that share a scale: 32, and of int4 64 or 128.
+        x_scale: fp32 scalar that products are multiplied by, of static fp8 activations; None = 1.
         bias: [N], [E, N] when grouped.
         row_ids: [blocks * block_m] int32; makes the GEMM grouped.
         block_experts: [blocks] int32.
@@ -179,14 +190,14 @@ def group_gemm(
         pairs: where 8 gates and 8 ups alternate in w's rows, how they do in y and bias: `halves` or `interleaved`.
 
     Raises:
-        ValueError: weights in a layout that is not read on the arch, or MX ones with x that is not fp16.
+        ValueError: weights in a layout that is not read on the arch, or MX ones with bf16 x where they are `mx_gemm`'s.
     """
     w_format = format_of(w, w_scales)
-    exact = x.dtype == torch.float16 or (w_format == "e2m1" and (_family(arch), w_format) in LAYOUTS)
+    exact = x.dtype == torch.float16 or (_family(arch), w_format) in LAYOUTS
     if w_format != "int4" and (group != 32 or not exact):
         raise ValueError(
-            f"{w_format} weights in groups of {group} with x of {x.dtype} on {arch}: takes groups of 32 with fp16, and "
-            "on AMD e2m1 with bf16; use mx_gemm"
+            f"{w_format} weights in groups of {group} with x of {x.dtype} on {arch}: takes groups of 32 with fp16, or "
+            "bf16 on AMD where no matrix unit multiplies them; use mx_gemm"
         )
     m, n = y.shape
     k = x.shape[-1]
@@ -196,17 +207,16 @@ def group_gemm(
     if kernel is amd_gemm_kernel:
         long = row_ids is not None and x.numel() * x.element_size() >= SHORT
         constants |= {"LONG": long, "PAIRS": pairs}
-    codes = w.view(torch.uint8 if w_format == "e4m3" else torch.int32)
     kernel[grid](
-        x, codes, w_scales, bias, y, row_ids, block_experts, row_weights, m, n, k, tiles_m,
-        **constants, **config.options_of(kernel, arch),
+        x, x_scale, w.view(word_of(w_format, kernel)), w_scales, bias, y, row_ids, block_experts, row_weights,
+        m, n, k, tiles_m, **constants, **config.options_of(kernel, arch),
     )  # fmt: skip
     return y
 
 
 def format_of(w: torch.Tensor, w_scales: torch.Tensor) -> str:
     """Format name of weights: `int4` (scales in words), `e4m3` or `e2m1`."""
-    return "int4" if w_scales.dtype == torch.int32 else "e4m3" if w.dtype == torch.float8_e4m3fn else "e2m1"
+    return "int4" if w_scales.dtype == torch.int32 else "e4m3" if w.is_floating_point() else "e2m1"
 
 
 def group_gemm_torch(
@@ -214,6 +224,7 @@ def group_gemm_torch(
     w: torch.Tensor,
     w_scales: torch.Tensor,
     *,
+    x_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     row_ids: torch.Tensor | None = None,
     block_experts: torch.Tensor | None = None,
@@ -222,7 +233,7 @@ def group_gemm_torch(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The twin of `group_gemm` in plain torch, for strided weights: the result [M, N] in `dtype` (fp64: an oracle)."""
-    left = x.to(dtype).repeat_interleave(top_k, 0)
+    left = x.to(dtype).repeat_interleave(top_k, 0) * (1.0 if x_scale is None else x_scale.to(dtype))
     right = values_torch(w, w_scales, dtype) if format_of(w, w_scales) != "int4" else _int4_values(w, w_scales, dtype)
     return gemm_torch(left, right, bias, row_ids, block_experts, row_weights)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .amd_gemm import LAYOUTS
-from .group_gemm import GroupGemmConfig, kernel_of
+from .group_gemm import GroupGemmConfig, kernel_of, word_of
 from .mx_gemm import MxGemmConfig, mx_gemm_kernel
 from .tiles import STRIDED, layout_constants
 
@@ -20,8 +20,7 @@ TRITON_ARCHS = ("gfx950", "gfx942", "gfx1100", "sm_90")
 
 _ELEMENT = {"e2m1": "*u8", "e4m3": "*fp8e4nv", "bf16": "*bf16", "fp16": "*fp16"}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_WORDS = {"int4": "*i32", "e2m1": "*i32", "e4m3": "*u8"}
-"""How `group_gemm_kernel` has weights."""
+_WORDS = {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 _ROUTING = {"row_ids": "*i32", "block_experts": "*i32", "row_weights": "*fp32"}
 _SIZES = {"M": "i32", "N": "i32", "K": "i32", "tiles_m": "i32"}
 
@@ -64,7 +63,8 @@ class Variant:
     @property
     def signature(self) -> dict[str, str]:
         """Triton type of each argument that is no constexpr; pointers that are None are left out."""
-        words = _WORDS if isinstance(self.config, GroupGemmConfig) else {}
+        grouped = isinstance(self.config, GroupGemmConfig)
+        words = {self.w_format: _WORDS[word_of(self.w_format, self.kernel)]} if grouped else {}
         scales = {"x_scales": "*u8"} if self.x_format in ("e2m1", "e4m3") else {}
         pointers = {"x": _ELEMENT[self.x_format], **scales, "w": (_ELEMENT | words)[self.w_format]}
         pointers |= {"w_scales": "*i32" if self.w_format == "int4" else "*u8"}
@@ -84,7 +84,7 @@ class Variant:
         else:
             given = self.config.constants(self.x_format, self.w_format, top_k, k, self.arch)
             given |= layout_constants(self.layout)
-        optional = (n for n in ("x_scales", "bias", *_ROUTING) if n in self.kernel.arg_names)
+        optional = (n for n in ("x_scale", "x_scales", "bias", *_ROUTING) if n in self.kernel.arg_names)
         absent = dict.fromkeys(n for n in optional if n not in self.signature)
         return absent | given
 

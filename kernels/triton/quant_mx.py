@@ -108,9 +108,11 @@ def quant_mx_kernel(
     x, norm, data, scales, row_factors, M, K, alpha, limit, beta, epsilon,
     FRONT: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr,
     CARRY: tl.constexpr, EMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, NATIVE: tl.constexpr,
-    OVERLAP: tl.constexpr = False, BESIDE: tl.constexpr = False,
+    HALF: tl.constexpr, OVERLAP: tl.constexpr = False, BESIDE: tl.constexpr = False,
 ):  # fmt: skip
-    """BLOCK_M rows, BLOCK_K columns; see `quant_mx`. OUT: `mx`, `bf16` or `row`; ELEMENT `none`: no MX round trip."""
+    """BLOCK_M rows, BLOCK_K columns; see `quant_mx`. OUT: `mx`, `bf16` or `row`; ELEMENT `none`: no MX round trip.
+    HALF: what comes out of a front is rounded to fp16, else to bf16."""
+    MODEL: tl.constexpr = tl.float16 if HALF else tl.bfloat16
     begin_after_previous(OVERLAP and not BESIDE)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -126,13 +128,13 @@ def quant_mx_kernel(
             gate = tl.load(x + wide * (2 * K) + columns[None, :], mask=inside, other=0.0)
             up = tl.load(x + wide * (2 * K) + K + columns[None, :], mask=inside, other=0.0)
         values = activate(gate.to(tl.float32), up.to(tl.float32), FRONT, CLAMP, alpha, limit, beta)
-        values = values.to(x.dtype.element_ty).to(tl.float32)
+        values = values.to(MODEL).to(tl.float32)
     else:
         values = tl.load(x + wide * K + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         if FRONT == "rmsnorm":
             inverse = tl.rsqrt(tl.sum(values * values, 1) / K + epsilon)
             weight = tl.load(norm + columns, mask=columns < K, other=0.0).to(tl.float32)
-            values = (values * inverse[:, None] * weight[None, :]).to(x.dtype.element_ty).to(tl.float32)
+            values = (values * inverse[:, None] * weight[None, :]).to(MODEL).to(tl.float32)
     if ELEMENT != "none":
         blocks = values.reshape(BLOCK_M, BLOCK_K // 32, 32)
         scale = scale_byte(largest_bits(blocks, 2), CARRY, EMAX)
@@ -202,39 +204,45 @@ NO_FRONT = Front()
 
 def quant_mx(
     x: torch.Tensor, element: str | None, out: str = "mx", mode: str | None = None, front: Front = NO_FRONT,
-    native: bool = False, beside: bool = False,
+    native: bool = False, dtype: torch.dtype | None = None, beside: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Quantize rows of x. No host read of device data.
 
     Args:
-        x: [M, K] bf16 or fp16, [M, 2 K] for an activation in front, whose result is rounded to x's dtype; contiguous; K
-            a multiple of 32. fp16 is not rounded to bf16 first.
+        x: [M, K] bf16 or fp16, [M, 2 K] for an activation in front, of a GEMM's sums fp32; contiguous; K a multiple of
+            32. fp16 is not rounded to bf16 first.
         element: `e4m3` or `e2m1`; None with `out` `bf16` or `row`: no MX round trip.
         out: `mx`: codes and e8m0 scales. `bf16`: the values that these stand for. `row`: the values as e4m3 under one
             power of two a row, RCEIL; those below 2^-14 of the row's largest lose bits, at most 2^-17 of it.
         mode: scale rounding, `floor`, `rceil`, `ceil`, `even`; None: `even` for e2m1, `rceil` for e4m3.
         front: what happens before.
         native: the device converts fp32 to e4m3 (gfx950, sm_90).
+        dtype: bf16 or fp16, which the result of a front is rounded to; None: x's.
         beside: at the same time as the launch right in front where launches overlap (`overlap.py`): that one wrote
             neither x nor anything whose memory may be free again by now.
 
     Returns:
         data and scales: e4m3 [M, K] or uint8 [M, K/2], and uint8 [M, K/32] (`mx`); bf16 [M, K] and None; e4m3 [M, K]
         and fp32 [M] (`row`).
+
+    Raises:
+        ValueError: what it does not take, of all of the above.
     """
     gated = front.kind in ("silu", "swigluoai")
     m, k = x.shape[0], x.shape[1] // (2 if gated else 1)
-    lossy = x.dtype != torch.bfloat16 and (out, element) == ("bf16", None)
-    known = x.dtype in (torch.bfloat16, torch.float16) and front.kind in FRONTS and not lossy
+    model = dtype or x.dtype
+    lossy = model != torch.bfloat16 and (out, element) == ("bf16", None)
+    read = model == x.dtype or (gated and x.dtype == torch.float32)
+    known = read and model in (torch.bfloat16, torch.float16) and front.kind in FRONTS and not lossy
     if k % 32 or not known or (out == "mx" and element is None):
         raise ValueError(
-            f"quantizing {x.dtype} {list(x.shape)} to {element}, {out}, after {front.kind}: takes bf16 and fp16 with "
-            f"whole blocks of 32, a format for mx and for fp16 as bf16, and {', '.join(FRONTS)} in front; use "
-            "formats.quantize_mx"
+            f"quantizing {x.dtype} {list(x.shape)} to {element}, {out}, after {front.kind}: takes bf16 and fp16 (fp32 "
+            f"before an activation), whole blocks of 32, a format for mx and for fp16 as bf16, and {', '.join(FRONTS)} "
+            "in front; use formats.quantize_mx"
         )
     device = x.device
-    shape, dtype = ((m, k // 2), torch.uint8) if (out, element) == ("mx", "e2m1") else ((m, k), torch.uint8)
-    data = torch.empty(shape, dtype=torch.bfloat16 if out == "bf16" else dtype, device=device)
+    shape = (m, k // 2) if (out, element) == ("mx", "e2m1") else (m, k)
+    data = torch.empty(shape, dtype=torch.bfloat16 if out == "bf16" else torch.uint8, device=device)
     scales = torch.empty(m, k // 32, dtype=torch.uint8, device=device) if out == "mx" else None
     factors = torch.empty(m, dtype=torch.float32, device=device) if out == "row" else None
     if m:
@@ -242,9 +250,9 @@ def quant_mx(
         constants = constants_of(element, out, mode, front, block_m, block_k, native)
         quant_mx_kernel[(triton.cdiv(m, block_m), triton.cdiv(k, block_k))](
             x, front.weight, data, scales, factors, m, k, front.alpha, front.limit or 0.0, front.beta, front.epsilon,
-            BESIDE=beside, **constants, num_warps=warps, **overlap(x),
+            HALF=model == torch.float16, BESIDE=beside, **constants, num_warps=warps, **overlap(x),
         )  # fmt: skip
-    if out != "bf16" and dtype == torch.uint8 and shape == (m, k):
+    if out != "bf16" and shape == (m, k):
         data = data.view(torch.float8_e4m3fn)
     return data, factors if out == "row" else scales
 
@@ -279,10 +287,11 @@ def constants_of(
 
 
 def quant_mx_torch(
-    x: torch.Tensor, element: str | None, out: str = "mx", mode: str | None = None, front: Front = NO_FRONT
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    x: torch.Tensor, element: str | None, out: str = "mx", mode: str | None = None, front: Front = NO_FRONT,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """The twin of `quant_mx` in plain torch, with the same result bit for bit where `front` gives the same."""
-    values = front(x)
+    values = front(x).to(dtype or x.dtype)
     data: torch.Tensor = values
     scales = None
     if element:

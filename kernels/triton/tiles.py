@@ -78,7 +78,7 @@ def column_offsets(c, LAYOUT: tl.constexpr):
 
 STRIDED = ("strided", "strided")
 PADS = {
-    "strided": 1, "preshuffle": 32, "mxfp8_lane": 128, "cdna3_e2m1": 64, "mma_tile": 64,
+    "strided": 1, "preshuffle": 32, "mxfp8_lane": 128, "cdna3_e2m1": 64, "cdna3_e4m3": 64, "mma_tile": 64,
     "tile_scale": 4, "mma_scale": 2, "cdna_int4": 16, "rdna_int4": 4, "tile_group": 1,
 }  # fmt: skip
 """What layouts pad rows to: columns of values (of int4 words of eight), or of scales."""

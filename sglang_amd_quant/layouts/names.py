@@ -240,22 +240,16 @@ PACKED_LAYOUTS: Mapping[str, LayoutSpec] = {
                 Role.PACKED,
                 VALUE_LAYOUTS[values].elements,
                 tile_n=16,
-                about=f"{values}+tile_scale, of a gated gate_up with 8 gates and 8 ups by turns: grouped decode on AMD",
-            )
-            for values in ("preshuffle", "mxfp8_lane", "cdna3_e2m1")
-        ),
-        *(
-            LayoutSpec(
-                f"decode_{values}",
-                Role.PACKED,
-                ("int4",),
-                tile_n=16,
                 pads=False,
                 block_n=16,
                 block_cols=VALUE_LAYOUTS[values].block_cols,
-                about=f"{values}+tile_group, likewise",
+                about=f"{values}+{scales}, of a gated gate_up with 8 gates and 8 ups by turns: grouped decode",
             )
-            for values in ("cdna_int4", "rdna_int4", "mma_int4")
+            for scales, of in (
+                ("tile_scale", ("preshuffle", "mxfp8_lane", "cdna3_e2m1", "cdna3_e4m3")),
+                ("tile_group", ("cdna_int4", "rdna_int4", "mma_int4")),
+            )
+            for values in of
         ),
     )
 }

@@ -43,6 +43,11 @@ class Activation:
                 f"supported are {', '.join(ACTIVATIONS)}; keep the layer bf16 with a recipe",
             )
 
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels that have an activation before or after another thing have this one."""
+        return self.gated and self.kind in ("silu", "swigluoai") and (self.limit is None or self.clamp == "before")
+
     def columns(self, n: int) -> int:
         """Output columns for a GEMM of N columns."""
         return n // 2 if self.gated else n

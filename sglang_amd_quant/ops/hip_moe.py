@@ -7,20 +7,26 @@ activation; its result is rounded to the model's dtype between, as in the refere
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_amd_quant.ops import hip, triton_group, triton_moe
+from sglang_amd_quant.ops import hip
 from sglang_amd_quant.ops.packed import Weight
-from sglang_amd_quant.ops.quantize import quantize_activation
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.ops.routing import Routing, combined, route, row_weights, weighted_input
 from sglang_amd_quant.runtime.decode_gemm import Epilogue
 from sglang_amd_quant.selection import GemmProblem
 
 if TYPE_CHECKING:
-    from sglang_amd_quant.ops.moe import MoeCall
+    from sglang_amd_quant.ops.moe import MoeCall, MoeKernel
+
+GateUp = Callable[["MoeCall", Routing], torch.Tensor]
+"""Gate_up with its activation: [rows, I] in x's dtype."""
+
+Down = Callable[["MoeCall", Routing, torch.Tensor], torch.Tensor]
+"""Down of that, with the routing weights, and the sum over each token's slots."""
 
 
 def run_decode(call: MoeCall) -> torch.Tensor:
@@ -29,29 +35,24 @@ def run_decode(call: MoeCall) -> torch.Tensor:
     return _down(call, routing, _gate_up(call, routing))
 
 
-def run_decode_then_triton(call: MoeCall) -> torch.Tensor:
-    """Gate_up by the decode kernel, down by `triton_moe`."""
-    routing = _route(call)
-    return triton_moe.down(call, routing, quantize_activation(_gate_up(call, routing), call.problem.act2))
+def then(down: Down) -> MoeKernel:
+    """Gate_up by the decode kernel, down by a kernel for more rows."""
+
+    def run(call: MoeCall) -> torch.Tensor:
+        routing = _route(call)
+        return down(call, routing, _gate_up(call, routing))
+
+    return run
 
 
-def run_triton_then_decode(call: MoeCall) -> torch.Tensor:
+def after(gate_up: GateUp) -> MoeKernel:
     """The other way round."""
-    routing = _route(call)
-    hidden, _ = triton_moe.gate_up(call, routing, None)
-    return _down(call, routing, hidden)
 
+    def run(call: MoeCall) -> torch.Tensor:
+        routing = _route(call)
+        return _down(call, routing, gate_up(call, routing))
 
-def run_decode_then_int4(call: MoeCall) -> torch.Tensor:
-    """Gate_up by the decode kernel, down by `triton_int4_moe`."""
-    routing = _route(call)
-    return triton_group.down(call, routing, _gate_up(call, routing))
-
-
-def run_int4_then_decode(call: MoeCall) -> torch.Tensor:
-    """The other way round."""
-    routing = _route(call)
-    return _down(call, routing, triton_group.gate_up(call, routing))
+    return run
 
 
 def _route(call: MoeCall) -> Routing:

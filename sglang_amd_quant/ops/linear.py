@@ -63,8 +63,10 @@ ANY_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
 KERNELS: dict[str, LinearKernel] = {
     "gemv_mxfp4": LinearKernel(hip.run_gemv_mxfp4),
     "triton_mx_gemm": LinearKernel(triton_mx.run_mx_gemm, ANY_FLOAT),
-    "triton_e2m1_gemm": LinearKernel(triton_group.run_e2m1_gemm, ANY_FLOAT),
-    "triton_e2m1_bf16_gemm": LinearKernel(triton_group.run_e2m1_gemm, ANY_FLOAT),
+    "triton_e2m1_gemm": LinearKernel(triton_group.run_registers_gemm, ANY_FLOAT),
+    "triton_e2m1_bf16_gemm": LinearKernel(triton_group.run_registers_gemm, ANY_FLOAT),
+    "triton_e2m1_fp16_gemm": LinearKernel(triton_group.run_registers_gemm, ANY_FLOAT),
+    "triton_e4m3_gemm": LinearKernel(triton_group.run_registers_gemm, ANY_FLOAT),
     "triton_int4_gemm": LinearKernel(triton_group.run_group_gemm, ANY_FLOAT),
     "triton_fp16_gemm": LinearKernel(triton_group.run_group_gemm, ANY_FLOAT),
     "triton_hopper_bf16": LinearKernel(triton_hopper.run_hopper_gemm, ANY_FLOAT),

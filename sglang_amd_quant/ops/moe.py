@@ -59,21 +59,29 @@ KERNELS: dict[tuple[str, str], MoeKernel] = {
     ("triton_moe", "triton_moe"): triton_moe.run_moe,
     ("triton_mx_moe", "triton_moe"): triton_moe.run_mx_then_moe,
     ("triton_mx_moe", "triton_mx_moe"): triton_mx.run_mx_moe,
+    ("triton_e2m1_moe", "triton_e2m1_moe"): triton_group.run_registers_moe,
+    ("triton_e2m1_bf16_moe", "triton_e2m1_bf16_moe"): triton_group.run_registers_moe,
+    ("triton_e2m1_fp16_moe", "triton_e2m1_fp16_moe"): triton_group.run_registers_moe,
+    ("triton_e4m3_moe", "triton_e4m3_moe"): triton_group.run_registers_moe,
     ("triton_int4_moe", "triton_int4_moe"): triton_group.run_group_moe,
     ("triton_fp16_moe", "triton_fp16_moe"): triton_group.run_group_moe,
     ("triton_hopper_bf16", "triton_hopper_bf16"): triton_hopper.run_hopper_moe,
     ("triton_hopper_e4m3", "triton_hopper_e4m3"): triton_hopper.run_hopper_moe,
     ("triton_hopper_int4", "triton_hopper_int4"): triton_hopper.run_hopper_moe,
 }
+_LDS, _INT4 = (triton_moe.gate_up, triton_moe.down), (triton_group.gate_up, triton_group.down)
+_REGISTERS = (triton_group.registers_gate_up, triton_group.registers_down)
+_BESIDE = {
+    "e2m1": {"triton_moe": _LDS, "triton_e2m1_moe": _REGISTERS, "triton_e2m1_bf16_moe": _REGISTERS},
+    "e4m3": {"triton_moe": _LDS, "triton_e4m3_moe": _REGISTERS},
+    "int4": {"triton_int4_moe": _INT4},
+}
+"""Weight format -> kernels for more rows that read what decode kernels read: either GEMM may be of either."""
 for _arch, _weight in AMD_MOE_DECODE_LAYOUTS:
     _decode = f"hip_moe_decode_{_arch}_{_weight}"
     KERNELS[_decode, _decode] = hip_moe.run_decode
-    if _weight == "int4":
-        KERNELS[_decode, "triton_int4_moe"] = hip_moe.run_decode_then_int4
-        KERNELS["triton_int4_moe", _decode] = hip_moe.run_int4_then_decode
-    else:
-        KERNELS[_decode, "triton_moe"] = hip_moe.run_decode_then_triton
-        KERNELS["triton_moe", _decode] = hip_moe.run_triton_then_decode
+    for _other, (_gate_up, _down) in _BESIDE[_weight].items():
+        KERNELS |= {(_decode, _other): hip_moe.then(_down), (_other, _decode): hip_moe.after(_gate_up)}
 """Kernel names of gate_up and down -> what launches the pair. Selection chooses only among these and the reference."""
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from sglang_amd_quant import formats
+from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.ops.devices import has_triton
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, MX_BLOCK, ScaleMode
 from sglang_amd_quant.selection.arch import ARCHES, canonical
+
+if TYPE_CHECKING:
+    from sglang_amd_quant.kernels.triton.quant_mx import Front
 
 UNIT_SCALE = 127
 """e8m0 of 1."""
@@ -22,7 +26,7 @@ class Quantized(NamedTuple):
     """What a GEMM's kernel reads of its input.
 
     Attributes:
-        data: e2m1 uint8 [M, K/2], e4m3 [M, K], or x itself; contiguous.
+        data: e2m1 uint8 [M, K/2], e4m3 [M, K], x itself, or its values in bf16; contiguous.
         scales: uint8 e8m0 [M, K/32]; None where x is not quantized.
         factor: fp32 scalar that the product is still to be multiplied by (static fp8); None = 1.
     """
@@ -68,15 +72,46 @@ def quantize_activation(x: torch.Tensor, act: ActQuant) -> Quantized:
     return Quantized(*quantize(x, element, act.mode or DEFAULT_SCALE_MODE[element]))
 
 
-def bf16_values(x: torch.Tensor, act: ActQuant) -> torch.Tensor:
-    """x[M, K] in bf16, where its scheme quantizes it the values of the MX codes, which bf16 has exactly but at the ends
-    of its range. No host read: may be captured in a graph."""
-    element = act.scheme.act
-    if element == "bf16":
-        return x.contiguous()
-    mode = act.mode or DEFAULT_SCALE_MODE[element]
-    if has_triton(x) and x.dtype in (torch.bfloat16, torch.float16):
+def bf16_values(x: torch.Tensor, act: ActQuant) -> Quantized:
+    """x[M, K] as it is, or in bf16 what its codes stand for, which bf16 has exactly but at the ends of its range. No
+    host read: may be captured in a graph."""
+    if act.scale is not None:
+        return Quantized(formats.quantize_fp8_static(x, act.scale).to(torch.bfloat16), factor=act.scale.float())
+    if act.scheme.act == "bf16":
+        return Quantized(x.contiguous())
+    return Quantized(_rounded(x.contiguous(), act, x.dtype))
+
+
+def activated_values(x: torch.Tensor, f: Activation, act: ActQuant, dtype: torch.dtype) -> Quantized:
+    """fp32 sums x[M, columns of gate and up] through an activation, rounded to a model's dtype, as `bf16_values`."""
+    if act.scale is None and act.scheme.act != "bf16" and f.fused:
+        return Quantized(_rounded(x, act, dtype, f))
+    return bf16_values(activated(x, f, dtype), act)
+
+
+def activated(x: torch.Tensor, f: Activation, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 sums through an activation, in a model's dtype."""
+    if has_triton(x) and f.fused and dtype == torch.bfloat16:
         from sglang_amd_quant.kernels.triton.quant_mx import quant_mx
 
-        return quant_mx(x.contiguous(), element, "bf16", mode.value, native=_native_fp8(x.get_device()))[0]
-    return formats.dequantize_mx(*formats.quantize_mx(x, element, mode), element, torch.bfloat16)
+        return quant_mx(x, None, "bf16", front=_front(f), dtype=dtype)[0]
+    return f(x).to(dtype)
+
+
+def _rounded(x: torch.Tensor, act: ActQuant, dtype: torch.dtype, f: Activation | None = None) -> torch.Tensor:
+    """What the MX codes stand for of x, or of an activation's result in a model's dtype."""
+    element = act.scheme.act
+    mode = act.mode or DEFAULT_SCALE_MODE[element]
+    if has_triton(x) and dtype in (torch.bfloat16, torch.float16):
+        from sglang_amd_quant.kernels.triton.quant_mx import NO_FRONT, quant_mx
+
+        front, native = NO_FRONT if f is None else _front(f), _native_fp8(x.get_device())
+        return quant_mx(x, element, "bf16", mode.value, front, native, dtype)[0]
+    model = x if f is None else f(x).to(dtype)
+    return formats.dequantize_mx(*formats.quantize_mx(model, element, mode), element, torch.bfloat16)
+
+
+def _front(f: Activation) -> Front:
+    from sglang_amd_quant.kernels.triton.quant_mx import Front
+
+    return Front(f.kind, f.interleaved, f.limit, f.alpha, f.beta)

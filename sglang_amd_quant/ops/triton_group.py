@@ -1,5 +1,5 @@
 """Launchers of the Triton GEMM of scaled groups (`kernels/triton/group_gemm.py`): int4 in models of bf16 and fp16, MX
-weights in those of fp16. Activations are not quantized."""
+weights in those of fp16, with activations as they are; on AMD MX weights by activations as bf16 has them, too."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_amd_quant.ops.packed import Weight, pairs_of
-from sglang_amd_quant.ops.quantize import Quantized, bf16_values
-from sglang_amd_quant.ops.routing import Routing
+from sglang_amd_quant.ops.quantize import Quantized, activated, activated_values, bf16_values
+from sglang_amd_quant.ops.routing import Routing, combined, route, row_weights, weighted_input
 from sglang_amd_quant.ops.triton_mx import first_gemm, launch_options, second_gemm, two_gemms
 from sglang_amd_quant.selection import Config, GemmProblem
 
@@ -23,9 +23,10 @@ def run_group_gemm(call: LinearCall) -> None:
     _gemm(call.x.contiguous(), call.weight, call.y, call.config, call.problem, bias=call.bias)
 
 
-def run_e2m1_gemm(call: LinearCall) -> None:
-    """Dense, MXFP4 weights by x as bf16 has it: as it is, or what its MX codes stand for."""
-    _gemm(bf16_values(call.x, call.act), call.weight, call.y, call.config, call.problem, bias=call.bias)
+def run_registers_gemm(call: LinearCall) -> None:
+    """Dense, MX weights in registers by x as it is, or what its codes stand for in bf16."""
+    x = bf16_values(call.x, call.act)
+    _gemm(x.data, call.weight, call.y, call.config, call.problem, x_scale=x.factor, bias=call.bias)
 
 
 def run_group_moe(call: MoeCall) -> torch.Tensor:
@@ -43,6 +44,38 @@ def down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> torch.Tensor:
     return second_gemm(call, routing, hidden, _grouped)
 
 
+def run_registers_moe(call: MoeCall) -> torch.Tensor:
+    """MX experts likewise: gate_up, activation and a round trip through codes in one kernel, down, sum over top_k."""
+    p = call.problem
+    assert call.config13.block_m is not None
+    routing = route(call.topk_ids, p.num_experts, call.config13.block_m)
+    first = _registers_first(call, routing)
+    return _registers_second(call, routing, activated_values(first, p.activation, p.act2, call.x.dtype))
+
+
+def registers_gate_up(call: MoeCall, routing: Routing) -> torch.Tensor:
+    """Gate_up with its activation: [rows, I] in x's dtype."""
+    return activated(_registers_first(call, routing), call.problem.activation, call.x.dtype)
+
+
+def registers_down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> torch.Tensor:
+    """Down with the routing weights, and the sum over each token's slots."""
+    return _registers_second(call, routing, bf16_values(hidden, call.problem.act2))
+
+
+def _registers_first(call: MoeCall, routing: Routing) -> torch.Tensor:
+    """fp32, as the activation in the reference has it."""
+    x = bf16_values(weighted_input(call), call.problem.act13)
+    return _grouped(x, call.w13, call.b13, call.config13, call.gate_up, routing, call.topk_ids.shape[1])
+
+
+def _registers_second(call: MoeCall, routing: Routing, x: Quantized) -> torch.Tensor:
+    # An expert may be beyond fp16 where the sum is not.
+    dtype = torch.bfloat16 if call.x.dtype == torch.bfloat16 else torch.float32
+    routed = _grouped(x, call.w2, call.b2, call.config2, call.down, routing, 1, row_weights(call), dtype)
+    return combined(call, routed)
+
+
 def _grouped(
     x: Quantized,
     w: Weight,
@@ -52,11 +85,12 @@ def _grouped(
     routing: Routing,
     top_k: int,
     row_weights: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """x times the weights of each row's expert: fp32 [rows, N]; undefined in rows that no expert here takes."""
-    y = torch.empty(routing.rows, w.n, dtype=torch.float32, device=x.data.device)
-    _gemm(x.data, w, y, config, problem, bias=bias, row_ids=routing.row_ids, block_experts=routing.block_experts,
-          row_weights=row_weights, top_k=top_k)  # fmt: skip
+    """x times the weights of each row's expert: [rows, N]; undefined in rows that no expert here takes."""
+    y = torch.empty(routing.rows, w.n, dtype=dtype, device=x.data.device)
+    _gemm(x.data, w, y, config, problem, x_scale=x.factor, bias=bias, row_ids=routing.row_ids,
+          block_experts=routing.block_experts, row_weights=row_weights, top_k=top_k)  # fmt: skip
     return y
 
 
@@ -65,8 +99,9 @@ def _gemm(x: torch.Tensor, w: Weight, y: torch.Tensor, config: Config, problem: 
 
     data, scales = w.tensors
     values, packed = w.layout.value.removeprefix("decode_"), w.layout.packed
+    own = "tile_group" if w.scheme.weight == "int4" else "tile_scale"
     group_gemm(
         x, data, scales, y, GroupGemmConfig(*config.tile, **launch_options(config)), problem.arch, group=w.scheme.block,
-        layout=(values, "tile_group" if packed else w.layout.scale), pairs=pairs_of(problem) if packed else None,
+        layout=(values, own if packed else w.layout.scale), pairs=pairs_of(problem) if packed else None,
         **options,  # type: ignore[arg-type]
     )  # fmt: skip

@@ -22,14 +22,24 @@ def run_moe(call: MoeCall) -> torch.Tensor:
     p = call.problem
     routing = route(call.topk_ids, p.num_experts, tile_of(call.config13).block_m)
     element = None if p.act2.scale is not None or p.act2.scheme.act == "bf16" else p.act2.scheme.act
-    hidden, scales = gate_up(call, routing, element)
+    hidden, scales = _gate_up(call, routing, element)
     if scales is None:
-        return down(call, routing, quantize_activation(hidden, p.act2))
-    return down(call, routing, Quantized(hidden.view(torch.float8_e4m3fn) if element == "e4m3" else hidden, scales))
+        return down(call, routing, hidden)
+    return _down(call, routing, Quantized(hidden.view(torch.float8_e4m3fn) if element == "e4m3" else hidden, scales))
 
 
-def gate_up(call: MoeCall, routing: Routing, element: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gate_up with its activation: [rows, I] in x's dtype, or codes and scales of `element` for the next GEMM."""
+def gate_up(call: MoeCall, routing: Routing) -> torch.Tensor:
+    """Gate_up with its activation: [rows, I] in x's dtype."""
+    return _gate_up(call, routing, None)[0]
+
+
+def down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> torch.Tensor:
+    """Down with the routing weights, and the sum over each token's slots."""
+    return _down(call, routing, quantize_activation(hidden, call.problem.act2))
+
+
+def _gate_up(call: MoeCall, routing: Routing, element: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[rows, I] in x's dtype, or codes and scales of `element` for the next GEMM."""
     from sglang_amd_quant.kernels.triton.moe_gemm import Epilogue
 
     p, f, x = call.problem, call.problem.activation, weighted_input(call)
@@ -49,11 +59,10 @@ def run_mx_then_moe(call: MoeCall) -> torch.Tensor:
     first = grouped(
         quantize_activation(x, p.act13), call.w13, call.b13, call.config13, call.gate_up, routing, top_k
     )  # fmt: skip
-    return down(call, routing, quantize_activation(p.activation(first).to(x.dtype), p.act2))
+    return down(call, routing, p.activation(first).to(x.dtype))
 
 
-def down(call: MoeCall, routing: Routing, hidden: Quantized) -> torch.Tensor:
-    """Down with the routing weights, and the sum over each token's slots."""
+def _down(call: MoeCall, routing: Routing, hidden: Quantized) -> torch.Tensor:
     # An expert may be beyond fp16 where the sum is not.
     dtype = torch.bfloat16 if call.x.dtype == torch.bfloat16 else torch.float32
     routed = torch.empty(routing.rows, call.w2.n, dtype=dtype, device=call.x.device)

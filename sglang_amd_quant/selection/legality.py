@@ -192,10 +192,10 @@ def _tile_n(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:
 
 
 def _layout_block(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:
-    if not kernel.triton or kernel.gathers:
+    if not kernel.triton:
         return  # a hand-written kernel states the layouts that it reads with its own blocks
     name = layout_of(p, kernel)
-    block_n, block_k = _min_block(name, p.scheme)
+    block_n, block_k = _min_block(name, p.scheme, kernel.gathers)
     if c.block_k is not None and c.block_k < block_k:
         yield Refusal("layout_block", f"layout {name} needs BLOCK_K >= {block_k}, this has {c.block_k}")
     if c.block_n is not None and c.block_n < block_n:
@@ -203,8 +203,11 @@ def _layout_block(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:
 
 
 @lru_cache(maxsize=256)
-def _min_block(name: str, scheme: str) -> tuple[int, int]:
-    return TensorLayout.parse(name).min_block(scheme_named(scheme))
+def _min_block(name: str, scheme: str, gathers: tuple[str, ...]) -> tuple[int, int]:
+    """The least BLOCK_N and BLOCK_K for those parts of a layout that are not gathered."""
+    parts = zip(("values", "scales"), TensorLayout.parse(name).specs, strict=True)
+    least = [spec.min_block(scheme_named(scheme)) for part, spec in parts if part not in gathers]
+    return max((n for n, _ in least), default=1), max((k for _, k in least), default=1)
 
 
 def _waves(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:

@@ -164,10 +164,9 @@ def _groups(
     num_stages: int | None = None,
     of: tuple[str, ...] = ("int4", "fp16"),
     shrink: tuple[int, int] | None = None,
-    both: bool = True,
 ) -> tuple[TileRule, ...]:
-    """Tiles of the group GEMM: most rows where it is dense, BLOCK_M (what routing gives where it is grouped, if it is
-    both), BLOCK_N, BLOCK_K, warps; the last takes all more rows."""
+    """Tiles of the group GEMM: most rows where it is dense, BLOCK_M (what routing gives where it is grouped),
+    BLOCK_N, BLOCK_K, warps; the last takes all more rows."""
     return tuple(
         TileRule(
             kernel, arch, _AOT, block_m, ((None, block_n),), block_k, num_warps, num_stages,
@@ -175,7 +174,7 @@ def _groups(
         )
         for most, block_m, block_n, block_k, num_warps in tiles
         for weights in of
-        for kernel, grouped in ((f"triton_{weights}_gemm", False), (f"triton_{weights}_moe", True))[: 1 + both]
+        for kernel, grouped in ((f"triton_{weights}_gemm", False), (f"triton_{weights}_moe", True))
     )  # fmt: skip
 
 
@@ -191,7 +190,11 @@ _GFX942_INT4 = ((16, 16, 64, 128, 4), (32, 32, 64, 128, 4), (_ANY, 64, 128, 128,
 _GFX11_INT4 = ((16, 16, 64, 64, 4), (32, 32, 64, 64, 4), (_ANY, 64, 64, 64, 4), (None, 128, 64, 64, 8))
 """128 x 128 spills. 64 rows are enough: matrix instructions take longer than the others; routing may give 128."""
 
-_CDNA_E2M1 = ((16, 16, 64, 128, 4), (32, 32, 64, 128, 4), (1023, 64, 128, 128, 4), (None, 128, 128, 128, 4))
+_GFX11_MX = (*_GFX11_INT4[:2], (None, *_GFX11_INT4[2][1:]))
+_CDNA_MX = ((16, 16, 64, 128, 4), (32, 32, 64, 128, 4), (1023, 64, 128, 128, 4), (None, 128, 128, 128, 4))
+_GFX950_FP16 = (*_CDNA_MX[:2], (1023, 64, 64, 128, 4), _CDNA_MX[3])
+_GFX942_FP16 = (*_GFX950_FP16[:3], (None, 128, 64, 128, 4))
+"""64 x 128 has more instructions than 64 x 64 where sums are scaled; on gfx942 128 x 128 spills."""
 
 _WIDE = ("triton_hopper_bf16", "triton_hopper_int4")
 """Those that multiply in 16 bits on sm_90."""
@@ -227,9 +230,11 @@ TILE_RULES: tuple[TileRule, ...] = (
     *_moe("sm_90", (64, 64), (64, 64), (16, 32, 64), stages=4),
     *_groups("gfx950", *_GFX950_INT4, of=("int4",), shrink=(128, 0)),
     *_groups("gfx942", *_GFX942_INT4, of=("int4",), shrink=(128, 0)),
-    *_groups("gfx950", *_CDNA_E2M1, of=("e2m1_bf16",), shrink=(128, 0), both=False),
-    *_groups("gfx942", *_CDNA_E2M1, of=("e2m1",), shrink=(128, 0), both=False),
-    *_groups("gfx11", *_GFX11_INT4[:3], num_stages=1, of=("e2m1",), both=False),
+    *_groups("gfx950", *_CDNA_MX, of=("e2m1_bf16",), shrink=(128, 0)),
+    *_groups("gfx942", *_CDNA_MX, of=("e2m1", "e4m3"), shrink=(128, 0)),
+    *_groups("gfx11", *_GFX11_MX, num_stages=1, of=("e2m1", "e4m3", "e2m1_fp16")),
+    *_groups("gfx950", *_GFX950_FP16, of=("e2m1_fp16",), shrink=(128, 0)),
+    *_groups("gfx942", *_GFX942_FP16, of=("e2m1_fp16",), shrink=(128, 0)),
     *_groups("gfx950", *_CDNA_GROUPS, of=("fp16",)),
     *_groups("gfx942", *_CDNA_GROUPS, of=("fp16",)),
     *_groups("gfx11", *_GFX11_INT4, num_stages=1, of=("int4",)),

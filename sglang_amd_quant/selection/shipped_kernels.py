@@ -21,12 +21,16 @@ from sglang_amd_quant.selection.legality import operand_bits
 from sglang_amd_quant.selection.problem import Config, GemmProblem
 from sglang_amd_quant.selection.specs import SHIPPED, KernelSpec, kernel, register
 
+_MX, _FNUZ = ("e2m1", "e4m3"), ("gfx942", "e4m3")
+_EXPERTS = ("moe_gate_up", "moe_down")
 GPUS = ("gfx950", "gfx942", "gfx11", "sm_90")
 
 
-def _read(layouts: dict[tuple[str, str], str], *weights: str) -> tuple[str, ...]:
-    """Those of some weight formats."""
-    return tuple(dict.fromkeys(name for (_, weight), name in layouts.items() if weight in weights))
+def _dequantized(layouts: dict[tuple[str, str], str]) -> tuple[str, ...]:
+    """Those that kernels read which dequantize MX weights ahead of LDS: OCP codes, so not gfx942's e4m3."""
+    return tuple(
+        dict.fromkeys(name for (arch, weight), name in layouts.items() if weight in _MX and (arch, weight) != _FNUZ)
+    )
 
 
 HOPPER_INT4 = ("mma_int4+tile_group", "decode_mma_int4")
@@ -75,7 +79,7 @@ def _mx_gemm(name: str, ops: tuple[str, ...], layouts: tuple[str, ...] = ("strid
         space=_TILE,
         configure=_dense_tile if ops == ("linear",) else _grouped_tile,
         triton=True,
-        gathers=True,
+        gathers=("values", "scales"),
         acts=("e4m3", "e2m1", "bf16", "fp8_static"),
         out_dtypes=("bf16", "fp16", "fp32"),
         fuses=("bias",),
@@ -155,24 +159,27 @@ def _int4_gemm(name: str, ops: tuple[str, ...], *tables: dict[tuple[str, str], s
     )
 
 
-def _e2m1_gemm(name: str, archs: tuple[str, ...], schemes: tuple[str, ...], acts: tuple[str, ...]) -> KernelSpec:
-    """MXFP4 weights where there is no matrix unit for MX, or activations are not quantized."""
-    read = _archs_of("e2m1", AMD_DECODE_LAYOUTS)
+def _mx_registers(weight: str, op: str, archs: tuple[str, ...], x: str = "") -> KernelSpec:
+    """MX weights where no matrix unit multiplies them. `x`: the dtype of activations that are not quantized, if it is
+    for these alone; else any, as bf16 has them."""
+    ops, table = (("linear",), AMD_DECODE_LAYOUTS) if op == "gemm" else (_EXPERTS, AMD_MOE_DECODE_LAYOUTS)
+    schemes = ("w4a16",) if x else DECODE_SCHEMES[weight]
+    read = {layout: on for layout, of in _archs_of(weight, table).items() if (on := tuple(a for a in of if a in archs))}
     return replace(
-        _group_gemm(name, ("linear",)),
+        _group_gemm("_".join(part for part in ("triton", weight, x, op) if part), ops),
         archs=archs,
         schemes=schemes,
-        acts=acts,
+        acts=(*dict.fromkeys(scheme(s).act for s in schemes), *(() if x else ("fp8_static",))),
         layouts=("strided", *read),
         layout_archs=read,
-        gathers=True,
+        gathers=("scales",),
         lds=_registers_lds,
-        x_dtypes=("bf16",),
+        x_dtypes=(x or "bf16",),
     )
 
 
 def _fp16_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
-    """MX weights in a model of fp16 whose activations are not quantized; bf16 ones are `_mx_gemm`'s."""
+    """MX weights in a model of fp16 whose activations are not quantized; on AMD only e4m3's are left to it."""
     return replace(_group_gemm(name, ops), schemes=("w4a16", "mxfp8"), layouts=("strided",), x_dtypes=("fp16",))
 
 
@@ -197,8 +204,8 @@ _MOE = KernelSpec(
     "kernels/triton/moe_gemm.py",
     archs=GPUS,
     schemes=("mxfp8", "w4a8", "mxfp4", "w4a16"),
-    ops=("moe_gate_up", "moe_down"),
-    layouts=("strided", *_read(AMD_MOE_DECODE_LAYOUTS, "e2m1", "e4m3")),
+    ops=_EXPERTS,
+    layouts=("strided", *_dequantized(AMD_MOE_DECODE_LAYOUTS)),
     space=_TILE | {"block_k": (32, 64, 128, 256, 512)},
     configure=_moe_tile,
     triton=True,
@@ -207,6 +214,7 @@ _MOE = KernelSpec(
     fuses=("bias", "activation"),
     activations=("silu", "swigluoai"),
     x_dtypes=("bf16",),
+    gathers=("values", "scales"),
     dequantizes=True,
     lds=_moe_lds,
     k_multiple=32,
@@ -316,7 +324,7 @@ def _amd_moe_decode(arch: str, weight: str) -> KernelSpec:
     return replace(
         _amd_decode(arch, weight),
         name=f"hip_moe_decode_{arch}_{weight}",
-        ops=("moe_gate_up", "moe_down"),
+        ops=_EXPERTS,
         layouts=(AMD_MOE_DECODE_LAYOUTS[arch, weight],),
         space={"block_m": AMD_MOE_DECODE_M},
         configure=_moe_decode_block,
@@ -382,19 +390,20 @@ SHIPPED_KERNELS = (
     ),
     *(_amd_decode(arch, weight) for arch, weight in AMD_DECODE_LAYOUTS),
     *(_amd_moe_decode(arch, weight) for arch, weight in AMD_MOE_DECODE_LAYOUTS),
-    _e2m1_gemm("triton_e2m1_gemm", ("gfx942", "gfx11"), ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1")),
-    _e2m1_gemm("triton_e2m1_bf16_gemm", ("gfx950",), ("w4a16",), ("bf16",)),
+    *(_mx_registers(weight, op, ("gfx942", "gfx11")) for weight in _MX for op in ("gemm", "moe")),
+    *(_mx_registers("e2m1", op, ("gfx950",), "bf16") for op in ("gemm", "moe")),
+    *(_mx_registers("e2m1", op, ("gfx950", "gfx942", "gfx11"), "fp16") for op in ("gemm", "moe")),
     _mx_gemm(
         "triton_mx_gemm",
         ("linear",),
-        ("strided", "mma_tile+mma_scale", *_read(AMD_DECODE_LAYOUTS, "e2m1", "e4m3")),
+        ("strided", "mma_tile+mma_scale", *_dequantized(AMD_DECODE_LAYOUTS)),
     ),
     _MOE,
-    _mx_gemm("triton_mx_moe", ("moe_gate_up", "moe_down")),
+    _mx_gemm("triton_mx_moe", _EXPERTS),
     _int4_gemm("triton_int4_gemm", ("linear",), AMD_DECODE_LAYOUTS),
-    _int4_gemm("triton_int4_moe", ("moe_gate_up", "moe_down"), AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS),
+    _int4_gemm("triton_int4_moe", _EXPERTS, AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS),
     _fp16_gemm("triton_fp16_gemm", ("linear",)),
-    _fp16_gemm("triton_fp16_moe", ("moe_gate_up", "moe_down")),
+    _fp16_gemm("triton_fp16_moe", _EXPERTS),
     _hopper("bf16", ("w4a16", "w4a8", "mxfp4"), ("bf16", "e4m3", "e2m1")),
     _hopper("e4m3", ("mxfp8", "w4a8", "mxfp4"), ("e4m3", "e2m1", "fp8_static")),
     replace(

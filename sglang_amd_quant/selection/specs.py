@@ -47,8 +47,8 @@ class KernelSpec:
         betas: what its activations may add to up (`Epilogue.beta`); empty = any.
         x_dtypes: dtypes of activations that reach it unquantized (scheme with bf16 activations, or `quantize_input`);
             empty = any. A model's dtype is what the op hands on, `GemmProblem.out_dtype`.
-        gathers: finds every byte of the weights by a layout's closed form, so that the least block of a layout does not
-            bind its tile.
+        gathers: `values`, `scales`: what it finds every byte of by a layout's closed form, so that the least block of a
+            layout does not bind its tile.
         dequantizes: both operands are dequantized to bf16 where the matrix unit takes no scales: they fill LDS so.
         lds: LDS bytes of a problem's tile, for a Triton kernel that lays its pipeline out itself; None = the estimate.
         code_objects: the code objects of `kernels/hip/manifest.py` that it launches; none for Triton and torch.
@@ -80,7 +80,7 @@ class KernelSpec:
     activations: tuple[str, ...] = ()
     betas: tuple[float | None, ...] = ()
     x_dtypes: tuple[str, ...] = ()
-    gathers: bool = False
+    gathers: tuple[str, ...] = ()
     dequantizes: bool = False
     lds: Callable[[GemmProblem, Config], int] | None = None
     code_objects: tuple[str, ...] = ()

@@ -83,7 +83,7 @@ def test_a_model_in_fp16_gets_what_reads_it(capsys: Out) -> None:
     argv = ("gpt-oss-120b", "--arch", "gfx950", "--m", "1,64", "--kernels", "shipped", "--json")
     for scheme, dtype, linear, experts in (
         ("w4a16", "bf16", "hip_decode_gfx950_e2m1", "hip_moe_decode_gfx950_e2m1"),
-        ("w4a16", "fp16", "triton_fp16_gemm", "triton_fp16_moe"),
+        ("w4a16", "fp16", "triton_e2m1_fp16_gemm", "triton_e2m1_fp16_moe"),
         ("int4_w4a16", "fp16", "hip_decode_gfx950_int4", "hip_moe_decode_gfx950_int4"),
         ("w4a8", "fp32", "triton_mx_gemm", "triton_mx_moe"),
     ):
@@ -93,7 +93,7 @@ def test_a_model_in_fp16_gets_what_reads_it(capsys: Out) -> None:
         chosen = {(gemm["problem"]["op"], gemm["choices"]["1"]["kernel"]) for gemm in data["gemms"]}
         assert chosen == {("linear", linear), ("moe_gate_up", experts), ("moe_down", experts)}
     table = run(capsys, *argv[:-1], "--scheme", "w4a16", "--out-dtype", "fp16")[1]
-    assert table.count(" fp16  ") == table.count(" strided ") == 4
+    assert table.count(" fp16  ") == table.count("preshuffle") == 4
     rows = csv.DictReader(io.StringIO(run(capsys, *argv[:-1], "--csv", "--out-dtype", "fp16")[1]))
     assert {row["out_dtype"] for row in rows} == {"fp16"}
 

@@ -164,7 +164,7 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     for module in (linear_method, moe_method, layout, operand):
         monkeypatch.setattr(module, "current_arch", lambda: "gfx950")
     for module in (layout, linear, moe):
-        gemms = {f"triton_{w}_{op}" for w in ("mx", "int4", "fp16") for op in ("gemm", "moe")}
+        gemms = {f"triton_{w}_{op}" for w in ("mx", "int4", "e2m1_fp16") for op in ("gemm", "moe")}
         kernels = frozenset({"gemv_mxfp4", *gemms})
         monkeypatch.setattr(module, "launchable", lambda arch, kernels=kernels: kernels)
     for module in (linear_method, moe_method):

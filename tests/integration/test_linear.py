@@ -306,7 +306,7 @@ def test_on_a_gpu_the_layer_calls_its_kernel_on_packed_weights(make_config, rank
         assert as_gpu.calls == ["gfx950"]
         assert scheme.weight != "int4" or layer.amd_mx.weight.layout.name == "cdna_int4+tile_group"
         kernel = bound(layer.amd_mx.text).plan(5, dtype).choice.kernel
-        assert (kernel == "triton_fp16_gemm") == (scheme.name == "w4a16" and dtype == torch.float16)
+        assert (kernel == "triton_e2m1_fp16_gemm") == (scheme.name == "w4a16" and dtype == torch.float16)
     assert as_gpu.loaded >= {"gemv_mxfp4_bf16_m1", "gemv_mxfp4_f32_m4"}
 
 

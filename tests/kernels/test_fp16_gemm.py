@@ -19,6 +19,9 @@ from sglang_amd_quant.kernels.triton.manifest import Variant, group_variants
 from sglang_amd_quant.kernels.triton.routing import route_torch
 
 from sglang_amd_quant.formats import dequantize_mx
+from sglang_amd_quant.layouts.names import TensorLayout
+from sglang_amd_quant.layouts.registry import scale_layout, value_layout
+from sglang_amd_quant.runtime.decode_gemm_amd import layout_name
 from sglang_amd_quant.toolchain.triton_aot import compile_variant
 
 AMD = ("gfx950", "gfx942", "gfx1100", "gfx1151")
@@ -42,11 +45,16 @@ class Problem:
     def rows(self) -> int:
         return self.x.shape[0] * self.options.get("top_k", 1)
 
-    def run(self, config: GroupGemmConfig, arch: str, out: torch.dtype = torch.float32) -> torch.Tensor:
+    def run(
+        self, config: GroupGemmConfig, arch: str, out: torch.dtype = torch.float32, layout: str = "strided"
+    ) -> torch.Tensor:
         """On machine code, of which nothing spills; it starts from NaN."""
-        y = torch.full((self.rows, self.scales.shape[-2]), torch.nan, dtype=out)
+        y, lies = torch.full((self.rows, self.scales.shape[-2]), torch.nan, dtype=out), TensorLayout.parse(layout)
+        w, scales = value_layout(lies.value).pack(self.w), scale_layout(lies.scale).pack(self.scales)
         with emulated_triton(arch) as made:
-            group_gemm(self.x, self.w, self.scales, y, config, arch, group=32, **self.options)
+            group_gemm(
+                self.x, w, scales, y, config, arch, group=32, layout=(lies.value, lies.scale), **self.options
+            )  # fmt: skip
         assert made[0].compiled.report.problems == []
         assert arch == "sm_90" or made[0].counters.matrix > 0
         return y
@@ -131,6 +139,15 @@ def test_experts(arch: str, w_format: str) -> None:
 
 
 @pytest.mark.parametrize("arch", AMD)
+@pytest.mark.parametrize(("n", "grouped"), [(130, 0), (40, 16)])
+def test_where_decode_kernels_read_it(arch: str, n: int, grouped: int) -> None:
+    """Of e2m1 on AMD (`amd_gemm.py`), dense and by expert, K with a tail."""
+    p = problem("e2m1", 20, n, 160, grouped=grouped, bias=True)
+    config = replace(SMALL, block_k=64 if arch.startswith("gfx11") else 128)
+    assert_close(p.run(config, arch, layout=layout_name(arch, "w4a16")), p)
+
+
+@pytest.mark.parametrize("arch", AMD)
 @pytest.mark.parametrize("w_format", FORMATS)
 def test_every_code_and_every_bit_of_x_reach_the_sum(arch: str, w_format: str) -> None:
     """One element of a row is 1, so a sum is one code; or 1 + 2^-10, which is no bf16, in fp16's whole range."""
@@ -180,12 +197,11 @@ def test_the_twin_agrees(w_format: str, grouped: int) -> None:
 
 
 def test_what_would_lose_bits_is_refused() -> None:
-    """bf16 is another kernel's, as are weights that lie as it reads them."""
+    """bf16 is another kernel's, as are e4m3 weights that lie as it reads them."""
     p, y = problem("e4m3", 3, 16, 64), torch.empty(3, 16)
     with pytest.raises(ValueError, match="with x of torch.bfloat16 on gfx950: .*use mx_gemm"):
         group_gemm(p.x.bfloat16(), p.w, p.scales, y, SMALL, "gfx950", group=32)
-    p = problem("e2m1", 3, 16, 64)
-    with pytest.raises(ValueError, match="e2m1 weights in layout preshuffle on gfx950: takes strided ones"):
+    with pytest.raises(ValueError, match="e4m3 weights in layout preshuffle on gfx950: takes strided ones"):
         group_gemm(p.x, p.w, p.scales, y, SMALL, "gfx950", group=32, layout=("preshuffle", "tile_scale"))
 
 

@@ -116,9 +116,15 @@ def test_fp16_is_not_rounded_to_bf16_first(arch: str, element: str) -> None:
 
 
 def test_what_would_lose_bits_is_refused() -> None:
-    for x, element, out in ((torch.ones(1, 32).half(), None, "bf16"), (torch.ones(1, 32), "e4m3", "mx")):
+    silu = quant_mx.Front("silu")
+    for x, element, out, front, dtype in (
+        (torch.ones(1, 32).half(), None, "bf16", quant_mx.NO_FRONT, None),
+        (torch.ones(1, 32), "e4m3", "mx", quant_mx.NO_FRONT, None),
+        (torch.ones(1, 64), "e4m3", "mx", silu, None),
+        (torch.ones(1, 64), None, "bf16", silu, torch.float16),
+    ):
         with pytest.raises(ValueError, match="takes bf16 and fp16 .* use formats.quantize_mx"):
-            quant_mx.quant_mx(x, element, out)
+            quant_mx.quant_mx(x, element, out, front=front, dtype=dtype)
 
 
 @pytest.mark.parametrize("mode", ["floor", "rceil", "ceil", "even"])
@@ -141,6 +147,18 @@ def test_fronts(arch: str, kind: str) -> None:
     data, _ = quant_mx.quant_mx(x, None, "bf16", front=front)
     if runs(arch):
         torch.testing.assert_close(data.double(), front(x.double()), rtol=2.0**-8 + 2.0**-18, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("element", ["e2m1", "e4m3"])
+def test_sums_are_activated_and_rounded_before_they_are_quantized(arch: str, element: str, dtype: torch.dtype) -> None:
+    """From fp32 through a model's dtype to the values of codes; exp is good to a few ulps of fp32, so hardly one
+    falls the other way."""
+    x, front = torch.randn(5, 192, generator=torch.Generator().manual_seed(7)) * 2, quant_mx.Front("silu")
+    data, _ = quant_mx.quant_mx(x, element, "bf16", None, front, arch in ("gfx950", "sm_90"), dtype)
+    if runs(arch):
+        want, _ = quant_mx.quant_mx_torch(x, element, "bf16", None, front, dtype)
+        assert (data == want).float().mean() > 0.99
 
 
 def test_an_activation_in_fp16_is_rounded_to_it(arch: str) -> None:

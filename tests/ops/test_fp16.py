@@ -65,9 +65,8 @@ def test_linear(arch, scheme):
     with emulated_triton(arch) as made:
         out = layer(x, bias)
     quantized = ["quant_mx_kernel"] if plain.act.scheme.act != "bf16" and not static else []
-    registers = arch != "gfx950" and scheme in ("w4a8", "mxfp4") and not static  # MXFP4 without a matrix unit for MX
-    gemm = "group_gemm_kernel" if scheme == "w4a16" else "amd_gemm_kernel" if registers else "mx_gemm_kernel"
-    assert names(made) == [*quantized, gemm]
+    registers = scheme == "w4a16" or arch != "gfx950"  # which has a matrix unit for MX
+    assert names(made) == [*quantized, "amd_gemm_kernel" if registers else "mx_gemm_kernel"]
     assert out.dtype == torch.float16
     assert_close(out, exact_linear(plain, x, bias), 320 + 2 * static)  # of static fp8 each factor is rounded once more
 
@@ -93,7 +92,8 @@ def test_moe(arch, scheme, activation):
         out = in_fp16(plain)(*given)
     gemms = [name for name in names(made) if "gemm" in name]
     fused = "mx_gemm_kernel" if activation is RELU2 else "moe_gemm_kernel"
-    assert gemms == (["group_gemm_kernel"] * 2 if scheme == "w4a16" else [fused, "moe_gemm_kernel"])
+    registers = scheme == "w4a16" or arch != "gfx950"  # which has a matrix unit for MX
+    assert gemms == (["amd_gemm_kernel"] * 2 if registers else [fused, "moe_gemm_kernel"])
     want = as_served_on_a_cpu(plain)(*given)
     assert (out.shape, out.dtype) == (want.shape, torch.float16)
     assert torch.isfinite(out).all()

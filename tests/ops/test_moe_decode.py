@@ -16,14 +16,16 @@ from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.ops.moe import bound
 from sglang_amd_quant.selection.arch import canonical
 from sglang_amd_quant.selection.shipped_kernels import AMD_MOE_DECODE_LAYOUTS
+from sglang_amd_quant.selection.specs import kernel
 
 E, H, INTER, TOP_K = 6, 160, 96, 2  # 160: the last tile of K is not whole
 HALVES = Activation("swigluoai", limit=2.0, alpha=1.5)
 
 
 def reads(arch: str, scheme: str) -> bool:
-    """Whether the arch has decode kernels for the scheme's weights that prefill can follow."""
-    return (canonical(arch), "e4m3" if scheme == "mxfp8" else "e2m1") in AMD_MOE_DECODE_LAYOUTS
+    """Whether what the arch's decode kernels read of the scheme's weights `triton_moe` reads too."""
+    weight = "e4m3" if scheme == "mxfp8" else "e2m1"
+    return AMD_MOE_DECODE_LAYOUTS[canonical(arch), weight] in kernel("triton_moe").layouts
 
 
 def launched(device) -> list[str]:

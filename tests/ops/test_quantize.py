@@ -7,7 +7,8 @@ import torch
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.formats import dequantize_mx, quantize_mx
-from sglang_amd_quant.ops.quantize import quantize_activation
+from sglang_amd_quant.ops.activation import Activation
+from sglang_amd_quant.ops.quantize import activated_values, bf16_values, quantize_activation
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.schemes import SCHEMES, ScaleMode
 
@@ -35,6 +36,20 @@ def test_static_fp8_has_unit_scales_and_a_factor():
     assert found.scales.unique().tolist() == [127]
     values = dequantize_mx(found.data, found.scales, "e4m3") * found.factor
     assert torch.equal(values, ActQuant(SCHEMES["w4a8"], scale=scale)(x))
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "mxfp4", "w4a8", "static"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bf16_has_what_the_reference_multiplies(scheme, dtype):
+    """With its factor apart; behind an activation too, whose result is rounded to the model's dtype first."""
+    scale = torch.tensor(0.01) if scheme == "static" else None
+    act, sums = ActQuant(SCHEMES["w4a8" if scheme == "static" else scheme], scale=scale), torch.randn(3, 192)
+    dtype = torch.bfloat16 if scheme == "w4a16" else dtype
+    hidden = Activation()(sums).to(dtype)
+    for values in (bf16_values(hidden, act), activated_values(sums, Activation(), act, dtype)):
+        assert (values.data.dtype, values.scales) == (torch.bfloat16, None)
+        factor = 1.0 if values.factor is None else values.factor
+        assert torch.equal(values.data.float() * factor, act(hidden).float())
 
 
 def test_partial_blocks():

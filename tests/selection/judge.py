@@ -24,20 +24,25 @@ DECODE_LAYOUT = {
     "hip_decode_gfx950_e4m3": "mxfp8_lane+tile_scale",
     "hip_decode_gfx950_int4": "cdna_int4+tile_group",
     "hip_decode_gfx942_e2m1": "cdna3_e2m1+tile_scale",
+    "hip_decode_gfx942_e4m3": "cdna3_e4m3+tile_scale",
     "hip_decode_gfx942_int4": "cdna_int4+tile_group",
     "hip_decode_gfx11_e2m1": "preshuffle+tile_scale",
     "hip_decode_gfx11_e4m3": "preshuffle+tile_scale",
     "hip_decode_gfx11_int4": "rdna_int4+tile_group",
 }
 MOE_DECODE_LAYOUT = {f"hip_moe_{name[4:]}": f"decode_{layout.split('+')[0]}" for name, layout in DECODE_LAYOUT.items()}
-MX_DECODE_LAYOUTS = tuple(layout for name, layout in DECODE_LAYOUT.items() if not name.endswith("int4"))
-MX_MOE_DECODE_LAYOUTS = tuple(layout for name, layout in MOE_DECODE_LAYOUT.items() if not name.endswith("int4"))
+OCP_DECODE_LAYOUTS, OCP_MOE_DECODE_LAYOUTS = (
+    tuple(layout for layout in layouts.values() if "int4" not in layout and "cdna3_e4m3" not in layout)
+    for layouts in (DECODE_LAYOUT, MOE_DECODE_LAYOUT)
+)
+"""Those of MX weights that hold OCP codes, which is not gfx942's of e4m3."""
 INT4_LAYOUTS = ("cdna_int4+tile_group", "rdna_int4+tile_group")
 HOPPER_INT4_LAYOUTS = ("mma_int4+tile_group", "decode_mma_int4")
 
 MX = ("gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe")
 INT4 = ("triton_int4_gemm", "triton_int4_moe")
-E2M1 = {"triton_e2m1_gemm": ("gfx942", "gfx11"), "triton_e2m1_bf16_gemm": ("gfx950",)}
+REGISTERS = {f"triton_{w}_{op}": ("gfx942", "gfx11") for w in ("e2m1", "e4m3") for op in ("gemm", "moe")}
+REGISTERS |= {f"triton_e2m1_bf16_{op}": ("gfx950",) for op in ("gemm", "moe")}
 FP16 = ("triton_fp16_gemm", "triton_fp16_moe")
 HOPPER_MX = ("triton_hopper_bf16", "triton_hopper_e4m3")
 HOPPER = (*HOPPER_MX, "triton_hopper_int4")
@@ -55,7 +60,7 @@ ON = {
     **dict.fromkeys((*HOPPER, *HOPPER_DECODE), ("sm_90",)),
     **{name: (name.split("_")[2],) for name in DECODE_LAYOUT},
     **{name: (name.split("_")[3],) for name in MOE_DECODE_LAYOUT},
-    **E2M1,
+    **REGISTERS,
 }
 """Kernel -> archs that it is of."""
 
@@ -131,7 +136,7 @@ def any_kernel(case: Case) -> Rules:
 # ---- kernels of this package, of which the op does what they do not fuse ----
 
 
-@of(*MX, *INT4, *FP16, *E2M1)
+@of(*MX, *INT4, *FP16, *REGISTERS)
 def bare_gemm(case: Case) -> Rules:
     p, unfused = case.p, case.choice.unfused
     yield "activation is the op's", bool(p.epilogue.activation) != ("activation" in unfused)
@@ -141,7 +146,7 @@ def bare_gemm(case: Case) -> Rules:
 @of(*MX)
 def mx(case: Case) -> Rules:
     p = case.p
-    packed = ("mma_tile+mma_scale", *MX_DECODE_LAYOUTS) if case.kernel == "triton_mx_gemm" else ()
+    packed = ("mma_tile+mma_scale", *OCP_DECODE_LAYOUTS) if case.kernel == "triton_mx_gemm" else ()
     yield "int4", p.scheme == "int4_w4a16"
     yield "layout read", case.layout not in ("strided", *packed)
     yield "x is bf16 where nothing quantizes it", case.unquantized and p.out_dtype in NOT_BF16
@@ -167,14 +172,20 @@ def int4(case: Case) -> Rules:
     yield "tiles of the layout", case.choice.config.block_k < least_k
 
 
-@of(*E2M1)
-def e2m1(case: Case) -> Rules:
+@of(*REGISTERS)
+def registers(case: Case) -> Rules:
     p = case.p
-    own = {"gfx942": "cdna3_e2m1+tile_scale"}.get(p.arch, "preshuffle+tile_scale")
-    yield "op", not case.linear
-    yield "operands", p.scheme not in ("w4a16", "w4a8", "mxfp4") or p.act == "fp8_static"
+    weights = case.kernel.split("_")[1]
+    values = f"cdna3_{weights}" if p.arch == "gfx942" else "preshuffle"
+    own = f"{values}+tile_scale" if case.linear else f"decode_{values}"
+    schemes = {"e2m1": ("w4a16", "w4a8", "mxfp4"), "e4m3": ("mxfp8",)}[weights]
+    tile = {"cdna3_e2m1": 128, "cdna3_e4m3": 64, "preshuffle": 64 if weights == "e2m1" else 32}
+    yield "op", case.linear != case.kernel.endswith("gemm")
+    yield "operands", p.scheme not in schemes or (weights == "e4m3" and case.unquantized)
     yield "MX has a matrix unit", p.arch == "gfx950" and not case.unquantized
     yield "layout read", case.layout not in ("strided", own)
+    yield "whole tiles of gates and ups", case.layout.startswith("decode_") and p.n % 16
+    yield "tiles of the layout", case.layout == own and case.choice.config.block_k < tile[values]
     yield "x is bf16 where nothing quantizes it", case.unquantized and p.out_dtype in NOT_BF16
 
 
@@ -252,7 +263,7 @@ def moe_decode(case: Case) -> Rules:
 @of("triton_moe")
 def moe(case: Case) -> Rules:
     p = case.p
-    yield "layout", case.layout not in ("strided", *MX_MOE_DECODE_LAYOUTS)
+    yield "layout", case.layout not in ("strided", *OCP_MOE_DECODE_LAYOUTS)
     yield "format", "mxfp8" in case.layout and p.scheme != "mxfp8"
     yield "format", "e2m1" in case.layout and p.scheme == "mxfp8"
     yield "op or scheme", case.linear or p.scheme == "int4_w4a16"
@@ -357,7 +368,7 @@ def lds_bytes(case: Case) -> int:
     p, c = case.p, case.choice.config
     if case.kernel in HOPPER:
         return hopper_bytes(case)
-    if case.kernel in (*INT4, *FP16, *E2M1):
+    if case.kernel in (*INT4, *FP16, *REGISTERS):
         return group_bytes(case)
     dequantized = case.kernel in (*MX, "triton_moe") and p.arch != "gfx950"  # before they are multiplied
     bits_a, bits_b = (16, 16) if dequantized else (BITS[p.act], WEIGHT_BITS[p.scheme])

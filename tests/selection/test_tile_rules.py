@@ -29,6 +29,7 @@ from sglang_amd_quant.selection.specs import kernel, kernels
 from sglang_amd_quant.toolchain.triton_aot import call, compile_variant
 
 MEMBER = {"gfx11": "gfx1100"}
+WEIGHTS = {"int4_w4a16": "int4", "w4a16": "e2m1", "mxfp8": "e4m3"}
 
 
 def tiles():
@@ -66,7 +67,7 @@ def dense_tiles():
     """(arch, scheme, layout, tile): what linears get whose weights lie as the decode kernels of an arch read them."""
     here = Selector(available={"triton_mx_gemm"})
     for rule in LAYOUT_RULES:
-        if rule.ops != ("linear",) or rule.layout.startswith("hopper") or rule.scheme not in SCHEMES:
+        if rule.ops != ("linear",) or rule.layout not in kernel("triton_mx_gemm").layouts or rule.scheme not in SCHEMES:
             continue
         for m in (48, 1024):
             problem = GemmProblem("linear", rule.scheme, rule.arch, m, 2304, 6144, layout=rule.layout)
@@ -90,7 +91,7 @@ def test_layouts_of_decode_kernels_compile_without_spills(arch, scheme, layout, 
 def group_problems(arch):
     """int4 experts, by the height that routing gives, on strided weights: dense tiles are among theirs. int4 linears,
     and the highest tile's experts, on weights that lie as decode kernels read them, in models of fp16. MX linears and
-    experts in these, whose activations are not quantized. And MXFP4 linears on AMD in models of bf16."""
+    experts in these, whose activations are not quantized. And MX linears and experts on AMD in those of bf16."""
     shape, experts = {"n": 1536, "k": 2048}, {"e_local": 64, "e_total": 64, "top_k": 8, "layout": "strided"}
     for group in (32, 64, 128):
         shared = shape | {"scheme": "int4_w4a16", "arch": arch, "group": group}
@@ -100,22 +101,32 @@ def group_problems(arch):
         if (arch, "int4") in AMD_MOE_DECODE_LAYOUTS:
             packed = experts | {"layout": AMD_MOE_DECODE_LAYOUTS[arch, "int4"], "out_dtype": "fp16"}
             yield GemmProblem("moe_gate_up", m=64, block_m=128, **shared, **packed)
-    for scheme in ("w4a16", "mxfp8"):
+    for scheme in ("w4a16", "mxfp8") if arch == "sm_90" else ("mxfp8",):
         shared = shape | {"scheme": scheme, "arch": arch, "act": "bf16", "out_dtype": "fp16"}
         yield from (GemmProblem("moe_gate_up", m=64, block_m=b, **shared, **experts) for b in (16, 32, 64, 128))
         yield from (GemmProblem("linear", m=m, **shared, layout="strided") for m in (16, 32, 64, 4096))
-    if own := AMD_DECODE_LAYOUTS.get((arch, "e2m1")):
-        for m, layout in product((16, 32, 64, 4096), ("strided", own)):
-            yield GemmProblem("linear", "w4a16", arch, m, **shape, layout=layout)
+    for weights, scheme, dtype in (("e2m1", "w4a16", "bf16"), ("e2m1", "w4a16", "fp16"), ("e4m3", "mxfp8", "bf16")):
+        shared = shape | {"scheme": scheme, "arch": arch, "out_dtype": dtype}
+        if not any(spec.covers(GemmProblem("linear", m=1, **shared)) for spec in registers(weights)):
+            continue
+        for m, layout in product((16, 32, 64, 4096), ("strided", AMD_DECODE_LAYOUTS[arch, weights])):
+            yield GemmProblem("linear", m=m, **shared, layout=layout)
+        for b, layout in product((16, 32, 64, 128), ("strided", AMD_MOE_DECODE_LAYOUTS[arch, weights])):
+            yield GemmProblem("moe_gate_up", m=64, **shared | experts | {"layout": layout, "block_m": b})
+
+
+def registers(weights):
+    """Specs of kernels that have MX weights in registers all the way."""
+    return [spec for name, spec in kernels().items() if name.startswith(f"triton_{weights}_")]
 
 
 def group_tiles():
     """(problem, choice) of each tile that they get."""
     for problem in (problem for arch in GPUS for problem in group_problems(arch)):
-        weights = "int4" if problem.scheme == "int4_w4a16" else "fp16" if problem.out_dtype == "fp16" else "e2m1"
-        names = {f"triton_{weights}_{'moe' if problem.moe else 'gemm'}", f"triton_{weights}_bf16_gemm"} & set(kernels())
+        own, op = (f"{WEIGHTS[problem.scheme]}_", ""), "moe" if problem.moe else "gemm"
+        names = {f"triton_{weights}{x}{op}" for weights in own for x in ("", "bf16_", "fp16_")} & set(kernels())
         choice = Selector(available=names).decide(problem)
-        if choice.source == "heuristic":  # of MX weights no rule of gfx11's is as high as 128
+        if choice.source == "heuristic":  # of MX weights none of gfx11's is as high as 128
             tile = "x".join(map(str, choice.config.tile))
             yield pytest.param(
                 problem, choice, id=f"{problem.arch}-{problem.scheme}-{problem.op}-{problem.group}-{tile}"
@@ -124,11 +135,14 @@ def group_tiles():
 
 @pytest.mark.parametrize(("problem", "choice"), group_tiles())
 def test_group_tiles_compile_without_spills_in_the_lds_that_is_estimated(problem, choice):
-    packed = problem.layout.startswith("decode_")  # experts
-    lies = TensorLayout.parse(problem.layout.removeprefix("decode_") + "+tile_group" if packed else problem.layout)
+    layout = problem.layout
+    if layout.startswith("decode_"):  # experts
+        scales = "tile_group" if problem.scheme == "int4_w4a16" else "tile_scale"
+        layout = f"{layout.removeprefix('decode_')}+{scales}"
+    lies = TensorLayout.parse(layout)
     config = choice.config
     even = problem.group >= (config.block_k or 0)
-    weights = {"int4_w4a16": "int4", "w4a16": "e2m1", "mxfp8": "e4m3"}[problem.scheme]
+    weights = WEIGHTS[problem.scheme]
     made = compile_variant(
         Variant(
             f"{config}", MEMBER.get(problem.arch, problem.arch), problem.out_dtype, weights,
@@ -146,7 +160,7 @@ def moe_tiles():
     here = Selector(available={"triton_moe"})
     for arch, scheme, op, tail in product(GPUS, SCHEMES, ("moe_gate_up", "moe_down"), (0, 32, 64, 128)):
         decode = AMD_MOE_DECODE_LAYOUTS.get((arch, SCHEMES[scheme][1]))
-        for layout in ("strided", decode) if tail >= 64 and decode else ("strided",):
+        for layout in ("strided", decode) if tail >= 64 and decode in kernel("triton_moe").layouts else ("strided",):
             problem = GemmProblem(op, scheme, arch, 64, 1536, 2048 + tail, 0, 64, 64, 8, layout=layout)
             choices = [here.decide(replace(problem, block_m=block_m)) for block_m in (16, 32, 64, 128)]
             for config in dict.fromkeys(c.config for c in choices if c.source == "heuristic"):
