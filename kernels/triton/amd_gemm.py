@@ -25,6 +25,7 @@ from .e2m1_values import e2m1_halves, e2m1_values, e8m0_values
 from .e4m3_values import e4m3_values
 from .int4_values import int4_values
 from .mx_gemm import e8m0_to_fp32
+from .quant_mx import activate
 from .tiles import column_offsets, row_offsets, tile_of_program
 
 LAYOUTS = {
@@ -116,6 +117,15 @@ def in_turn(sums):
 
 
 @gluon.jit
+def eight_columns_on(sums):
+    """Of each 16 columns, the sums of the other eight: lanes of a row of sixteen have one each."""
+    return gl.inline_asm_elementwise(
+        "s_nop 1\nv_mov_b32_dpp $0, $1 row_ror:8 row_mask:0xf bank_mask:0xf", "=&v,v", [sums], dtype=gl.float32,
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def amd_gemm_kernel(
     x, x_scale, w, w_scales, bias, y, row_ids, block_experts, row_weights,
     M, N, K, tiles_m,
@@ -124,6 +134,7 @@ def amd_gemm_kernel(
     GROUP_M: gl.constexpr, XCDS: gl.constexpr, EVEN_K: gl.constexpr,
     VALUES: gl.constexpr, SCALES: gl.constexpr, PAD: gl.constexpr, SCALE_PAD: gl.constexpr,
     FORMAT: gl.constexpr = "int4", LONG: gl.constexpr = False, PAIRS: gl.constexpr = None,
+    ACTIVATION: gl.constexpr = None, LIMIT: gl.constexpr = None, ALPHA: gl.constexpr = 1.0, BETA: gl.constexpr = 0.0,
 ):  # fmt: skip
     """One BLOCK_M x BLOCK_N tile of y; see `group_gemm` for the arguments.
 
@@ -132,7 +143,8 @@ def amd_gemm_kernel(
         is more, 128 at most; whole tiles of a layout. WARPS: of the block. VALUES, SCALES: the weights' layouts, whose
         rows are padded to PAD words of int4 or bytes of MX, and to SCALE_PAD scales. LONG: x may be beyond the 2 GiB
         that buffer loads reach. PAIRS: `halves` or `interleaved`, where 8 gates and 8 ups alternate in the weights, for
-        how they do in y; N is then whole 16s.
+        how they do in y and the bias; N is then whole 16s. ACTIVATION: of PAIRS, `silu` or `swigluoai`, which
+        makes N / 2 columns of them; LIMIT, ALPHA, BETA: as `Front` has them.
     """
     CDNA: gl.constexpr = ARCH != "gfx11"
     HALF: gl.constexpr = x.dtype.element_ty == gl.float16
@@ -164,15 +176,20 @@ def amd_gemm_kernel(
         places = columns // 16 * 8 + columns % 8 + columns % 16 // 8 * (N // 2)
     elif PAIRS == "interleaved":
         places = columns // 16 * 16 + columns % 8 * 2 + columns % 16 // 8
+    ACTIVATED: gl.constexpr = ACTIVATION is not None
+    gl.static_assert(PAIRS is not None or not ACTIVATED, "a gate and its up are eight columns apart")
+    kept, y_columns, n_out = columns < N, places, N
+    if ACTIVATED:
+        kept, y_columns, n_out = kept & (columns % 16 < 8), columns // 16 * 8 + columns % 8, N // 2
     first = tile_m * BLOCK_M // TOP_K  # row of x from which offsets count
     if row_ids is not None:
         x_rows, first = gl.load(row_ids + x_rows), 0
         expert = gl.load(block_experts + tile_m).to(gl.int64)
         if expert < 0:
             y_rows = gl.load(row_ids + y_places)
-            inside = gl.expand_dims(y_rows < M, 1) & gl.expand_dims(columns < N, 0)
+            inside = gl.expand_dims(y_rows < M, 1) & gl.expand_dims(kept, 0)
             nothing = gl.full((BLOCK_M, BLOCK_N), 0, y.dtype.element_ty, sums)
-            at = gl.expand_dims(y_rows.to(gl.int64) * N, 1) + gl.expand_dims(places, 0)
+            at = gl.expand_dims(y_rows.to(gl.int64) * n_out, 1) + gl.expand_dims(y_columns, 0)
             gl.store(y + at, nothing, mask=inside)
             return
         before = expert * (gl.cdiv(N, 16) * 16 if PACKED else N)  # rows
@@ -258,8 +275,11 @@ def amd_gemm_kernel(
         total *= gl.load(x_scale)
     if bias is not None:
         total += gl.expand_dims(gl.load(bias + places, mask=columns < N, other=0.0).to(gl.float32), 0)
+    if ACTIVATED:
+        CLAMP: gl.constexpr = LIMIT is not None
+        total = activate(total, eight_columns_on(total), ACTIVATION, CLAMP, ALPHA, LIMIT if CLAMP else 0.0, BETA)
     if row_weights is not None:
         total *= gl.expand_dims(gl.load(row_weights + y_rows, mask=y_rows < M, other=0.0), 1)
-    inside = gl.expand_dims(y_rows < M, 1) & gl.expand_dims(columns < N, 0)
-    at = gl.expand_dims(y_rows.to(gl.int64) * N, 1) + gl.expand_dims(places, 0)
+    inside = gl.expand_dims(y_rows < M, 1) & gl.expand_dims(kept, 0)
+    at = gl.expand_dims(y_rows.to(gl.int64) * n_out, 1) + gl.expand_dims(y_columns, 0)
     gl.store(y + at, total.to(y.dtype.element_ty), mask=inside)

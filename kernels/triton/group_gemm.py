@@ -25,6 +25,7 @@ import triton.language as tl
 from .amd_gemm import LAYOUTS, amd_gemm_kernel
 from .group_values import scale_of, values_of
 from .mx_gemm import values_torch
+from .quant_mx import NO_FRONT, Front
 from .tiles import STRIDED, TileConfig, gemm_torch, layout_constants, tile_of_program
 
 SHORT = 1 << 31
@@ -167,8 +168,11 @@ def group_gemm(
     top_k: int = 1,
     layout: tuple[str, str] = STRIDED,
     pairs: str | None = None,
+    activation: Front = NO_FRONT,
 ) -> torch.Tensor:
-    """y = x w^T (* x_scale) (+ bias) (* row_weights), into y. No host read of device data: may be captured in a graph.
+    """y = x w^T (* x_scale) (+ bias), activated, (* row_weights), into y.
+
+    No host read of device data: may be captured in a graph.
 
     Args:
         x: [M / top_k, K] bf16 or fp16; contiguous, like all that follow.
@@ -176,7 +180,7 @@ def group_gemm(
             `cdna3_e4m3` as float8_e4m3fnuz); with a leading E when grouped.
         w_scales: int32 [N, K/group] words of scale and zero point of int4, or as a layout keeps them; uint8 e8m0
             [N, K/32] of the others; likewise.
-        y: [M, N] bf16, fp16 or fp32.
+        y: [M, N] bf16, fp16 or fp32; [M, N / 2] after an activation.
         config: tile and launch options.
         arch: what it is compiled for.
         group: elements of K that share a scale: 32, and of int4 64 or 128.
@@ -188,9 +192,11 @@ def group_gemm(
         top_k: rows of y a row of x.
         layout: names of the layouts of w and w_scales.
         pairs: where 8 gates and 8 ups alternate in w's rows, how they do in y and bias: `halves` or `interleaved`.
+        activation: `silu` or `swigluoai` of such pairs, by AMD's kernel.
 
     Raises:
-        ValueError: weights in a layout that is not read on the arch, or MX ones with bf16 x where they are `mx_gemm`'s.
+        ValueError: weights in a layout that is not read on the arch, MX ones with bf16 x where they are `mx_gemm`'s, or
+            an activation of rows that no pairs are in.
     """
     w_format = format_of(w, w_scales)
     exact = x.dtype == torch.float16 or (_family(arch), w_format) in LAYOUTS
@@ -199,14 +205,20 @@ def group_gemm(
             f"{w_format} weights in groups of {group} with x of {x.dtype} on {arch}: takes groups of 32 with fp16, or "
             "bf16 on AMD where no matrix unit multiplies them; use mx_gemm"
         )
-    m, n = y.shape
+    activated = activation.kind != "none"
+    m, n = y.shape[0], y.shape[1] * (2 if activated else 1)
     k = x.shape[-1]
     tiles_m, grid = config.grid(m, n, row_ids)
     kernel = kernel_of(w_format, layout[0], arch, x.dtype)
+    if activated and (pairs is None or kernel is not amd_gemm_kernel):
+        raise ValueError(f"{activation.kind} of {w_format} weights {layout[0]} on {arch}: no pairs; activate y instead")
     constants = config.constants(w_format, group, top_k, k, arch, x.dtype, layout)
     if kernel is amd_gemm_kernel:
         long = row_ids is not None and x.numel() * x.element_size() >= SHORT
         constants |= {"LONG": long, "PAIRS": pairs}
+        if activated:
+            constants |= {"ACTIVATION": activation.kind, "LIMIT": activation.limit}
+            constants |= {"ALPHA": activation.alpha, "BETA": activation.beta}
     kernel[grid](
         x, x_scale, w.view(word_of(w_format, kernel)), w_scales, bias, y, row_ids, block_experts, row_weights,
         m, n, k, tiles_m, **constants, **config.options_of(kernel, arch),

@@ -39,6 +39,7 @@ class Variant:
         claims: as in `kernels/hip/manifest.py`.
         layout: of values and of scales of the weights.
         group: elements of K that share a scale.
+        activated: gpt-oss's swiglu of pairs of rows, by `amd_gemm_kernel`.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Variant:
     claims: tuple[str, ...]
     layout: tuple[str, str] = STRIDED
     group: int = 32
+    activated: bool = False
 
     @property
     def kernel(self) -> Any:
@@ -86,7 +88,7 @@ class Variant:
             given |= layout_constants(self.layout)
         optional = (n for n in ("x_scale", "x_scales", "bias", *_ROUTING) if n in self.kernel.arg_names)
         absent = dict.fromkeys(n for n in optional if n not in self.signature)
-        return absent | given
+        return absent | given | (_ACTIVATED if self.activated else {})
 
     @property
     def divisible(self) -> tuple[str, ...]:
@@ -106,6 +108,8 @@ class Variant:
             return self.config.options_of(self.kernel, self.arch)
         return self.config.options(self.arch)
 
+
+_ACTIVATED = {"PAIRS": "interleaved", "ACTIVATION": "swigluoai", "LIMIT": 7.0, "ALPHA": 1.702, "BETA": 1.0}
 
 _TILES = {
     # arch: tiles for few rows and for many

@@ -94,7 +94,7 @@ def activated(x: torch.Tensor, f: Activation, dtype: torch.dtype) -> torch.Tenso
     if has_triton(x) and f.fused and dtype == torch.bfloat16:
         from sglang_amd_quant.kernels.triton.quant_mx import quant_mx
 
-        return quant_mx(x, None, "bf16", front=_front(f), dtype=dtype)[0]
+        return quant_mx(x, None, "bf16", front=front(f), dtype=dtype)[0]
     return f(x).to(dtype)
 
 
@@ -105,13 +105,14 @@ def _rounded(x: torch.Tensor, act: ActQuant, dtype: torch.dtype, f: Activation |
     if has_triton(x) and dtype in (torch.bfloat16, torch.float16):
         from sglang_amd_quant.kernels.triton.quant_mx import NO_FRONT, quant_mx
 
-        front, native = NO_FRONT if f is None else _front(f), _native_fp8(x.get_device())
-        return quant_mx(x, element, "bf16", mode.value, front, native, dtype)[0]
+        before, native = NO_FRONT if f is None else front(f), _native_fp8(x.get_device())
+        return quant_mx(x, element, "bf16", mode.value, before, native, dtype)[0]
     model = x if f is None else f(x).to(dtype)
     return formats.dequantize_mx(*formats.quantize_mx(model, element, mode), element, torch.bfloat16)
 
 
-def _front(f: Activation) -> Front:
+def front(f: Activation) -> Front:
+    """A fused activation as kernels take it."""
     from sglang_amd_quant.kernels.triton.quant_mx import Front
 
     return Front(f.kind, f.interleaved, f.limit, f.alpha, f.beta)

@@ -3,17 +3,18 @@ weights in those of fp16, with activations as they are; on AMD MX weights by act
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sglang_amd_quant.ops.packed import Weight, pairs_of
-from sglang_amd_quant.ops.quantize import Quantized, activated, activated_values, bf16_values
+from sglang_amd_quant.ops.quantize import Quantized, activated, activated_values, bf16_values, front
 from sglang_amd_quant.ops.routing import Routing, combined, route, row_weights, weighted_input
-from sglang_amd_quant.ops.triton_mx import first_gemm, launch_options, second_gemm, two_gemms
+from sglang_amd_quant.ops.triton_mx import first_gemm, launch_options, second_gemm
 from sglang_amd_quant.selection import Config, GemmProblem
 
 if TYPE_CHECKING:
+    from sglang_amd_quant.kernels.triton.quant_mx import Front
     from sglang_amd_quant.ops.linear import LinearCall
     from sglang_amd_quant.ops.moe import MoeCall
 
@@ -31,12 +32,14 @@ def run_registers_gemm(call: LinearCall) -> None:
 
 def run_group_moe(call: MoeCall) -> torch.Tensor:
     """Grouped, twice."""
-    return two_gemms(call, _grouped)
+    assert call.config13.block_m is not None
+    routing = route(call.topk_ids, call.problem.num_experts, call.config13.block_m)
+    return down(call, routing, gate_up(call, routing))
 
 
 def gate_up(call: MoeCall, routing: Routing) -> torch.Tensor:
     """Gate_up with its activation: [rows, I] in x's dtype."""
-    return first_gemm(call, routing, _grouped)
+    return _activated_first(call, routing) if _activates(call) else first_gemm(call, routing, _grouped)
 
 
 def down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> torch.Tensor:
@@ -45,16 +48,20 @@ def down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def run_registers_moe(call: MoeCall) -> torch.Tensor:
-    """MX experts likewise: gate_up, activation and a round trip through codes in one kernel, down, sum over top_k."""
+    """MX experts likewise. Where gate_up does not activate, one kernel does and takes the result through codes."""
     p = call.problem
     assert call.config13.block_m is not None
     routing = route(call.topk_ids, p.num_experts, call.config13.block_m)
+    if _activates(call):
+        return registers_down(call, routing, _activated_first(call, routing))
     first = _registers_first(call, routing)
     return _registers_second(call, routing, activated_values(first, p.activation, p.act2, call.x.dtype))
 
 
 def registers_gate_up(call: MoeCall, routing: Routing) -> torch.Tensor:
     """Gate_up with its activation: [rows, I] in x's dtype."""
+    if _activates(call):
+        return _activated_first(call, routing)
     return activated(_registers_first(call, routing), call.problem.activation, call.x.dtype)
 
 
@@ -63,10 +70,23 @@ def registers_down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> tor
     return _registers_second(call, routing, bf16_values(hidden, call.problem.act2))
 
 
+def _activates(call: MoeCall) -> bool:
+    """Whether gate_up activates its own sums: where gates and ups alternate in its weights, by eights."""
+    return call.w13.layout.packed and call.problem.activation.fused
+
+
+def _activated_first(call: MoeCall, routing: Routing) -> torch.Tensor:
+    return _first(call, routing, front=front(call.problem.activation), dtype=call.x.dtype)
+
+
 def _registers_first(call: MoeCall, routing: Routing) -> torch.Tensor:
     """fp32, as the activation in the reference has it."""
-    x = bf16_values(weighted_input(call), call.problem.act13)
-    return _grouped(x, call.w13, call.b13, call.config13, call.gate_up, routing, call.topk_ids.shape[1])
+    return _first(call, routing)
+
+
+def _first(call: MoeCall, routing: Routing, **options: Any) -> torch.Tensor:
+    x, top_k = bf16_values(weighted_input(call), call.problem.act13), call.topk_ids.shape[1]
+    return _grouped(x, call.w13, call.b13, call.config13, call.gate_up, routing, top_k, **options)
 
 
 def _registers_second(call: MoeCall, routing: Routing, x: Quantized) -> torch.Tensor:
@@ -86,11 +106,14 @@ def _grouped(
     top_k: int,
     row_weights: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    front: Front | None = None,
 ) -> torch.Tensor:
-    """x times the weights of each row's expert: [rows, N]; undefined in rows that no expert here takes."""
-    y = torch.empty(routing.rows, w.n, dtype=dtype, device=x.data.device)
+    """x times the weights of each row's expert, activated or not: [rows, N or N / 2]; undefined in rows that no expert
+    here takes."""
+    options = {} if front is None else {"activation": front}
+    y = torch.empty(routing.rows, w.n // (1 + len(options)), dtype=dtype, device=x.data.device)
     _gemm(x.data, w, y, config, problem, x_scale=x.factor, bias=bias, row_ids=routing.row_ids,
-          block_experts=routing.block_experts, row_weights=row_weights, top_k=top_k)  # fmt: skip
+          block_experts=routing.block_experts, row_weights=row_weights, top_k=top_k, **options)  # fmt: skip
     return y
 
 

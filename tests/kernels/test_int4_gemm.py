@@ -18,6 +18,7 @@ from sglang_amd_quant.kernels.triton import group_gemm as group_gemm_module
 from sglang_amd_quant.kernels.triton.group_gemm import GroupGemmConfig, group_gemm, group_gemm_torch
 from sglang_amd_quant.kernels.triton.hopper_pack import row_order
 from sglang_amd_quant.kernels.triton.manifest import Variant, group_variants
+from sglang_amd_quant.kernels.triton.quant_mx import NO_FRONT, Front
 
 from sglang_amd_quant.formats import dequantize_int4, group_words
 from sglang_amd_quant.layouts.names import TensorLayout
@@ -59,15 +60,17 @@ class Problem:
         return self.x.shape[0] * self.options.get("top_k", 1)
 
     def run(
-        self, config: GroupGemmConfig, arch: str, layout: str, out: torch.dtype, pairs: str | None = None
-    ) -> torch.Tensor:
+        self, config: GroupGemmConfig, arch: str, layout: str, out: torch.dtype, pairs: str | None = None,
+        activation: Front = NO_FRONT,
+    ) -> torch.Tensor:  # fmt: skip
         """`pairs`: the rows of the weights are put into the order of gates and ups first."""
         lies, order = TensorLayout.parse(layout), row_order(self.codes.shape[-2], pairs).to(self.codes.device)
         w, words = (t.index_select(-2, order) for t in (self.codes, self.words))
-        y = torch.full((self.rows, self.codes.shape[-2]), torch.nan, dtype=out, device=self.x.device)
+        columns = self.codes.shape[-2] // (1 if activation is NO_FRONT else 2)
+        y = torch.full((self.rows, columns), torch.nan, dtype=out, device=self.x.device)
         return group_gemm(
             self.x, value_layout(lies.value).pack(w), scale_layout(lies.scale).pack(words), y, config, arch,
-            group=self.group, layout=(lies.value, lies.scale), pairs=pairs, **self.options,
+            group=self.group, layout=(lies.value, lies.scale), pairs=pairs, activation=activation, **self.options,
         )  # fmt: skip
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,6 +191,29 @@ def test_gates_and_ups_that_alternate_in_the_weights_are_where_they_belong(arch:
     """In the result, and in the bias."""
     config = GroupGemmConfig(16, 32, whole(64, DECODE[arch]), nonkdim=16, num_stages=1)
     executed(problem(11, 48, 128, 64, grouped=16, bias=True), config, arch, DECODE[arch], pairs=pairs)
+
+
+@pytest.mark.parametrize("arch", AMD)
+@pytest.mark.parametrize("front", [Front("silu"), Front("swigluoai", interleaved=True, limit=2.0, beta=0.5)])
+def test_pairs_are_activated(arch: str, front: Front) -> None:
+    """As the sums of the kernel without an activation would be: an exponential errs by 2^-22 of its argument, and a
+    few operations round."""
+    p = problem(11, 48, 128, 64, grouped=16, bias=True)
+    del p.options["row_weights"]  # gate_up has none
+    config = GroupGemmConfig(16, 32, whole(64, DECODE[arch]), nonkdim=16, num_stages=1)
+    pairs = "interleaved" if front.interleaved else "halves"
+    with emulated_triton(arch):
+        sums = p.run(config, arch, DECODE[arch], torch.float32, pairs).double()
+        y = p.run(config, arch, DECODE[arch], torch.float32, pairs, front)
+    exact, slope = front(sums), 1.0 if front.kind == "silu" else front.alpha
+    gate = sums[:, 0::2] if front.interleaved else sums[:, :24]
+    assert ((y - exact).abs() <= exact.abs() * (4 + slope * gate.abs()) * 2.0**-22).all()
+
+
+def test_an_activation_wants_pairs() -> None:
+    p, config = problem(11, 48, 128, 64, grouped=16), GroupGemmConfig(16, 32, 64)
+    with pytest.raises(ValueError, match="silu of int4 weights strided on gfx942: no pairs; activate y instead"):
+        p.run(config, "gfx942", "strided", torch.float32, activation=Front("silu"))
 
 
 @pytest.mark.parametrize("arch", AMD)

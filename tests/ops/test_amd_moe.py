@@ -77,7 +77,7 @@ def test_both_gemms_one_or_none_by_decode_kernels(device):
         for m, by_decode, by_triton in (
             (2, 2, []),
             (7, 1, [*values, "amd_gemm_kernel"]),
-            (20, 0, [*values, "amd_gemm_kernel", "quant_mx_kernel", "amd_gemm_kernel"]),
+            (20, 0, [*values, "amd_gemm_kernel", *values, "amd_gemm_kernel"]),
         ):
             given = tokens(m, H, E, TOP_K, dropped=0.2)
             hip_ran, triton_ran = ran(layer, plain, given, device, device.arch_name)

@@ -148,6 +148,7 @@ def test_group_tiles_compile_without_spills_in_the_lds_that_is_estimated(problem
             f"{config}", MEMBER.get(problem.arch, problem.arch), problem.out_dtype, weights,
             GroupGemmConfig(*config.tile, **launch_options(config)), problem.moe, even,
             claimed(problem.arch, "bf16"), (lies.value, lies.scale), problem.group,
+            activated=problem.layout.startswith("decode_"),
         )
     )  # fmt: skip
     assert made.report.problems == []
