@@ -43,6 +43,7 @@ MX = ("gemv_mxfp4", "triton_mx_gemm", "triton_mx_moe")
 INT4 = ("triton_int4_gemm", "triton_int4_moe")
 REGISTERS = {f"triton_{w}_{op}": ("gfx942", "gfx11") for w in ("e2m1", "e4m3") for op in ("gemm", "moe")}
 REGISTERS |= {f"triton_e2m1_bf16_{op}": ("gfx950",) for op in ("gemm", "moe")}
+REGISTERS |= {f"triton_e2m1_fp16_{op}": ("gfx950", "gfx942", "gfx11") for op in ("gemm", "moe")}
 FP16 = ("triton_fp16_gemm", "triton_fp16_moe")
 HOPPER_MX = ("triton_hopper_bf16", "triton_hopper_e4m3")
 HOPPER = (*HOPPER_MX, "triton_hopper_int4")
@@ -186,7 +187,9 @@ def registers(case: Case) -> Rules:
     yield "layout read", case.layout not in ("strided", own)
     yield "whole tiles of gates and ups", case.layout.startswith("decode_") and p.n % 16
     yield "tiles of the layout", case.layout == own and case.choice.config.block_k < tile[values]
-    yield "x is bf16 where nothing quantizes it", case.unquantized and p.out_dtype in NOT_BF16
+    fp16 = "_fp16_" in case.kernel
+    yield "quantized", fp16 and not case.unquantized
+    yield "x where nothing quantizes it", case.unquantized and p.out_dtype in ("bf16" if fp16 else "fp16", "fp32")
 
 
 @of(*FP16)
