@@ -33,7 +33,7 @@ v_cvt_scalef32_pk_f16_fp4 $2, $4, 1.0 op_sel:[0,1,0]
 v_cvt_scalef32_pk_f16_fp4 $3, $4, 1.0 op_sel:[1,1,0]
 s_nop 1
 """)
-SCALED_BYTES = gl.constexpr(BYTES_TO_FLOATS + """
+_SCALED_BYTES = gl.constexpr(BYTES_TO_FLOATS + """
 v_pk_mul_f32 $0, $0, $6
 v_pk_mul_f32 $1, $1, $6
 v_pk_mul_f32 $2, $2, $6
@@ -69,6 +69,20 @@ def chosen(upper, lower, PLACES: gl.constexpr):
 
 
 @gluon.jit
+def scaled_bytes(first, second, scales):
+    """Four bytes of each of two words, FNUZ e4m3, as fp32 times a scale: bits of two an int64, in order."""
+    s = scales.to(gl.uint32, bitcast=True).to(gl.uint64)
+    return gl.inline_asm_elementwise(
+        _SCALED_BYTES,
+        "=&v,=&v,=&v,=&v,v,v,v",
+        [first, second, s << 32 | s],
+        dtype=(gl.int64, gl.int64, gl.int64, gl.int64),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def e2m1_values(words, scales, ARCH: gl.constexpr, ROWS: gl.constexpr):
     """Values of codes, on CDNA times their scale.
 
@@ -95,16 +109,7 @@ def e2m1_values(words, scales, ARCH: gl.constexpr, ROWS: gl.constexpr):
             odd_signs &= odd + 0x7F7F7F7F
             first = looked_up(even * 0 + 0x54504C48, 0x44403800, even) | even_signs & -0x7F7F7F80
             second = looked_up(odd * 0 + 0x54504C48, 0x44403800, odd) | odd_signs & -0x7F7F7F80
-            s = scales.to(gl.uint32, bitcast=True).to(gl.uint64)
-            # Elements 0 and 2, 4 and 6, 1 and 3, 5 and 7.
-            p, q, r, t = gl.inline_asm_elementwise(
-                SCALED_BYTES,
-                "=&v,=&v,=&v,=&v,v,v,v",
-                [first, second, s << 32 | s],
-                dtype=(gl.int64, gl.int64, gl.int64, gl.int64),
-                is_pure=True,
-                pack=1,
-            )
+            p, q, r, t = scaled_bytes(first, second, scales)  # elements 0 and 2, 4 and 6, 1 and 3, 5 and 7
             a, b = (
                 upper_halves(p.to(gl.int32), r.to(gl.int32)),
                 upper_halves((p >> 32).to(gl.int32), (r >> 32).to(gl.int32)),

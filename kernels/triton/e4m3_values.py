@@ -14,7 +14,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .e2m1_values import SCALED_BYTES
+from .e2m1_values import scaled_bytes
 from .int4_values import joined, upper_halves
 
 _SPREAD = gl.constexpr("""
@@ -70,16 +70,7 @@ def e4m3_values(words, scales, ARCH: gl.constexpr, STRIDED: gl.constexpr, ROWS: 
         if STRIDED:
             factors = with_nan(scales * 2.0, low, high)
             low, high = without_negative_zeros(low), without_negative_zeros(high)
-        s = factors.to(gl.uint32, bitcast=True).to(gl.uint64)
-        # Elements 0 and 1, 2 and 3, 4 and 5, 6 and 7.
-        p, q, r, t = gl.inline_asm_elementwise(
-            SCALED_BYTES,
-            "=&v,=&v,=&v,=&v,v,v,v",
-            [low, high, s << 32 | s],
-            dtype=(gl.int64, gl.int64, gl.int64, gl.int64),
-            is_pure=True,
-            pack=1,
-        )
+        p, q, r, t = scaled_bytes(low, high, factors)
         a, b = (
             upper_halves(p.to(gl.int32), (p >> 32).to(gl.int32)),
             upper_halves(q.to(gl.int32), (q >> 32).to(gl.int32)),

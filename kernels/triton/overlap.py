@@ -30,10 +30,10 @@ def begin_after_previous(OVERLAP: tl.constexpr):
 
 def overlap(x: torch.Tensor) -> dict[str, bool]:
     """Arguments of a launch on x's device: `OVERLAP` of the kernel, and Triton's own option; none where it cannot."""
-    return {"OVERLAP": True, "launch_pdl": True} if can_overlap(x.device) else {}
+    return {"OVERLAP": True, "launch_pdl": True} if _can(x.device) else {}
 
 
 @cache
-def can_overlap(device: torch.device) -> bool:
+def _can(device: torch.device) -> bool:
     on_cuda = device.type == "cuda" and torch.version.cuda is not None
     return on_cuda and torch.cuda.get_device_capability(device) == (9, 0)

@@ -3,7 +3,7 @@ weights in those of fp16, with activations as they are; on AMD MX weights by act
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -39,7 +39,7 @@ def run_group_moe(call: MoeCall) -> torch.Tensor:
 
 def gate_up(call: MoeCall, routing: Routing) -> torch.Tensor:
     """Gate_up with its activation: [rows, I] in x's dtype."""
-    return _activated_first(call, routing) if _activates(call) else first_gemm(call, routing, _grouped)
+    return _first(call, routing, activate=True) if _activates(call) else first_gemm(call, routing, _grouped)
 
 
 def down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> torch.Tensor:
@@ -52,17 +52,16 @@ def run_registers_moe(call: MoeCall) -> torch.Tensor:
     p = call.problem
     assert call.config13.block_m is not None
     routing = route(call.topk_ids, p.num_experts, call.config13.block_m)
+    first = _first(call, routing, _activates(call))
     if _activates(call):
-        return registers_down(call, routing, _activated_first(call, routing))
-    first = _registers_first(call, routing)
+        return registers_down(call, routing, first)
     return _registers_second(call, routing, activated_values(first, p.activation, p.act2, call.x.dtype))
 
 
 def registers_gate_up(call: MoeCall, routing: Routing) -> torch.Tensor:
     """Gate_up with its activation: [rows, I] in x's dtype."""
-    if _activates(call):
-        return _activated_first(call, routing)
-    return activated(_registers_first(call, routing), call.problem.activation, call.x.dtype)
+    first = _first(call, routing, _activates(call))
+    return first if _activates(call) else activated(first, call.problem.activation, call.x.dtype)
 
 
 def registers_down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> torch.Tensor:
@@ -75,18 +74,13 @@ def _activates(call: MoeCall) -> bool:
     return call.w13.layout.packed and call.problem.activation.fused
 
 
-def _activated_first(call: MoeCall, routing: Routing) -> torch.Tensor:
-    return _first(call, routing, front=front(call.problem.activation), dtype=call.x.dtype)
-
-
-def _registers_first(call: MoeCall, routing: Routing) -> torch.Tensor:
-    """fp32, as the activation in the reference has it."""
-    return _first(call, routing)
-
-
-def _first(call: MoeCall, routing: Routing, **options: Any) -> torch.Tensor:
+def _first(call: MoeCall, routing: Routing, activate: bool) -> torch.Tensor:
+    """Gate_up, activated in x's dtype; or its sums in fp32, as the activation in the reference has them."""
     x, top_k = bf16_values(weighted_input(call), call.problem.act13), call.topk_ids.shape[1]
-    return _grouped(x, call.w13, call.b13, call.config13, call.gate_up, routing, top_k, **options)
+    dtype, before = (call.x.dtype, front(call.problem.activation)) if activate else (torch.float32, None)
+    return _grouped(
+        x, call.w13, call.b13, call.config13, call.gate_up, routing, top_k, dtype=dtype, activation=before
+    )  # fmt: skip
 
 
 def _registers_second(call: MoeCall, routing: Routing, x: Quantized) -> torch.Tensor:
@@ -106,12 +100,12 @@ def _grouped(
     top_k: int,
     row_weights: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    front: Front | None = None,
+    activation: Front | None = None,
 ) -> torch.Tensor:
     """x times the weights of each row's expert, activated or not: [rows, N or N / 2]; undefined in rows that no expert
     here takes."""
-    options = {} if front is None else {"activation": front}
-    y = torch.empty(routing.rows, w.n // (1 + len(options)), dtype=dtype, device=x.data.device)
+    options = {} if activation is None else {"activation": activation}
+    y = torch.empty(routing.rows, w.n // 2 if options else w.n, dtype=dtype, device=x.data.device)
     _gemm(x.data, w, y, config, problem, x_scale=x.factor, bias=bias, row_ids=routing.row_ids,
           block_experts=routing.block_experts, row_weights=row_weights, top_k=top_k, **options)  # fmt: skip
     return y

@@ -35,15 +35,20 @@ def names(made):
     return [launch.compiled.variant.kernel.__name__ for launch in made]
 
 
+def check_linear(arch, scheme, m, gemm):
+    """m rows by a GEMM's kernel, behind that which quantizes them."""
+    layer = make_linear(scheme, 40, 320, arch=arch)
+    x, bias = torch.randn(m, 320).bfloat16(), torch.randn(40).bfloat16()
+    with emulated_triton(arch) as made:
+        out = layer(x, bias)
+    assert names(made) == (["quant_mx_kernel"] if scheme != "w4a16" else []) + [gemm]
+    assert_close(out, exact_linear(layer, x, bias), 320)
+
+
 @pytest.mark.parametrize("scheme", MX)
 @pytest.mark.parametrize("arch", ["gfx950", "gfx942", "gfx1100"])
 def test_linear(arch, scheme):
-    layer = make_linear(scheme, 40, 320, arch=arch)
-    x, bias = torch.randn(3, 320).bfloat16(), torch.randn(40).bfloat16()
-    with emulated_triton(arch) as made:
-        out = layer(x, bias)
-    assert names(made) == (["quant_mx_kernel"] if scheme != "w4a16" else []) + ["mx_gemm_kernel"]
-    assert_close(out, exact_linear(layer, x, bias), 320)
+    check_linear(arch, scheme, 3, "mx_gemm_kernel")
 
 
 @pytest.mark.parametrize(
@@ -54,12 +59,7 @@ def test_linear_where_codes_stay_in_registers(arch, scheme, monkeypatch):
     """What selection picks there for more rows than decode kernels take."""
     names_here = frozenset({"triton_e2m1_gemm", "triton_e2m1_bf16_gemm", "triton_mx_gemm"})
     monkeypatch.setattr(linear, "launchable", lambda arch: names_here)
-    layer = make_linear(scheme, 40, 320, arch=arch)
-    x, bias = torch.randn(35, 320).bfloat16(), torch.randn(40).bfloat16()
-    with emulated_triton(arch) as made:
-        out = layer(x, bias)
-    assert names(made) == (["quant_mx_kernel"] if scheme != "w4a16" else []) + ["amd_gemm_kernel"]
-    assert_close(out, exact_linear(layer, x, bias), 320)
+    check_linear(arch, scheme, 35, "amd_gemm_kernel")
 
 
 @pytest.mark.parametrize(("arch", "scheme"), [*(("gfx950", scheme) for scheme in MX), ("gfx942", "w4a8")])
