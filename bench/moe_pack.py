@@ -43,7 +43,7 @@ def pack_entries(result: Mapping, shapes: Mapping[str, Shape]) -> dict[str, str]
                 "layout": f"hopper_{row['x_format']}", "kernel": name, "block_m": config["block_m"],
                 "block_n": config["block_n"], "block_k": config["block_k"], "num_warps": config["num_warps"],
                 "num_stages": config["num_stages"],
-                "params": ";".join(f"{p}={config[p]}" for p in ("group_m", "run") if p in space),
+                "params": ";".join(f"{p}={config[p]}" for p in ("group_m", "max_registers") if p in space),
                 "us": f"{row['us']:.1f}", "err": f"{max(e[gemm] for e in errors):.1e}" if errors else "",
                 "peer_us": f"{min(peers):.1f}" if peers else "", "device": result["device"],
                 "versions": f"torch {result['torch']}; triton {result['triton']}", "date": result["date"],

@@ -25,26 +25,27 @@ from sglang_amd_quant.cli.arguments import whole, wholes
 SHARED_MEMORY = 227 << 10
 
 # What searches of all tiles, depths and stages have chosen at least once, and neighbours of these: block_n, block_k,
-# num_warps, num_stages, run. Where a block has few rows there is little to multiply, and stages may hold all of K.
+# num_warps, num_stages, max_registers.
+FEW = (
+    (64, 128, 4, 4, 0), (64, 128, 4, 6, 0), (128, 64, 4, 4, 0), (128, 64, 4, 4, 64), (128, 64, 4, 4, 80),
+    (128, 64, 4, 6, 0), (128, 64, 4, 6, 64), (128, 64, 4, 8, 0), (128, 128, 4, 4, 0), (128, 128, 4, 6, 0),
+)  # fmt: skip
 SPACE = {
-    16: (
-        *((64, 128, 4, stages, 1) for stages in (6, 8, 12, 16)),
-        *((128, 64, 4, stages, 1) for stages in (4, 6, 8, 12)),
-        (64, 64, 4, 12, 1), (128, 128, 4, 6, 1), (128, 64, 4, 6, 2), (128, 64, 4, 6, 4),
-    ),
-    32: ((64, 128, 4, 6, 1), (128, 64, 4, 6, 1), (128, 64, 4, 8, 1), (128, 128, 4, 4, 1), (128, 64, 4, 6, 2)),
-    64: ((128, 64, 4, 4, 1), (128, 64, 4, 6, 1), (128, 128, 8, 4, 1), (256, 64, 8, 4, 1), (128, 64, 4, 6, 2)),
-    128: ((128, 64, 4, 4, 1), (128, 128, 8, 4, 1), (256, 64, 8, 4, 1), (256, 64, 8, 6, 1)),
-    256: ((128, 64, 8, 4, 1),),
+    8: FEW,
+    16: FEW,
+    32: ((64, 128, 4, 6, 0), (128, 64, 4, 4, 0), (128, 64, 4, 6, 0), (128, 64, 4, 8, 0), (128, 128, 4, 4, 0)),
+    64: ((128, 64, 4, 4, 0), (128, 64, 4, 6, 0), (128, 128, 4, 4, 0), (128, 128, 8, 4, 0), (256, 64, 8, 4, 0)),
+    128: ((128, 64, 4, 4, 0), (128, 128, 8, 4, 0), (256, 64, 8, 4, 0), (256, 64, 8, 6, 0)),
+    256: ((128, 64, 8, 4, 0),),
 }  # fmt: skip
 
 
 def everything(x_format: str, w_format: str) -> list[HopperConfig]:
     """All configs that fit into shared memory."""
     configs = [
-        HopperConfig(block_m, n, k, warps, stages, run=run)
+        HopperConfig(block_m, n, k, warps, stages, max_registers=registers)
         for block_m, tiles in SPACE.items()
-        for n, k, warps, stages, run in tiles
+        for n, k, warps, stages, registers in tiles
     ]
     return [c for c in configs if c.shared_bytes(x_format, w_format) + 4096 <= SHARED_MEMORY]
 
@@ -54,7 +55,7 @@ def candidates(m: int, top_k: int, experts: int, x_format: str, w_format: str) -
     rows = m * top_k / experts
     space: dict[int, list[HopperConfig]] = {}
     for config in everything(x_format, w_format):
-        if min(64, rows / 3) <= config.block_m <= max(16, 4 * rows):
+        if min(64, rows / 3) <= config.block_m <= max(8, 4 * rows):
             space.setdefault(config.block_m, []).append(config)
     return space
 
@@ -96,7 +97,7 @@ def checked_configs(shapes: list[str], schemes: list[str], ms: Sequence[int], pa
     done = 0
     for name in shapes:
         s = SHAPES[name]
-        small = Shape(max(8, s.top_k), s.top_k, 416, 224, s.activation, s.bias, s.element)
+        small = Shape(max(8, s.top_k), s.top_k, s.hidden, s.inter, s.activation, s.bias, s.element)  # K is compiled in
         for scheme in schemes:
             element, _, x_format = SCHEMES[scheme]
             if element != s.element:
@@ -105,7 +106,7 @@ def checked_configs(shapes: list[str], schemes: list[str], ms: Sequence[int], pa
                 c for m in ms for cs in candidates(m, s.top_k, s.experts, x_format, element).values() for c in cs
             }
             for config in sorted(configs, key=str)[part::parts]:
-                for m in (1, 61) if config.block_m == 16 else (61,):
+                for m in (1, 61) if config.block_m <= 16 else (61,):
                     check(small, scheme, m, 17, config)
                 done += 1
     return done

@@ -15,13 +15,15 @@ def combine_kernel(
     OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """One token, BLOCK_N columns; see `combine`."""
-    begin_after_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N,), tl.float32)
+    experts = ()
+    for slot in tl.static_range(TOP_K):  # `routed` alone is what the launch in front writes
+        experts = experts + (tl.load(topk_ids + token * TOP_K + slot),)  # noqa: RUF005
+    begin_after_previous(OVERLAP)
     for slot in tl.static_range(TOP_K):
-        expert = tl.load(topk_ids + token * TOP_K + slot)
-        here = (expert >= 0) & (expert < E)
+        here = (experts[slot] >= 0) & (experts[slot] < E)
         mask = here if EVEN_N else (columns < N) & here
         part = tl.load(routed + (token * TOP_K + slot) * N + columns, mask=mask, other=0.0)
         total += part.to(tl.float32)

@@ -22,19 +22,29 @@ Quantize = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 FEW = 8
 """`Alone` up to one routed row for so many experts: of 16 rows and 128 experts, about one shares another's expert."""
 
+AT_ONCE = 4 * 132
+"""Programs that are on the card at the same time. So many of rows alone quantize x themselves; more lose to a launch
+that does it once (measured on an H200)."""
+
+SHORT = 1024
+"""K up to which down quantizes its input itself, in blocks of 8 rows; longer rows take longer than a launch."""
+
+WHOLE_ROOM = 1024
+"""Elements by which a row in shared memory may be longer than K (`hopper_rows.chunk_of`)."""
+
 
 @dataclass(frozen=True)
 class HopperConfig:
     """Tile and launch options.
 
     Attributes:
-        block_m: tokens, 16 to 256.
+        block_m: tokens, 8 to 256.
         block_n: weight rows, a multiple of 16 * num_warps.
         block_k: 64 or 128.
         num_warps: 4 or 8.
         num_stages: of shared memory, at least 3: all but two are on their way.
         group_m: blocks of tokens that are taken together, for the sake of L2.
-        run: tiles of weight rows that a program takes one after another.
+        max_registers: of a thread, so that more blocks fit onto a multiprocessor; 0: as many as the compiler takes.
     """
 
     block_m: int
@@ -43,14 +53,14 @@ class HopperConfig:
     num_warps: int = 4
     num_stages: int = 4
     group_m: int = 8
-    run: int = 1
+    max_registers: int = 0
 
-    def shared_bytes(self, x_format: str, w_format: str) -> int:
-        """Shared memory of the pipeline, and of the store where the pipeline goes on meanwhile; of MX weights."""
+    def shared_bytes(self, x_format: str, w_format: str, whole_k: int = 0) -> int:
+        """Shared memory of the pipeline, of MX weights; with rows of x as a whole where `whole_k` is their length."""
         x = self.block_m * (2 if x_format == "bf16" else 1)
         w = self.block_n if w_format == "e4m3" else self.block_n * 17 / 32
-        store = 2 * self.block_m * (self.block_n + 8) if self.run > 1 else 0
-        return int(self.num_stages * self.block_k * (x + w)) + store
+        stages = self.num_stages * self.block_k
+        return int(stages * w + x * (whole_k + WHOLE_ROOM if whole_k else stages))
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,8 @@ def hopper_gemm(
     No host read of device data: may be captured in a graph. Rows that are dropped are not written.
 
     Args:
-        x: [R / top_k, K] bf16 or fp16, or float8_e4m3fn with `x_factors`; contiguous, like all that follow.
+        x: [R / top_k, K] bf16 or fp16, or float8_e4m3fn with `x_factors`; contiguous, like all that follow. bf16 for
+            weights that are multiplied with e4m3: quantized by the kernel, as `quant_mx` does for `row`.
         x_factors: [R / top_k] fp32, powers of two.
         w: packed for x's format; with `pairs` if there is an activation.
         y: [R, N] bf16, fp16 or fp32; [R, N / 2] after an activation.
@@ -118,8 +129,7 @@ def hopper_gemm(
         row_weights: [R] fp32, the routing weights.
         activation: `none`, `silu` or `swigluoai`; with limit, alpha, beta as in `ops.activation.Activation`.
     """
-    rows, k_tiles, groups = y.shape[0], triton.cdiv(w.k, 64), triton.cdiv(w.n, 16)
-    s_tiles = w.k // w.group if w.w_format == "int4" else k_tiles
+    rows, groups = y.shape[0], triton.cdiv(w.n, 16)
     fits = w.experts == 1 if routing is None else routing.block_m == config.block_m
     if not fits or (activation != "none") != (w.pairs is not None):
         made = "no routing" if routing is None else f"blocks of {routing.block_m} rows"
@@ -131,16 +141,16 @@ def hopper_gemm(
     experts = None if routing is None else routing.block_experts
     tiles_m = triton.cdiv(rows, config.block_m) if experts is None else experts.numel()
     if tiles_m:
-        grid = (tiles_m * triton.cdiv(w.n, config.block_n * config.run),)
+        grid = (tiles_m * triton.cdiv(w.n, config.block_n),)
         early: dict[str, bool] = {} if overlapping is None else overlap(x)
         if early and overlapping is not None:
             early |= {"AHEAD": overlapping.ahead, "LATE": overlapping.late}
         hopper_moe_kernel[grid](
             x, x_factors, w.data, w.scales, w.factors, bias, y, row_ids, experts, row_weights,
-            rows, w.n, w.k, k_tiles, s_tiles, groups, tiles_m, w.experts, alpha, limit or 0.0, beta,
-            w.x_format, w.w_format, w.group, top_k, activation, w.pairs == "interleaved", limit is not None,
-            config.block_m, config.block_n, config.block_k, config.num_stages, config.group_m,
-            config.run, num_warps=config.num_warps, **early,
+            rows, w.n, groups, tiles_m, w.experts, alpha, limit or 0.0, beta,
+            w.k, w.x_format, w.w_format, w.group, top_k, activation, w.pairs == "interleaved", limit is not None,
+            groups * 16 < config.block_n, config.block_m, config.block_n, config.block_k, config.num_stages,
+            config.group_m, num_warps=config.num_warps, maxnreg=config.max_registers or None, **early,
         )  # fmt: skip
     return y
 
@@ -218,7 +228,8 @@ def routed_hopper(
 
     Args:
         routing: of the configs' block_m.
-        quantize13, quantize2: (x, x_format=..., beside=...) -> what a GEMM multiplies, as `activations` gives it.
+        quantize13, quantize2: (x, x_format=..., beside=..., inside=...) -> what a GEMM multiplies, as `activations`
+            gives it.
         beside: what launched `routing`, if anything, is the launch right in front, and x was there before it: x is
             quantized while rows are sorted.
         row_weights: [M * top_k] fp32, or None.
@@ -228,13 +239,14 @@ def routed_hopper(
     rows = x.shape[0] * top_k
     hidden = torch.empty(rows, w13.n // 2, dtype=x.dtype, device=x.device)
     routed = torch.empty(rows, w2.n, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype, device=x.device)
-    left, factors = quantize13(x, x_format=w13.x_format, beside=beside and not isinstance(routing, Alone))
-    plain = left is x  # nothing is launched between routing and the GEMM, nor between the GEMMs
-    hopper_gemm(
-        left, factors, w13, hidden, routing, config13, overlapping=Overlap(ahead=not plain, late=plain), top_k=top_k,
-        bias=b13, **activation,
+    left, factors = quantize13(
+        x, x_format=w13.x_format, beside=beside and not isinstance(routing, Alone),
+        inside=isinstance(routing, Alone) and rows * triton.cdiv(w13.n, config13.block_n) <= AT_ONCE,
     )  # fmt: skip
-    left, factors = quantize2(hidden, x_format=w2.x_format)
+    behind = Overlap(ahead=left is not x, late=w13.x_format != "e4m3" and left is x)
+    hopper_gemm(left, factors, w13, hidden, routing, config13, overlapping=behind, top_k=top_k, bias=b13, **activation)
+    short = config2.block_m <= 8 and w2.k <= SHORT
+    left, factors = quantize2(hidden, x_format=w2.x_format, inside=short or isinstance(routing, Alone))
     hopper_gemm(left, factors, w2, routed, routing, config2, overlapping=Overlap(ahead=True), bias=b2,
                 row_weights=row_weights)  # fmt: skip
     return routed
@@ -265,14 +277,20 @@ def linear_hopper(
 
 
 def activations(
-    x: torch.Tensor, element: str | None, mode: str | None, x_format: str, beside: bool = False
+    x: torch.Tensor, element: str | None, mode: str | None, x_format: str, beside: bool = False, inside: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the kernel multiplies: x as quantized to `element`, in bf16, or as e4m3 under one factor a row.
 
     Under one factor a row, MXFP8 with RCEIL scales is what e4m3 gives anyway, but for elements that are small against
-    the row, and needs no blocks in between. `beside`: as in `quant_mx`.
+    the row, and needs no blocks in between.
+
+    Args:
+        beside: as in `quant_mx`.
+        inside: where the kernel can do it, leave it to it: x as it is, and no factors.
     """
     if x_format != "e4m3":
         return (x, None) if element is None else quant_mx(x, element, "bf16", mode, native=True, beside=beside)
     direct = element == "e4m3" and mode in (None, "rceil")
+    if inside and direct and x.dtype == torch.bfloat16:
+        return x, None
     return quant_mx(x, None if direct else element, "row", mode, native=True, beside=beside)

@@ -29,6 +29,19 @@ def scale_fragments(groups, warps, columns):
 
 
 @gluon.jit
+def larger(bits, values):
+    """The larger of magnitudes' bits so far and those of bf16 or fp16 values, all uint16; of NaN largest of all."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 magnitude; and.b32 magnitude, $2, 0x7FFF7FFF; max.u16x2 $0, $1, magnitude; }",
+        "=r,r,r",
+        [bits, values],
+        dtype=gl.uint16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
 def codes_to_e4m3(packed, low_first, low_second, high_first, high_second):
     """[R, C] bytes, four of which hold eight codes, and the e4m3 of magnitudes 0..3 and 4..7 of either half's block.
 

@@ -15,7 +15,10 @@ import triton.language as tl
 from .overlap import begin_after_previous, overlap
 
 CHUNK = 256
-"""Routed rows a program counts and places."""
+"""Routed rows a program counts and places, where there are more than ONE_LAUNCH."""
+
+ONE_LAUNCH = 2048
+"""Routed rows up to which every program counts all, and one launch does."""
 
 MOST_EXPERTS, MOST_TOP_K = 1024, 16
 
@@ -47,20 +50,22 @@ def block_bound(rows: int, experts: int, block_m: int) -> int:
 
 
 @triton.jit
-def mark_empty(row_ids, block_experts, R, places, blocks, chunk, chunks, BLOCK: tl.constexpr):
-    """No row and no expert in a chunk's share of places and blocks."""
-    for first in range(chunk * BLOCK, places, chunks * BLOCK):
+def mark_empty(
+    row_ids, block_experts, R, first_place, places, first_block, blocks, chunk, chunks, BLOCK: tl.constexpr
+):  # fmt: skip
+    """No row and no expert in a chunk's share of places and blocks, from the first ones on."""
+    for first in range(first_place + chunk * BLOCK, places, chunks * BLOCK):
         place = first + tl.arange(0, BLOCK)
         tl.store(row_ids + place, R, mask=place < places)
-    for first in range(chunk * BLOCK, blocks, chunks * BLOCK):
+    for first in range(first_block + chunk * BLOCK, blocks, chunks * BLOCK):
         block = first + tl.arange(0, BLOCK)
         tl.store(block_experts + block, -1, mask=block < blocks)
 
 
 @triton.jit
-def experts_of(ids, chunk, R, E, CHUNK: tl.constexpr):
-    """Experts of a chunk's rows; E for what is dropped."""
-    rows = chunk * CHUNK + tl.arange(0, CHUNK)
+def experts_of(ids, first, R, E, ROWS: tl.constexpr):
+    """Experts of ROWS rows from `first` on; E for what is dropped."""
+    rows = first + tl.arange(0, ROWS)
     expert = tl.load(ids + rows, mask=rows < R, other=-1).to(tl.int32)
     return tl.where((expert >= 0) & (expert < E), expert, E)
 
@@ -73,30 +78,33 @@ def count_kernel(
     """Counts of each chunk of rows by expert, [chunks, BINS]; and everything marked empty."""
     begin_after_previous(OVERLAP)
     chunk = tl.program_id(0)
-    tl.store(counts + chunk * BINS + tl.arange(0, BINS), tl.histogram(experts_of(ids, chunk, R, E, CHUNK), BINS))
-    mark_empty(row_ids, block_experts, R, places, blocks, chunk, tl.num_programs(0), 1024)
+    tl.store(
+        counts + chunk * BINS + tl.arange(0, BINS), tl.histogram(experts_of(ids, chunk * CHUNK, R, E, CHUNK), BINS)
+    )
+    mark_empty(row_ids, block_experts, R, 0, places, 0, blocks, chunk, tl.num_programs(0), 1024)
 
 
 @triton.jit(do_not_specialize=["R", "E", "places", "blocks"])
 def place_kernel(
-    ids, counts, starts, row_ids, block_experts, totals, R, E, places, blocks,
-    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, ALONE: tl.constexpr,
-    OVERLAP: tl.constexpr = False,
+    ids, counts, row_ids, block_experts, totals, R, E, places, blocks,
+    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, ALL: tl.constexpr, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """Rows of one chunk to their places, and a share of the blocks to their experts.
 
-    counts: of `count_kernel`. starts: [chunks, BINS] scratch. ALONE: this program does everything, without counts.
+    counts: of `count_kernel`; None: each program counts all rows itself, at most ALL, and marks a share of the empty.
     """
     begin_after_previous(OVERLAP)
     chunk = tl.program_id(0)
     chunks = tl.num_programs(0)
     bins = tl.arange(0, BINS)
-    expert = experts_of(ids, chunk, R, E, CHUNK)
+    expert = experts_of(ids, chunk * CHUNK, R, E, CHUNK)
     total = tl.zeros((BINS,), tl.int32)
     before = tl.zeros((BINS,), tl.int32)
-    if ALONE:
-        total = tl.histogram(expert, BINS)
-        mark_empty(row_ids, block_experts, R, places, blocks, chunk, chunks, CHUNK)
+    if counts is None:
+        every = experts_of(ids, 0, R, E, ALL)
+        total = tl.histogram(every, BINS)
+        if ALL > CHUNK:
+            before = tl.histogram(tl.where(tl.arange(0, ALL) < chunk * CHUNK, every, E), BINS)
     else:
         for first in range(0, chunks, 4):
             for next in tl.static_range(4):
@@ -107,15 +115,17 @@ def place_kernel(
     total = tl.where(bins < E, total, 0)
     own = (total + BLOCK_M - 1) // BLOCK_M
     first_block = tl.cumsum(own, 0) - own
-    tl.store(starts + chunk * BINS + bins, first_block * BLOCK_M + before)
     if chunk == 0:
         tl.store(totals + bins, total, mask=bins < E)
-    tl.debug_barrier()  # starts, and with ALONE what is empty, were written by other threads of this program
     for nth in range(chunk, tl.max(own, 0), chunks):
         tl.store(block_experts + first_block + nth, bins, mask=nth < own)
-    inside = expert < E
-    place = tl.load(starts + chunk * BINS + expert, mask=inside, other=0)
+    if counts is None:
+        for nth in range(chunk, BLOCK_M, chunks):
+            tl.store(row_ids + first_block * BLOCK_M + total + nth, R, mask=total + nth < own * BLOCK_M)
+        used = tl.sum(own, 0)
+        mark_empty(row_ids, block_experts, R, used * BLOCK_M, places, used, blocks, chunk, chunks, 256)
     index = tl.arange(0, CHUNK)
+    place = tl.gather(first_block * BLOCK_M + before, expert, 0)
     SLICE: tl.constexpr = 32 if CHUNK <= 256 else 8192 // CHUNK
     for first in tl.static_range(0, CHUNK, SLICE):
         earlier = first + tl.arange(0, SLICE)
@@ -123,7 +133,7 @@ def place_kernel(
         theirs = tl.load(ids + at, mask=at < R, other=-1).to(tl.int32)
         same = (theirs[None, :] == expert[:, None]) & (earlier[None, :] < index[:, None])
         place += tl.sum(same.to(tl.int32), 1)
-    tl.store(row_ids + place, chunk * CHUNK + index, mask=inside)
+    tl.store(row_ids + place, chunk * CHUNK + index, mask=expert < E)
 
 
 def route(topk_ids: torch.Tensor, experts: int, block_m: int) -> Routing:
@@ -149,19 +159,19 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int) -> Routing:
         none, zeros = (torch.zeros(n, dtype=torch.int32, device=device) for n in (0, experts))
         return Routing(none, none, zeros, block_m)
     early = overlap(topk_ids)
-    chunk, places = chunk_of(rows, bool(early)), blocks * block_m
+    chunk, places = chunk_of(rows), blocks * block_m
     chunks, bins = triton.cdiv(rows, chunk), triton.next_power_of_2(experts + 1)
+    counted = rows > ONE_LAUNCH
     # Scratch lives as long as the result: a launch that works beside this one must not be given its memory.
-    counts, starts, row_ids, totals, block_experts = _pieces(
-        device, chunks * bins, chunks * bins, places, experts, blocks
-    )
-    if chunks > 1:
+    counts, row_ids, totals, block_experts = _pieces(device, counted * chunks * bins, places, experts, blocks)
+    if counted:
         count_kernel[(chunks,)](
             topk_ids, counts, row_ids, block_experts, rows, experts, places, blocks, chunk, bins, **early
         )  # fmt: skip
     place_kernel[(chunks,)](
-        topk_ids, counts, starts, row_ids, block_experts, totals, rows, experts, places, blocks,
-        block_m, chunk, bins, chunks == 1, num_warps=8 if early or bins > 512 else 4, **early,
+        topk_ids, counts if counted else None, row_ids, block_experts, totals, rows, experts, places, blocks,
+        block_m, chunk, bins, 0 if counted else triton.next_power_of_2(rows),
+        num_warps=8 if early or bins > 512 else 4, **early,
     )  # fmt: skip
     return Routing(row_ids, block_experts, totals, block_m)
 
@@ -173,11 +183,12 @@ def _pieces(device: torch.device, *sizes: int) -> list[torch.Tensor]:
     return [piece[:size] for piece, size in zip(whole.split(rooms), sizes, strict=True)]
 
 
-def chunk_of(rows: int, overlapping: bool) -> int:
-    """Rows a program: as few programs as keep the counting of `rows` rows short, for each reads the counts of all.
-    Where launches overlap, a second one costs less than to compare more rows with each other (measured on an H200)."""
-    most = 4 * CHUNK if rows > 256 * CHUNK else CHUNK // 2 if overlapping and rows <= 4096 else CHUNK
-    return min(max(triton.next_power_of_2(rows), 32), most)
+def chunk_of(rows: int) -> int:
+    """Rows a program places. Few, where each counts all rows anyway; else as few programs as keep the counting of
+    `rows` rows short, for each reads the counts of all."""
+    if rows <= ONE_LAUNCH:
+        return min(max(triton.next_power_of_2(rows), 32), 64)
+    return 4 * CHUNK if rows > 256 * CHUNK else CHUNK
 
 
 def route_torch(topk_ids: torch.Tensor, experts: int, block_m: int) -> Routing:

@@ -76,12 +76,13 @@ def tile_of(config: Config) -> HopperConfig:
 
 
 def _input(
-    x: torch.Tensor, act: ActQuant, x_format: str, beside: bool = False
+    x: torch.Tensor, act: ActQuant, x_format: str, beside: bool = False, inside: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x[M, K] as the kernel multiplies it: bf16, or e4m3 under one factor a row. `beside`: as in `quant_mx`."""
+    """x[M, K] as the kernel multiplies it: bf16, or e4m3 under one factor a row. `beside`, `inside`: as in
+    `activations`."""
     from sglang_amd_quant.kernels.triton.hopper import activations
 
     if act.scale is not None:
         return formats.quantize_fp8_static(x, act.scale), act.scale.float().expand(x.shape[0]).contiguous()
     element = None if act.scheme.act == "bf16" else act.scheme.act
-    return activations(x.contiguous(), element, None if act.mode is None else act.mode.value, x_format, beside)
+    return activations(x.contiguous(), element, None if act.mode is None else act.mode.value, x_format, beside, inside)

@@ -222,7 +222,12 @@ _MOE = KernelSpec(
 )
 
 
+_HOPPER_FEW = 4
+"""Routed rows an expert, on average, up to which blocks of 8 rows beat those of 16 (measured on an H200)."""
+
 _HOPPER_TILES = {
+    ("e4m3", 8): ((64, 128, 6), (128, 64, 6)),
+    ("bf16", 8): ((128, 64, 6), (128, 64, 6)),
     ("e4m3", 16): ((64, 128, 6), (128, 64, 6)),
     ("e4m3", 32): ((64, 128, 6), (128, 64, 6)),
     ("e4m3", 64): ((128, 64, 6), (128, 64, 6)),
@@ -240,6 +245,8 @@ def _hopper_tile(x_format: str) -> Callable[[GemmProblem], Config]:
 
     def tile(problem: GemmProblem) -> Config:
         block_m = routed_block_m(problem)
+        if problem.moe and not problem.block_m and problem.rows <= _HOPPER_FEW * problem.e_total:
+            block_m = 8
         both = _HOPPER_TILES.get((x_format, block_m)) if problem.moe else None
         block_n, block_k, stages = both[problem.op == "moe_down"] if both else (128, 64, 4)
         return Config(block_m, block_n, block_k, num_warps=4, num_stages=stages)
@@ -270,13 +277,13 @@ def _hopper(x_format: str, schemes: tuple[str, ...], acts: tuple[str, ...]) -> K
         ops=("linear", "moe_gate_up", "moe_down"),
         layouts=(f"hopper_{x_format}",),
         space={
-            "block_m": (16, 32, 64, 128, 256),
+            "block_m": (8, 16, 32, 64, 128, 256),
             "block_n": (64, 128, 256),
             "block_k": (64, 128),
             "num_warps": (4, 8),
             "num_stages": (3, 4, 5, 6, 8, 12, 16),
             "group_m": (1, 2, 4, 8, 16),
-            "run": (1, 2, 4),
+            "max_registers": (0, 64, 72, 80, 96, 128),
         },
         configure=_hopper_tile(x_format),
         triton=True,

@@ -124,8 +124,8 @@ def test_what_no_kernel_takes_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("element", "x_format"), [(None, "bf16"), ("e4m3", "e4m3")])
-def test_runs_of_tiles_and_dense_layers_compile(element: str | None, x_format: str) -> None:
-    """The tiles of selection's rules for dense layers, and a run of four."""
+def test_tiles_of_dense_layers_compile(element: str | None, x_format: str) -> None:
+    """Those of selection's rules, and one that is as narrow as N."""
     from emulated_triton import emulated_triton
 
     from sglang_amd_quant.selection.rules import TILE_RULES
@@ -138,9 +138,8 @@ def test_runs_of_tiles_and_dense_layers_compile(element: str | None, x_format: s
     with emulated_triton("sm_90") as launches:
         for tile in tiles:
             linear_hopper(x, packed, tile, element=element)
-        left, factors = activations(x, element, None, x_format)
-        routing = route_torch(torch.zeros(40, 1, dtype=torch.int32), 1, 16)
-        hopper_gemm(left, factors, packed, torch.empty(40, 512).bfloat16(), routing, HopperConfig(16, run=4))
+        narrow = pack_hopper(*weights(g, "e2m1", 1, 80, 128), x_format)
+        linear_hopper(x, narrow, HopperConfig(8, max_registers=96), element=element)
     gemms = [made.compiled.report for made in launches if made.compiled.variant.function == "hopper_moe_kernel"]
     assert [report.problems for report in gemms] == [[]] * (len(tiles) + 1)
 
@@ -200,13 +199,12 @@ def test_one_token_takes_no_routing_launch(element: str | None, x_format: str, m
     with emulated_triton("sm_90") as launches:
         config = HopperConfig(16)
         fused_moe_hopper(x, ids, torch.rand(1, 2), w13, w2, config, config, element=element)
-    quantize = [] if element is None else ["quant_mx_kernel"]
-    gemm = [*quantize, "hopper_moe_kernel"]
-    assert [made.compiled.variant.function for made in launches] == [*gemm, *gemm, "combine_kernel"]
+    names = [made.compiled.variant.function for made in launches]
+    assert names == ["hopper_moe_kernel", "hopper_moe_kernel", "combine_kernel"]  # which quantize x themselves
     gemms = [made.compiled for made in launches if made.compiled.variant.function == "hopper_moe_kernel"]
     assert [made.report.problems for made in gemms] == [[], []]
     constants = [made.variant.constants for made in gemms]
-    assert [(c["AHEAD"], c["LATE"]) for c in constants] == [(element is not None, element is None), (True, False)]
+    assert [(c["AHEAD"], c["LATE"]) for c in constants] == [(False, element is None), (True, False)]
 
 
 def test_rows_alone_are_few_against_experts() -> None:
@@ -233,7 +231,7 @@ GPU = pytest.mark.skipif(not _sm90(), reason="no sm_90 GPU")
 @pytest.mark.parametrize(
     "config",
     [HopperConfig(16, 64, 128), HopperConfig(64, 128, 64, 4, 6), HopperConfig(128), HopperConfig(256, 128, 64, 8, 4),
-     HopperConfig(32, 64, 64, run=2)],
+     HopperConfig(8, 256, 64, 4, 4, max_registers=128)],
     ids=str,
 )  # fmt: skip
 def test_int4_on_the_gpu(config: HopperConfig, group: int, dtype: torch.dtype) -> None:
@@ -327,6 +325,28 @@ def test_a_captured_moe_follows_a_new_routing(element: str | None, m: int) -> No
         graph.replay()
         assert torch.equal(y, run())
         assert torch.equal(y.isfinite(), torch.ones_like(y, dtype=torch.bool))
+
+
+@GPU
+@pytest.mark.parametrize(("m", "block_m", "block_k"), [(1, 8, 64), (4, 8, 128), (29, 8, 64), (29, 16, 128)])
+@pytest.mark.parametrize("element", ["e2m1", "e4m3"])
+def test_rows_quantized_by_the_kernel_are_those_of_a_launch(element: str, m: int, block_m: int, block_k: int) -> None:
+    """To the bit, rows alone (m up to 4) or not, with rows of zeros, of subnormal numbers, of infinity and with NaN."""
+    g = torch.Generator().manual_seed(7)
+    e, n, k = 64, 96, 416
+    packed = pack_hopper(*(t.cuda() for t in weights(g, element, e, n, k)), "e4m3")
+    x = torch.randn(m, k, generator=g).bfloat16()
+    x *= torch.tensor([1.0, 0.0, 1e-38, 1e38, torch.inf])[torch.arange(m) % 5, None]
+    x[5:6, 7] = torch.nan
+    x, ids = x.cuda(), torch.randint(-1, e, (m, 2), generator=g).int().cuda()
+    routing = alone(ids, e, block_m) or route_torch(ids, e, block_m)
+    results = []
+    for left, factors in (activations(x, "e4m3", None, "e4m3"), (x, None)):
+        y = torch.full((2 * m, n), torch.nan, device="cuda")
+        hopper_gemm(left, factors, packed, y, routing, HopperConfig(block_m, 128, block_k), top_k=2)
+        results.append(y)
+    assert torch.equal(*(y.nan_to_num(12345.0) for y in results))
+    assert results[1].isfinite().any()
 
 
 @GPU
