@@ -12,15 +12,20 @@ from typing import Any
 
 import torch
 from sglang_amd_quant.kernels.hip.manifest import find
+from sglang_amd_quant.kernels.triton.hopper import HopperConfig, Overlap, activations, hopper_gemm
+from sglang_amd_quant.kernels.triton.hopper_pack import HopperWeights
 
 from bench.decode_problem import Problem, Reference
 from bench.timing import graph_us
 from sglang_amd_quant.ops.hip import carry
 from sglang_amd_quant.ops.reference import ActQuant
+from sglang_amd_quant.ops.triton_hopper import tile_of
 from sglang_amd_quant.runtime.decode_gemm import decode_gemm
 from sglang_amd_quant.runtime.decode_plans import DecodePlan, plans, prepared_bytes
 from sglang_amd_quant.runtime.device import Gpu
+from sglang_amd_quant.selection import GemmProblem, Selector
 
+DECODE = ("hip_decode", "hip_decode_e4m3")
 IN_A_GRAPH = 30
 """Launches that a graph holds at least: events resolve half a microsecond, and some launches take five."""
 
@@ -56,10 +61,31 @@ def launch(
         device.launch(replace(description, overlap=overlap), torch.cuda.current_stream().cuda_stream)
 
 
+def launch_tiles(
+    p: Problem, config: HopperConfig, i: int, x: torch.Tensor, y: torch.Tensor, overlap: bool = True
+) -> None:
+    """The same by the kernel that more rows have."""
+    data, scales, factors = p.packed[i]
+    x_format = "bf16" if p.scheme.act == "bf16" else "e4m3"
+    w = HopperWeights(data, scales, factors, p.scheme.weight, x_format, p.n, p.k, None, 1)
+    left, x_factors = activations(x, None if x_format == "bf16" else p.scheme.act, None, x_format)
+    hopper_gemm(left, x_factors, w, y, None, config, overlapping=Overlap(ahead=left is not x) if overlap else None)
+
+
 def ways(device: Gpu, p: Problem, m: int) -> list[Way]:
-    """Plans of the decode kernels, the model's best first."""
-    found = plans(p.name, m, p.n, p.k, device.cu_count)
-    return [Way(asdict(plan), partial(launch, device, p, plan=plan)) for plan in found]
+    """Plans of the decode kernels, the model's best first; before them the other kernel, where selection prefers it."""
+    made = [
+        Way(asdict(plan), partial(launch, device, p, plan=plan)) for plan in plans(p.name, m, p.n, p.k, device.cu_count)
+    ]
+    if p.scheme.weight != "int4":
+        x_format = "bf16" if p.scheme.act == "bf16" else "e4m3"
+        tiles, layout = f"triton_hopper_{x_format}", f"hopper_{x_format}"
+        problem = GemmProblem("linear", p.scheme.name, "sm_90", m, p.n, p.k, device.cu_count, layout=layout)
+        chosen = Selector(available=frozenset({tiles, *DECODE})).decide(problem)
+        if chosen.kernel == tiles:
+            config = tile_of(chosen.config)
+            made.insert(0, Way({"kernel": tiles, **vars(config)}, partial(launch_tiles, p, config)))
+    return made
 
 
 def measure(device: Gpu, p: Problem, m: int, bandwidth: float, explore: int) -> dict[str, Any]:

@@ -27,6 +27,9 @@ from bench.timing import graph_us
 
 CHECKED_M = (1, 5, 61, 300)
 
+LAYERS = 12
+"""Launches in a graph, at least: a model's layers are more, and a graph takes some microseconds to begin."""
+
 PEER_FAILURES = (
     ImportError,
     RuntimeError,
@@ -78,7 +81,7 @@ def _ours(job: Job) -> Iterator[Row]:
             (configs, source), timed = selected(shape, scheme, m), 0
 
             def us(pair: Configs, replays: int = 20, mine: Ours = mine, p: Problem = problems[m]) -> float:
-                return graph_us([partial(mine.whole, p[0], i, w, pair) for i, w in p[1]], replays)
+                return graph_us([partial(mine.whole, p[0], i, w, pair) for i, w in p[1]], replays, LAYERS)
 
             if job.tuned:
                 space = candidates(m, shape.top_k, shape.experts, mine.w13.x_format, mine.w13.w_format)
@@ -86,7 +89,7 @@ def _ours(job: Job) -> Iterator[Row]:
                 source = "searched in this run"
             placed = [mine.place(i, configs[0].block_m) for i, _ in routings]
             both = zip(routings, placed, strict=True)
-            gemms = graph_us([partial(mine.gemms, x, i, w, configs, r) for (i, w), r in both])
+            gemms = graph_us([partial(mine.gemms, x, i, w, configs, r) for (i, w), r in both], at_least=LAYERS)
             yield _row(
                 job, m, f"ours {scheme}", us(configs), routings, gemms=gemms, configs=source, configs_timed=timed,
                 scheme=scheme, x_format=mine.w13.x_format, config13=vars(configs[0]), config2=vars(configs[1]),
@@ -121,7 +124,7 @@ def _peer(job: Job) -> Iterator[Row]:
     for m, (bound, routings) in runs.items():
         yield {"at": m}
         try:
-            yield _row(job, m, made.name, graph_us(bound), routings, error=errors[m])
+            yield _row(job, m, made.name, graph_us(bound, at_least=LAYERS), routings, error=errors[m])
         except PEER_FAILURES as failure:
             torch.cuda.synchronize()
             yield _why(job, made.name, m, failure)

@@ -26,8 +26,8 @@ AT_ONCE = 4 * 132
 """Programs that are on the card at the same time. So many of rows alone quantize x themselves; more lose to a launch
 that does it once (measured on an H200)."""
 
-SHORT = 1024
-"""K up to which down quantizes its input itself, in blocks of 8 rows; longer rows take longer than a launch."""
+SHORT = 8 * 1024
+"""Elements of a block's rows up to which down quantizes its input itself; more take longer than a launch (likewise)."""
 
 WHOLE_ROOM = 1024
 """Elements by which a row in shared memory may be longer than K (`hopper_rows.chunk_of`)."""
@@ -245,7 +245,7 @@ def routed_hopper(
     )  # fmt: skip
     behind = Overlap(ahead=left is not x, late=w13.x_format != "e4m3" and left is x)
     hopper_gemm(left, factors, w13, hidden, routing, config13, overlapping=behind, top_k=top_k, bias=b13, **activation)
-    short = config2.block_m <= 8 and w2.k <= SHORT
+    short = config2.block_m * w2.k <= SHORT
     left, factors = quantize2(hidden, x_format=w2.x_format, inside=short or isinstance(routing, Alone))
     hopper_gemm(left, factors, w2, routed, routing, config2, overlapping=Overlap(ahead=True), bias=b2,
                 row_weights=row_weights)  # fmt: skip

@@ -40,6 +40,9 @@ from .hopper_operands import (
 )
 from .hopper_rows import factors_at, quantize_rows, rows_at, steps_of
 
+LONG = gl.constexpr(3072)
+"""K from which on sums of e4m3 products, which wgmma keeps 14 bits of, are added up as fp32 every few steps."""
+
 
 @gluon.jit
 def multiply(acc, w_tile, s_tile, right, W_FORMAT: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
@@ -283,7 +286,10 @@ def hopper_moe_kernel(
     UNROLL: gl.constexpr = unrolled(STAGES, BLOCK_N, BLOCK_K, NUM_WARPS) if KNOWN else 2
     ROUNDS: gl.constexpr = max(0, K // BLOCK_K - DEEP) // UNROLL if KNOWN else (STEPS + 1) // 2
     FIRST: gl.constexpr = ROUNDS * UNROLL
+    EXACT: gl.constexpr = KNOWN and not WIDE and K > LONG
     total = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, mma)
+    if EXACT:
+        summed = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, mma)
     for done in range(ROUNDS):
         for nth in gl.static_range(UNROLL):
             stage = nth if UNROLL == STAGES else (done * UNROLL + nth) % STAGES
@@ -297,6 +303,9 @@ def hopper_moe_kernel(
             )  # fmt: skip
         w_from += UNROLL * PARTS * W_STEP
         x_from += UNROLL * BLOCK_K
+        if EXACT:
+            summed += warpgroup_mma_wait(0, deps=(total,))
+            total = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, mma)
     for nth in gl.static_range(max(0, STEPS - FIRST)):
         total = advance(
             total, (FIRST + nth) % STAGES, FIRST + nth if QUANTIZE else (FIRST + nth) % STAGES,
@@ -307,6 +316,8 @@ def hopper_moe_kernel(
             BLOCK_N, operand, w_registers, s_registers,
         )  # fmt: skip
     total = warpgroup_mma_wait(0, deps=(total,))
+    if EXACT:
+        total += summed
     if LATE:
         gdc_launch_dependents()
 

@@ -105,6 +105,9 @@ def place_kernel(
         total = tl.histogram(every, BINS)
         if ALL > CHUNK:
             before = tl.histogram(tl.where(tl.arange(0, ALL) < chunk * CHUNK, every, E), BINS)
+        else:
+            mark_empty(row_ids, block_experts, R, 0, places, 0, blocks, 0, 1, 256)
+            tl.debug_barrier()  # before others of this program put rows and experts there
     else:
         for first in range(0, chunks, 4):
             for next in tl.static_range(4):
@@ -119,7 +122,7 @@ def place_kernel(
         tl.store(totals + bins, total, mask=bins < E)
     for nth in range(chunk, tl.max(own, 0), chunks):
         tl.store(block_experts + first_block + nth, bins, mask=nth < own)
-    if counts is None:
+    if counts is None and ALL > CHUNK:
         for nth in range(chunk, BLOCK_M, chunks):
             tl.store(row_ids + first_block * BLOCK_M + total + nth, R, mask=total + nth < own * BLOCK_M)
         used = tl.sum(own, 0)
@@ -159,7 +162,7 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int) -> Routing:
         none, zeros = (torch.zeros(n, dtype=torch.int32, device=device) for n in (0, experts))
         return Routing(none, none, zeros, block_m)
     early = overlap(topk_ids)
-    chunk, places = chunk_of(rows), blocks * block_m
+    chunk, places = chunk_of(rows, bool(early)), blocks * block_m
     chunks, bins = triton.cdiv(rows, chunk), triton.next_power_of_2(experts + 1)
     counted = rows > ONE_LAUNCH
     # Scratch lives as long as the result: a launch that works beside this one must not be given its memory.
@@ -171,7 +174,7 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int) -> Routing:
     place_kernel[(chunks,)](
         topk_ids, counts if counted else None, row_ids, block_experts, totals, rows, experts, places, blocks,
         block_m, chunk, bins, 0 if counted else triton.next_power_of_2(rows),
-        num_warps=8 if early or bins > 512 else 4, **early,
+        num_warps=16 if early and 512 < rows <= ONE_LAUNCH else 8 if early or bins > 512 else 4, **early,
     )  # fmt: skip
     return Routing(row_ids, block_experts, totals, block_m)
 
@@ -183,12 +186,13 @@ def _pieces(device: torch.device, *sizes: int) -> list[torch.Tensor]:
     return [piece[:size] for piece, size in zip(whole.split(rooms), sizes, strict=True)]
 
 
-def chunk_of(rows: int) -> int:
+def chunk_of(rows: int, overlapping: bool) -> int:
     """Rows a program places. Few, where each counts all rows anyway; else as few programs as keep the counting of
-    `rows` rows short, for each reads the counts of all."""
+    `rows` rows short, for each reads the counts of all. Where launches overlap, the second costs less than to compare
+    more rows with each other (measured on an H200)."""
     if rows <= ONE_LAUNCH:
         return min(max(triton.next_power_of_2(rows), 32), 64)
-    return 4 * CHUNK if rows > 256 * CHUNK else CHUNK
+    return 4 * CHUNK if rows > 256 * CHUNK else CHUNK // 2 if overlapping and rows <= 4096 else CHUNK
 
 
 def route_torch(topk_ids: torch.Tensor, experts: int, block_m: int) -> Routing:

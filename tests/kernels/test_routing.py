@@ -56,10 +56,10 @@ def test_edges(ids: torch.Tensor, experts: int, block_m: int) -> None:
 
 
 @given(st.integers(1, 1 << 20))
-def test_chunks_are_powers_of_two(rows: int) -> None:
-    chunk = chunk_of(rows)
-    assert 32 <= chunk <= 4 * CHUNK
-    assert chunk & (chunk - 1) == 0
+def test_chunks_are_powers_of_two_and_no_larger_where_launches_overlap(rows: int) -> None:
+    usual, overlapping = chunk_of(rows, False), chunk_of(rows, True)
+    assert 32 <= overlapping <= usual <= 4 * CHUNK
+    assert usual & (usual - 1) == 0 == usual % overlapping
 
 
 def test_scratch_lives_as_long_as_the_result() -> None:
@@ -67,7 +67,7 @@ def test_scratch_lives_as_long_as_the_result() -> None:
     ids = torch.randint(0, 8, (ONE_LAUNCH, 2), dtype=torch.int32)
     with emulated_triton("gfx950"):
         made = route(ids, 8, 16)
-    chunks, bins = -(-ids.numel() // chunk_of(ids.numel())), 16
+    chunks, bins = -(-ids.numel() // chunk_of(ids.numel(), False)), 16
     kept = made.row_ids.numel() + made.block_experts.numel() + made.counts.numel() + chunks * bins
     assert made.row_ids.untyped_storage().nbytes() >= 4 * kept
 
