@@ -174,7 +174,7 @@ def route(topk_ids: torch.Tensor, experts: int, block_m: int) -> Routing:
     place_kernel[(chunks,)](
         topk_ids, counts if counted else None, row_ids, block_experts, totals, rows, experts, places, blocks,
         block_m, chunk, bins, 0 if counted else triton.next_power_of_2(rows),
-        num_warps=16 if early and 512 < rows <= ONE_LAUNCH else 8 if early or bins > 512 else 4, **early,
+        num_warps=8 if early or bins > 512 else 4, **early,
     )  # fmt: skip
     return Routing(row_ids, block_experts, totals, block_m)
 

@@ -50,6 +50,16 @@ _SM90_DECODE: tuple[tuple[int, Range, Range], ...] = (
 )
 
 
+_ON_H200 = "docs/decode.md: measured on an H200"
+_SM90_TILES: tuple[tuple[tuple[str, ...], Range, Range, Range], ...] = (
+    # schemes, M, N, K: where tiles as high as M beat the decode kernel, which holds more of x in each block
+    (("w4a8", "mxfp4"), (1, 64), (16384, None), (1, None)),
+    (("w4a8", "mxfp4"), (17, 32), (6144, None), (1, 4096)),
+    (("mxfp8",), (17, 64), (6144, None), (1, 4096)),
+    (("mxfp8",), (33, 64), (16384, None), (1, None)),
+)
+
+
 RULES: tuple[Rule, ...] = (
     # Dense: any M up to 16 in the GEMV's envelope. The matrix-unit crossover has no rule: untuned M > 16 lost.
     Rule("hip_mxfp8_gemv", "gfx950", "linear", "mxfp8", "aiter #3783 envelope", m=(1, 16)),
@@ -64,6 +74,11 @@ RULES: tuple[Rule, ...] = (
     Rule("hip_moe_w4a16_wmma", "gfx11", "moe_gate_up", "int4_w4a16", "ROCm/vllm #1015", m=(6, None), a_div=8),
     # Kernels of this package.
     *(_gemv(arch) for arch in ("gfx950", "gfx942", "gfx11", "sm_90")),
+    *(
+        Rule("triton_hopper_e4m3", "sm_90", "linear", scheme, _ON_H200, m=m, n=n, k=k)
+        for schemes, m, n, k in _SM90_TILES
+        for scheme in schemes
+    ),
     *(Rule("hip_decode_e4m3", "sm_90", "linear", s, _MEASURED, m=(1, 64)) for s in ("mxfp8", "w4a8", "mxfp4")),
     *(Rule("hip_decode", "sm_90", "linear", "w4a16", _MEASURED, m=(1, m), n=n, k=k) for m, n, k in _SM90_DECODE),
     # Triton's kernel took several times as long as peers at 16 to 64 rows, 6144 -> 2304.
@@ -268,7 +283,8 @@ TILE_RULES: tuple[TileRule, ...] = (
             ops=("linear",),
         )
         for block_m, most_n, block_n, warps, stages, rows in (
-            (64, 8191, 64, 4, 6, (0, 512)), (128, None, 128, 4, 4, (0, 512)), (256, None, 128, 8, 3, None),
+            *((m, None, 64, 4, 6, (0, m)) for m in (8, 16, 32)), (64, 16383, 64, 4, 6, (0, 64)),
+            (64, None, 128, 4, 4, (0, 64)), (64, 8191, 64, 4, 6, (0, 512)), (128, None, 128, 4, 4, (0, 512)), (256, None, 128, 8, 3, None),
         )
     ),
     *_few("sm_90", 64, 128, num_stages=3),
