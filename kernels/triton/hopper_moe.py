@@ -282,7 +282,8 @@ def hopper_moe_kernel(
     # Rounds are long enough that weights of a step go to other registers than those that a running wgmma reads. Of few
     # tokens all that they ask for is whole, and what is left to do after them is known beforehand: fewer instructions.
     # Of many, whose sums fill the registers, they do everything, beyond K with zeros.
-    KNOWN: gl.constexpr = BLOCK_M <= (32 if WIDE else 64) or QUANTIZE
+    FEW: gl.constexpr = 32 if WIDE else 64
+    KNOWN: gl.constexpr = BLOCK_M <= FEW or QUANTIZE
     UNROLL: gl.constexpr = unrolled(STAGES, BLOCK_N, BLOCK_K, NUM_WARPS) if KNOWN else 2
     ROUNDS: gl.constexpr = max(0, K // BLOCK_K - DEEP) // UNROLL if KNOWN else (STEPS + 1) // 2
     FIRST: gl.constexpr = ROUNDS * UNROLL

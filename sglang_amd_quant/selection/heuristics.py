@@ -43,10 +43,14 @@ def default_tiles(problem: GemmProblem, kernel: KernelSpec) -> Iterator[Tile]:
 def restage(problem: GemmProblem, kernel: KernelSpec, config: Config) -> Config:
     """A borrowed config at the BLOCK_M that routing gives here, with as many of its stages as fit there.
 
-    The hole of #3580's proxy: it took the donor's stages along, tuned at another BLOCK_M, with no new look at LDS.
+    The hole of #3580's proxy: it took the donor's stages along, tuned at another BLOCK_M, with no new look at LDS. Nor
+    does a limit of registers go along, which sums of more rows would not leave room for.
     """
     if "block_m" in kernel.space and problem.moe:
-        config = config._replace(block_m=routed_block_m(problem))
+        block_m = kernel.configure(problem).block_m or routed_block_m(problem)
+        if block_m != config.block_m:
+            params = tuple(p for p in config.params if p[0] != "max_registers")
+            config = config._replace(block_m=block_m, params=params)
     if not kernel.triton or not config.num_stages or not all(config.tile):
         return config  # nothing to stage, or a malformed entry: `legal` says so
     return config._replace(num_stages=_stages(problem, kernel, config, config.num_stages) or 1)

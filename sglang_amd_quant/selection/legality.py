@@ -21,6 +21,9 @@ OFFSET_LIMIT = 2**31 - 1
 WORKGROUP_LANES = 1024
 """Lanes of one workgroup, on every arch."""
 
+REGISTERS_BESIDE_SUMS = 48
+"""Registers a thread that operands and addresses take at the least: with fewer, ptxas spills or refuses."""
+
 MMA_BLOCK_K = {16: 128, 32: 64}
 """Least BLOCK_K at which Triton issues scaled MFMA, by nonkdim (16x16x128, 32x32x64); below, it silently does not."""
 
@@ -224,6 +227,15 @@ def _waves(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:
             yield Refusal("scaled_mma", f"nonkdim={c.nonkdim or 16} needs BLOCK_K >= {least}, this has {c.block_k}")
 
 
+def _registers(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:
+    most = dict(c.params).get("max_registers", 0)
+    if not most or not c.num_warps or not all(c.tile):
+        return
+    least = c.tile[0] * c.tile[1] // (32 * c.num_warps) + REGISTERS_BESIDE_SUMS
+    if most < least:
+        yield Refusal("registers", f"max_registers={most}: sums and what goes with them take {least} at this tile")
+
+
 def _split_k(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:
     steps = p.k // kernel.k_multiple
     if c.split_k and c.split_k > 1 and steps % c.split_k:
@@ -252,6 +264,7 @@ _CONFIG_CHECKS: tuple[Callable[[GemmProblem, KernelSpec, Config], Found], ...] =
     _tile_n,
     _layout_block,
     _waves,
+    _registers,
     _split_k,
     _lds,
 )

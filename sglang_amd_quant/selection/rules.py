@@ -53,7 +53,7 @@ _SM90_DECODE: tuple[tuple[int, Range, Range], ...] = (
 _ON_H200 = "docs/decode.md: measured on an H200"
 _SM90_TILES: tuple[tuple[tuple[str, ...], Range, Range, Range], ...] = (
     # schemes, M, N, K: where tiles as high as M beat the decode kernel, which holds more of x in each block
-    (("w4a8", "mxfp4"), (1, 64), (16384, None), (1, None)),
+    (("w4a8", "mxfp4"), (3, 64), (16384, None), (1, None)),
     (("w4a8", "mxfp4"), (17, 32), (6144, None), (1, 4096)),
     (("mxfp8",), (17, 64), (6144, None), (1, 4096)),
     (("mxfp8",), (33, 64), (16384, None), (1, None)),
@@ -283,8 +283,7 @@ TILE_RULES: tuple[TileRule, ...] = (
             ops=("linear",),
         )
         for block_m, most_n, block_n, warps, stages, rows in (
-            *((m, None, 64, 4, 6, (0, m)) for m in (8, 16, 32)), (64, 16383, 64, 4, 6, (0, 64)),
-            (64, None, 128, 4, 4, (0, 64)), (64, 8191, 64, 4, 6, (0, 512)), (128, None, 128, 4, 4, (0, 512)), (256, None, 128, 8, 3, None),
+            (64, 8191, 64, 4, 6, (0, 512)), (128, None, 128, 4, 4, (0, 512)), (256, None, 128, 8, 3, None),
         )
     ),
     *_few("sm_90", 64, 128, num_stages=3),

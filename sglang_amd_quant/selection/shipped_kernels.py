@@ -14,7 +14,7 @@ from sglang_amd_quant.schemes import INT4_GROUPS, scheme
 from sglang_amd_quant.selection import families  # noqa: F401  registers first, whoever imports this: plans depend on order
 from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS, DECODE_SCHEMES
 from sglang_amd_quant.selection.arch import ARCHES
-from sglang_amd_quant.selection.buckets import routed_block_m
+from sglang_amd_quant.selection.buckets import next_pow2, routed_block_m
 from sglang_amd_quant.selection.hopper_decode import least_lds
 from sglang_amd_quant.selection.lds import lds_bytes
 from sglang_amd_quant.selection.legality import operand_bits
@@ -241,9 +241,13 @@ stages; at the largest tile they are half of the shared memory."""
 
 
 def _hopper_tile(x_format: str) -> Callable[[GemmProblem], Config]:
-    """The tiles of experts that nobody tuned, and of dense layers."""
+    """The tiles of experts that nobody tuned, and of dense layers; with few rows, best on an H200 (docs/decode.md)."""
 
     def tile(problem: GemmProblem) -> Config:
+        if not problem.moe and problem.m <= 64 and x_format == "e4m3":
+            tall = problem.m > 32 and problem.n >= 16384
+            block_n, stages = (128, 4) if tall else (64, 6)
+            return Config(max(8, next_pow2(problem.m)), block_n, 128, num_warps=4, num_stages=stages)
         block_m = routed_block_m(problem)
         if problem.moe and not problem.block_m and problem.rows <= _HOPPER_FEW * problem.e_total:
             block_m = 8

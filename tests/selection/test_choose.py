@@ -98,6 +98,19 @@ def test_tp8_small_k_under_the_swizzle(packs_of, layout):
     assert f"layout {layout} needs BLOCK_K >= 256, this has 128" in swizzled.refused[0].why
 
 
+def test_a_limit_of_registers_stays_with_its_block_m(packs_of):
+    """64 registers hold the sums of 8 rows, and not those of 32, for which the entry is borrowed."""
+    problem = replace(A8W4, arch="sm_90", cu_count=132, m=16, layout="hopper_e4m3")
+    row = {**ROW, "arch": "sm_90", "cu_num": 132, "M": 16, "layout": "hopper_e4m3", "kernel": "triton_hopper_e4m3",
+           "block_m": 8, "block_n": 128, "block_k": 64, "num_warps": 4, "num_stages": 4,
+           "params": "group_m=8;max_registers=64"}  # fmt: skip
+    select = Selector(packs_of(row))
+    assert dict(select(problem).config.params)["max_registers"] == 64
+    many = select(replace(problem, e_local=8, e_total=8, m=32))
+    assert (many.source, many.config.block_m) == ("borrowed", 32)
+    assert not dict(many.config.params).get("max_registers")
+
+
 def test_proxy_skips_donors_that_the_swizzle_cannot_use(packs_of):
     rows = [{**ROW, **TILE, "block_m": 16, "block_k": 128}, {**ROW, **TILE, "block_m": 64}]
     choice = Selector(packs_of(*rows))(replace(A8W4, layout="cdna4_scale"))

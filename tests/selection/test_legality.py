@@ -146,6 +146,18 @@ def test_predicate_of_the_gfx11_prefill_kernel(change, expected):
     assert rules(problem, "hip_moe_w4a16_wmma", kernel("hip_moe_w4a16_wmma").configure(problem)) == expected
 
 
+@pytest.mark.parametrize(
+    ("tile", "registers", "expected"),
+    [((8, 128, 64), 64, []), ((16, 128, 64), 64, []), ((32, 128, 64), 64, ["registers"]),
+     ((128, 128, 64), 128, ["registers"]), ((128, 128, 64), 0, [])],
+)  # fmt: skip
+def test_a_limit_of_registers_leaves_room_for_the_sums(tile, registers, expected):
+    """A thread of four warps holds BLOCK_M BLOCK_N / 128 sums; ptxas refuses 128 x 128 at 80 registers."""
+    problem = replace(MOE, arch="sm_90", cu_count=132, layout="hopper_e4m3")
+    config = Config(*tile, num_warps=4, num_stages=4, params=(("max_registers", registers),))
+    assert rules(problem, "triton_hopper_e4m3", config) == expected
+
+
 def test_gfx942_has_no_scaled_matrix_unit_to_lose():
     assert rules(replace(MOE, arch="gfx942", cu_count=304), "triton_moe_a8w4", TILE._replace(num_warps=1)) == []
 
