@@ -137,6 +137,8 @@ def hopper_gemm(
             f"{made} for {w.experts} experts with {config}, activation {activation} with pairs {w.pairs}: "
             "routing and packing must be made for the launch; route and pack again"
         )
+    if x_factors is None and w.x_format == "e4m3" and x.dtype != torch.bfloat16:
+        raise ValueError(f"{x.dtype} without factors for weights of e4m3: the kernel quantizes bf16; quantize x before")
     row_ids = None if routing is None or isinstance(routing, Alone) else routing.row_ids
     experts = None if routing is None else routing.block_experts
     tiles_m = triton.cdiv(rows, config.block_m) if experts is None else experts.numel()

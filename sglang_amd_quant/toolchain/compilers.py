@@ -220,4 +220,15 @@ def _cuobjdump(nvcc: Path) -> str | None:
 
 
 def _output(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """What a compiler says of itself.
+
+    Raises:
+        UnsupportedError: it does not run.
+    """
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except OSError as error:
+        why = error.strerror or str(error)
+    except subprocess.CalledProcessError as error:
+        why = f"`{' '.join(command[1:])}` exited with {error.returncode}"
+    raise UnsupportedError(f"compiler {command[0]}", why, "install it anew, or take it off PATH")

@@ -287,6 +287,24 @@ def test_a_machine_without_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         build_one(tmp_path, COPY, which="gcc")
 
 
+@pytest.mark.parametrize(
+    ("content", "why"), [("#!/bin/sh\nexit 3\n", "exited with 3"), ("no program", "Exec format error")]
+)
+def test_an_nvcc_that_does_not_run_is_told_in_a_line(
+    content: str, why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(content)
+    nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    compilers._nvcc.cache_clear()
+    with pytest.raises(UnsupportedError, match=rf"{nvcc}: .*{why}; install it anew, or take it off PATH"):
+        find_compiler(arch_facts("sm_90"))
+    compilers._nvcc.cache_clear()
+
+
 def test_rocms_compiler_is_taken_where_ziglang_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A ROCm tree whose tools are ziglang's, under ROCm's names."""
     zig = compilers._ziglang()
