@@ -93,21 +93,14 @@ class Real(Target):
                 array.view(np.uint8).reshape(-1)[:] = tensor.cpu().numpy()
 
 
-def _gpu_is_sm90() -> bool:
-    try:
-        import torch
-
-        return bool(torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0))
-    except ImportError:
-        return False
-
-
 @pytest.fixture(params=[*AMD_ARCHS, "sm_90"])
 def target(request: pytest.FixtureRequest) -> Target:
     """Each architecture in turn."""
+    from sm90 import is_here
+
     arch = arch_facts(request.param)
     if arch.vendor == "nvidia":
-        if not _gpu_is_sm90():
+        if not is_here():
             pytest.skip("no sm_90 GPU")
         return Real(arch)
     if find_compiler(arch) is None:

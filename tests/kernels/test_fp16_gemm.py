@@ -17,6 +17,7 @@ from emulated_triton import emulated_triton
 from sglang_amd_quant.kernels.triton.group_gemm import GroupGemmConfig, group_gemm, group_gemm_torch
 from sglang_amd_quant.kernels.triton.manifest import Variant, group_variants
 from sglang_amd_quant.kernels.triton.routing import route_torch
+from sm90 import GPU
 
 from sglang_amd_quant.formats import dequantize_mx
 from sglang_amd_quant.layouts.names import TensorLayout
@@ -205,11 +206,7 @@ def test_what_would_lose_bits_is_refused() -> None:
         group_gemm(p.x, p.w, p.scales, y, SMALL, "gfx950", group=32, layout=("preshuffle", "tile_scale"))
 
 
-def _sm90() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
-@pytest.mark.skipif(not _sm90(), reason="no sm_90 GPU")
+@GPU
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.arch == "sm_90"], ids=lambda v: v.name)
 def test_agrees_on_the_gpu(variant: Variant) -> None:
     p = problem(variant.w_format, 75, 200, 160, variant.config.block_m if variant.grouped else 0, bias=True)

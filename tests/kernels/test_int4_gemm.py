@@ -19,6 +19,7 @@ from sglang_amd_quant.kernels.triton.group_gemm import GroupGemmConfig, group_ge
 from sglang_amd_quant.kernels.triton.hopper_pack import row_order
 from sglang_amd_quant.kernels.triton.manifest import Variant, group_variants
 from sglang_amd_quant.kernels.triton.quant_mx import NO_FRONT, Front
+from sm90 import GPU
 
 from sglang_amd_quant.formats import dequantize_int4, group_words
 from sglang_amd_quant.layouts.names import TensorLayout
@@ -250,11 +251,7 @@ def test_the_twin_agrees(grouped: int) -> None:
     torch.testing.assert_close(got, p.exact()[0], rtol=1e-12, atol=1e-9)
 
 
-def _sm90() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
-@pytest.mark.skipif(not _sm90(), reason="no sm_90 GPU")
+@GPU
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.arch == "sm_90"], ids=lambda v: v.name)
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_agrees_on_the_gpu(variant: Variant, group: int) -> None:

@@ -21,6 +21,7 @@ from sglang_amd_quant.kernels.triton.hopper import (
 from sglang_amd_quant.kernels.triton.hopper_pack import OCTAVES, HopperWeights, pack_hopper, row_order
 from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm_torch
 from sglang_amd_quant.kernels.triton.routing import route_torch
+from sm90 import GPU
 
 from sglang_amd_quant.formats import dequantize_mx, group_words
 from sglang_amd_quant.layouts.registry import SCALES, VALUES
@@ -216,13 +217,6 @@ def test_rows_alone_are_few_against_experts() -> None:
     few = alone(strided, 128, 16)
     assert few is not None
     assert few.block_experts.tolist() == strided.flatten().tolist()
-
-
-def _sm90() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
-GPU = pytest.mark.skipif(not _sm90(), reason="no sm_90 GPU")
 
 
 @GPU

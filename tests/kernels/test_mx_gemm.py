@@ -18,6 +18,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it
 
 from sglang_amd_quant.kernels.triton.manifest import SCHEMES, Variant, mx_variants
 from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig, mx_gemm, mx_gemm_kernel, mx_gemm_torch
+from sm90 import GPU
 
 from sglang_amd_quant.toolchain.compilers import BuildError
 from sglang_amd_quant.toolchain.triton_aot import Compiled, compile_variant
@@ -175,11 +176,7 @@ def test_the_twin_agrees_with_torchao_and_with_a_loop_over_experts() -> None:
     torch.testing.assert_close(mx_gemm_torch(**p, dtype=torch.float64), expected, rtol=1e-12, atol=1e-9)
 
 
-def _sm90() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
-@pytest.mark.skipif(not _sm90(), reason="no sm_90 GPU")
+@GPU
 @pytest.mark.parametrize("variant", [v for v in ALL if v.arch == "sm_90"], ids=ids)
 def test_agrees_with_its_twin_on_the_gpu(variant: Variant) -> None:
     p = {name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in problem(variant, seed=2).items()}
