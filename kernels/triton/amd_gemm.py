@@ -110,6 +110,18 @@ def scales_of(w_scales, at, k, K, GROUP: gl.constexpr, PARTS: gl.constexpr, SCAL
 
 
 @gluon.jit
+def step_of(x, w, w_scales, x_at, w_at, s_at, x_k, word, k, K, LONG: gl.constexpr, GROUP: gl.constexpr,
+            PARTS: gl.constexpr, VALUES: gl.constexpr, SCALES: gl.constexpr, WHOLE: gl.constexpr):  # fmt: skip
+    """x, weights and scales of a step at k; WHOLE: nothing of it is behind K."""
+    x_tile = x_of(x, x_at, x_k, k, K, LONG, WHOLE)
+    return (
+        x_tile,
+        words_of(w, w_at, word, k, K, VALUES, WHOLE),
+        scales_of(w_scales, s_at, k, K, GROUP, PARTS, SCALES, WHOLE),
+    )
+
+
+@gluon.jit
 def in_turn(sums):
     """Unchanged; but LLVM finishes them before it reads more of LDS. Else it begins with all groups of a step at once,
     each with sums of its own, and spills."""
@@ -225,17 +237,22 @@ def amd_gemm_kernel(
     buffer = gl.allocate_shared_memory(x.dtype.element_ty, [BLOCK_M, STEP], shared)
     total = gl.full((BLOCK_M, BLOCK_N), 0, gl.float32, sums)
     last = (K - 1) // STEP * STEP
-    x_tile = x_of(x, x_at, x_k, 0, K, LONG, EVEN_K)
-    w_tile = words_of(w, w_at, word, 0, K, VALUES, EVEN_K)
-    scales = scales_of(w_scales, s_at, 0, K, GROUP, PARTS, SCALES, EVEN_K)
+    x_tile, w_tile, scales = step_of(
+        x, w, w_scales, x_at, w_at, s_at, x_k, word, 0, K, LONG, GROUP, PARTS, VALUES, SCALES, EVEN_K
+    )
     for k in range(0, K, STEP):
         buffer.store(x_tile)
         words = parts_of(w_tile, CDNA, STEP // 32, BLOCK_N)
         now = scales
         ahead = gl.minimum(k + STEP, last)  # the last step once more, behind it
-        x_tile = x_of(x, x_at, x_k, ahead, K, LONG, EVEN_K)
-        w_tile = words_of(w, w_at, word, ahead, K, VALUES, EVEN_K)
-        scales = scales_of(w_scales, s_at, ahead, K, GROUP, PARTS, SCALES, EVEN_K)
+        if EVEN_K or ahead + STEP <= K:
+            x_tile, w_tile, scales = step_of(
+                x, w, w_scales, x_at, w_at, s_at, x_k, word, ahead, K, LONG, GROUP, PARTS, VALUES, SCALES, True
+            )
+        else:
+            x_tile, w_tile, scales = step_of(
+                x, w, w_scales, x_at, w_at, s_at, x_k, word, ahead, K, LONG, GROUP, PARTS, VALUES, SCALES, False
+            )
         x_part = buffer.slice(0, 32, 1).load(left)
         x_next = x_part
         for g in gl.static_range(PARTS):
