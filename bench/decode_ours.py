@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from sglang_amd_quant.kernels.hip.manifest import find
-from sglang_amd_quant.kernels.triton.hopper import HopperConfig, Overlap, activations, hopper_gemm
+from sglang_amd_quant.kernels.triton.hopper import HopperConfig, linear_hopper
 from sglang_amd_quant.kernels.triton.hopper_pack import HopperWeights
 
-from bench.decode_problem import Problem, Reference
+from bench.decode_problem import Problem, Reference, x_format
 from bench.timing import graph_us
 from sglang_amd_quant.ops.hip import carry
 from sglang_amd_quant.ops.reference import ActQuant
@@ -26,6 +26,8 @@ from sglang_amd_quant.runtime.device import Gpu
 from sglang_amd_quant.selection import GemmProblem, Selector
 
 DECODE = ("hip_decode", "hip_decode_e4m3")
+"""The decode kernels of MX weights, as selection names them."""
+
 IN_A_GRAPH = 30
 """Launches that a graph holds at least: events resolve half a microsecond, and some launches take five."""
 
@@ -65,11 +67,9 @@ def launch_tiles(
     p: Problem, config: HopperConfig, i: int, x: torch.Tensor, y: torch.Tensor, overlap: bool = True
 ) -> None:
     """The same by the kernel that more rows have."""
-    data, scales, factors = p.packed[i]
-    x_format = "bf16" if p.scheme.act == "bf16" else "e4m3"
-    w = HopperWeights(data, scales, factors, p.scheme.weight, x_format, p.n, p.k, None, 1)
-    left, x_factors = activations(x, None if x_format == "bf16" else p.scheme.act, None, x_format)
-    hopper_gemm(left, x_factors, w, y, None, config, overlapping=Overlap(ahead=left is not x) if overlap else None)
+    w = HopperWeights(*p.packed[i], p.scheme.weight, x_format(p.scheme), p.n, p.k, None, 1)
+    element = None if p.scheme.act == "bf16" else p.scheme.act
+    linear_hopper(x, w, config, element=element, y=y, overlapping=overlap)
 
 
 def ways(device: Gpu, p: Problem, m: int) -> list[Way]:
@@ -78,8 +78,8 @@ def ways(device: Gpu, p: Problem, m: int) -> list[Way]:
         Way(asdict(plan), partial(launch, device, p, plan=plan)) for plan in plans(p.name, m, p.n, p.k, device.cu_count)
     ]
     if p.scheme.weight != "int4":
-        x_format = "bf16" if p.scheme.act == "bf16" else "e4m3"
-        tiles, layout = f"triton_hopper_{x_format}", f"hopper_{x_format}"
+        packed_for = x_format(p.scheme)
+        tiles, layout = f"triton_hopper_{packed_for}", f"hopper_{packed_for}"
         problem = GemmProblem("linear", p.scheme.name, "sm_90", m, p.n, p.k, device.cu_count, layout=layout)
         chosen = Selector(available=frozenset({tiles, *DECODE})).decide(problem)
         if chosen.kernel == tiles:

@@ -31,11 +31,16 @@ NAMES: dict[str, tuple[Scheme, torch.dtype]] = {
 Packed = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
+def x_format(scheme: Scheme) -> str:
+    """What MX weights are packed to be multiplied with."""
+    return "bf16" if scheme.act == "bf16" else "e4m3"
+
+
 def pack(w: MxTensor) -> Packed:
     """Data, scales and factors as the decode kernels read them (`runtime.decode_gemm`)."""
     if w.scheme.weight == "int4":
         return (*w.with_words().to_layout("mma_int4+tile_group").tensors, None)
-    made = pack_hopper(w.data[None], w.scales[None], "bf16" if w.scheme.act == "bf16" else "e4m3")
+    made = pack_hopper(w.data[None], w.scales[None], x_format(w.scheme))
     return made.data, made.scales, made.factors
 
 

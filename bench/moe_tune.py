@@ -22,8 +22,6 @@ from bench.moe_ours import SCHEMES, Configs, check
 from bench.moe_problem import SHAPES, Shape
 from sglang_amd_quant.cli.arguments import whole, wholes
 
-SHARED_MEMORY = 227 << 10
-
 # What searches of all tiles, depths and stages have chosen at least once, and neighbours of these: block_n, block_k,
 # num_warps, num_stages, max_registers.
 FEW = (
@@ -47,7 +45,7 @@ def everything(x_format: str, w_format: str) -> list[HopperConfig]:
         for block_m, tiles in SPACE.items()
         for n, k, warps, stages, registers in tiles
     ]
-    return [c for c in configs if c.shared_bytes(x_format, w_format) + 4096 <= SHARED_MEMORY]
+    return [c for c in configs if c.fits(x_format, w_format)]
 
 
 def candidates(m: int, top_k: int, experts: int, x_format: str, w_format: str) -> dict[int, list[HopperConfig]]:

@@ -29,8 +29,8 @@ that does it once (measured on an H200)."""
 SHORT = 8 * 1024
 """Elements of a block's rows up to which down quantizes its input itself; more take longer than a launch (likewise)."""
 
-WHOLE_ROOM = 1024
-"""Elements by which a row in shared memory may be longer than K (`hopper_rows.chunk_of`)."""
+SHARED_MEMORY = 223 << 10
+"""Bytes of it that stages and rows of x may take, of the 227 KB that a program has."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,15 @@ class HopperConfig:
     group_m: int = 8
     max_registers: int = 0
 
-    def shared_bytes(self, x_format: str, w_format: str, whole_k: int = 0) -> int:
-        """Shared memory of the pipeline, of MX weights; with rows of x as a whole where `whole_k` is their length."""
+    def fits(self, x_format: str, w_format: str, whole_k: int = 0) -> bool:
+        """Whether shared memory holds the pipeline, of MX weights; with whole rows of x, of that length, if not 0."""
         x = self.block_m * (2 if x_format == "bf16" else 1)
         w = self.block_n if w_format == "e4m3" else self.block_n * 17 / 32
         stages = self.num_stages * self.block_k
-        return int(stages * w + x * (whole_k + WHOLE_ROOM if whole_k else stages))
+        rows = (
+            whole_k + 256 * self.num_warps if whole_k else stages
+        )  # by at most a chunk longer: `hopper_rows.chunk_of`
+        return stages * w + x * rows <= SHARED_MEMORY
 
 
 @dataclass(frozen=True)
@@ -241,14 +244,18 @@ def routed_hopper(
     rows = x.shape[0] * top_k
     hidden = torch.empty(rows, w13.n // 2, dtype=x.dtype, device=x.device)
     routed = torch.empty(rows, w2.n, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype, device=x.device)
+    single = isinstance(routing, Alone)
+    at_once = single and rows * triton.cdiv(w13.n, config13.block_n) <= AT_ONCE
     left, factors = quantize13(
-        x, x_format=w13.x_format, beside=beside and not isinstance(routing, Alone),
-        inside=isinstance(routing, Alone) and rows * triton.cdiv(w13.n, config13.block_n) <= AT_ONCE,
+        x, x_format=w13.x_format, beside=beside and not single,
+        inside=at_once and config13.fits(w13.x_format, w13.w_format, w13.k),
     )  # fmt: skip
     behind = Overlap(ahead=left is not x, late=w13.x_format != "e4m3" and left is x)
     hopper_gemm(left, factors, w13, hidden, routing, config13, overlapping=behind, top_k=top_k, bias=b13, **activation)
-    short = config2.block_m * w2.k <= SHORT
-    left, factors = quantize2(hidden, x_format=w2.x_format, inside=short or isinstance(routing, Alone))
+    few = single or config2.block_m * w2.k <= SHORT
+    left, factors = quantize2(
+        hidden, x_format=w2.x_format, inside=few and config2.fits(w2.x_format, w2.w_format, w2.k)
+    )  # fmt: skip
     hopper_gemm(left, factors, w2, routed, routing, config2, overlapping=Overlap(ahead=True), bias=b2,
                 row_weights=row_weights)  # fmt: skip
     return routed
@@ -262,8 +269,10 @@ def linear_hopper(
     element: str | None,
     mode: str | None = None,
     bias: torch.Tensor | None = None,
+    y: torch.Tensor | None = None,
+    overlapping: bool = True,
 ) -> torch.Tensor:
-    """x[M, K] -> [M, N] bf16: a dense layer, its weights packed with E = 1.
+    """x[M, K] -> [M, N]: a dense layer, its weights packed with E = 1.
 
     Args:
         x: [M, K] bf16, contiguous.
@@ -271,10 +280,13 @@ def linear_hopper(
         config: tile and launch options.
         element, mode: as in `fused_moe_hopper`.
         bias: [N].
+        y: what to fill, in any dtype of `hopper_gemm`'s; None: a new one of x's.
+        overlapping: whether the GEMM may begin before x is quantized.
     """
     left, factors = activations(x, element, mode, w.x_format)
-    y = torch.empty(x.shape[0], w.n, dtype=x.dtype, device=x.device)
-    ahead = None if left is x else Overlap(ahead=True)
+    if y is None:
+        y = torch.empty(x.shape[0], w.n, dtype=x.dtype, device=x.device)
+    ahead = Overlap(ahead=True) if overlapping and left is not x else None
     return hopper_gemm(left, factors, w, y, None, config, overlapping=ahead, bias=bias)
 
 

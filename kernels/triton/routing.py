@@ -100,14 +100,14 @@ def place_kernel(
     expert = experts_of(ids, chunk * CHUNK, R, E, CHUNK)
     total = tl.zeros((BINS,), tl.int32)
     before = tl.zeros((BINS,), tl.int32)
-    if counts is None:
+    if counts is None and ALL > CHUNK:
         every = experts_of(ids, 0, R, E, ALL)
         total = tl.histogram(every, BINS)
-        if ALL > CHUNK:
-            before = tl.histogram(tl.where(tl.arange(0, ALL) < chunk * CHUNK, every, E), BINS)
-        else:
-            mark_empty(row_ids, block_experts, R, 0, places, 0, blocks, 0, 1, 256)
-            tl.debug_barrier()  # before others of this program put rows and experts there
+        before = tl.histogram(tl.where(tl.arange(0, ALL) < chunk * CHUNK, every, E), BINS)
+    elif counts is None:  # this program's rows are all
+        total = tl.histogram(expert, BINS)
+        mark_empty(row_ids, block_experts, R, 0, places, 0, blocks, 0, 1, 256)
+        tl.debug_barrier()  # before others of this program put rows and experts there
     else:
         for first in range(0, chunks, 4):
             for next in tl.static_range(4):

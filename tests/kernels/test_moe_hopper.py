@@ -208,6 +208,23 @@ def test_one_token_takes_no_routing_launch(element: str | None, x_format: str, m
     assert [(c["AHEAD"], c["LATE"]) for c in constants] == [(False, element is None), (True, False)]
 
 
+def test_rows_that_shared_memory_does_not_hold_are_quantized_by_a_launch() -> None:
+    from emulated_triton import emulated_triton
+
+    high = HopperConfig(64, 128, 64)
+    assert high.fits("e4m3", "e2m1", 1024)
+    assert not high.fits("e4m3", "e2m1", 4096)
+    g = torch.Generator().manual_seed(12)
+    w13 = pack_hopper(*weights(g, "e2m1", 4, 64, 4096), "e4m3", "halves")
+    w2 = pack_hopper(*weights(g, "e2m1", 4, 4096, 32), "e4m3")
+    x, ids = torch.randn(1, 4096, generator=g).bfloat16(), torch.tensor([[3, -1]])
+    with emulated_triton("sm_90") as launches:
+        fused_moe_hopper(x, ids, torch.rand(1, 2), w13, w2, high, high, element="e4m3")
+    names = [made.compiled.variant.function for made in launches]
+    assert names == ["quant_mx_kernel", "hopper_moe_kernel", "hopper_moe_kernel", "combine_kernel"]
+    assert [made.compiled.report.problems for made in launches] == [[]] * 4
+
+
 def test_rows_alone_are_few_against_experts() -> None:
     ids = torch.zeros(4, 4, dtype=torch.int32)
     assert alone(ids[:1], 2, 16) is not None

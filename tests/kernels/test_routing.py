@@ -34,6 +34,7 @@ def same(a: Routing, b: Routing) -> None:
     ("ids", "experts", "block_m"),
     [
         pytest.param(torch.zeros(0, 4, dtype=torch.int32), 8, 16, id="no token"),
+        pytest.param(torch.full((1, 1), 5), 8, 16, id="one row"),
         pytest.param(torch.full((5, 2), -1), 8, 16, id="all dropped"),
         pytest.param(torch.full((70, 1), 9), 8, 16, id="experts of other ranks"),
         pytest.param(torch.full((300, 2), 3, dtype=torch.int32), 8, 64, id="one expert"),
