@@ -20,7 +20,7 @@ def combine_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     experts = ()
     for slot in tl.static_range(TOP_K):  # `routed` alone is what the launch in front writes
-        experts = experts + (tl.load(topk_ids + token * TOP_K + slot),)  # noqa: RUF005
+        experts = experts + (tl.load(topk_ids + token * TOP_K + slot),)
     begin_after_previous(OVERLAP)
     for slot in tl.static_range(TOP_K):
         here = (experts[slot] >= 0) & (experts[slot] < E)

@@ -303,8 +303,8 @@ def activations(
         inside: where the kernel can do it, leave it to it: x as it is, and no factors.
     """
     if x_format != "e4m3":
-        return (x, None) if element is None else quant_mx(x, element, "bf16", mode, native=True, beside=beside)
+        return (x, None) if element is None else quant_mx(x, element, "bf16", mode, arch="sm_90", beside=beside)
     direct = element == "e4m3" and mode in (None, "rceil")
     if inside and direct and x.dtype == torch.bfloat16:
         return x, None
-    return quant_mx(x, None if direct else element, "row", mode, native=True, beside=beside)
+    return quant_mx(x, None if direct else element, "row", mode, arch="sm_90", beside=beside)

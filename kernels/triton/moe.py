@@ -63,8 +63,8 @@ def fused_moe_triton(
     inter = w13.shape[1] // 2
     first, second = config or default_configs(m, top_k, experts, arch)
     routing = route(topk_ids, experts, first.block_m)
-    element, native = ACTIVATIONS[scheme], arch in ("gfx950", "sm_90")
-    left, left_scales = (x, None) if element is None else quant_mx(x, element, "mx", mode, native=native)
+    element = ACTIVATIONS[scheme]
+    left, left_scales = (x, None) if element is None else quant_mx(x, element, "mx", mode, arch=arch)
     epilogue = Epilogue(activation, interleaved, limit, alpha, beta, element, mode, x.dtype == torch.float16)
     hidden, hidden_scales = _hidden(rows, inter, element, x)
     moe_gemm(

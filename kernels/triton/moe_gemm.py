@@ -15,19 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .mx_codes import encode_e4m3, largest_bits, over_scale, pack_e2m1, scale_byte
 from .mx_gemm import MxGemmConfig, dequantize, element_of, mx_gemm_torch
-from .quant_mx import (
-    CARRY,
-    DEFAULT_MODE,
-    Front,
-    activate,
-    encode_e2m1,
-    encode_e4m3,
-    largest_bits,
-    power_of_two,
-    quant_mx_torch,
-    scale_byte,
-)
+from .quant_mx import CARRY, DEFAULT_MODE, Front, activate, quant_mx_torch
 from .routing import Routing
 from .tiles import STRIDED, column_offsets, layout_constants, row_offsets, tile_of_program
 
@@ -95,7 +85,7 @@ def moe_gemm_kernel(
     INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr, OUT: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, XCDS: tl.constexpr,
-    SCALED: tl.constexpr, NATIVE: tl.constexpr, STEP: tl.constexpr, RAGGED: tl.constexpr,
+    SCALED: tl.constexpr, ARCH: tl.constexpr, STEP: tl.constexpr, RAGGED: tl.constexpr,
     VALUES: tl.constexpr = "strided", SCALES: tl.constexpr = "strided", PAD: tl.constexpr = 1,
     SCALE_PAD: tl.constexpr = 1,
 ):  # fmt: skip
@@ -172,18 +162,19 @@ def moe_gemm_kernel(
         tl.store(y + wide * N + columns[None, :], first.to(y.dtype.element_ty), mask=x_inside & (columns < N)[None, :])
     else:
         blocks = first.to(tl.float16 if HALF else tl.bfloat16).to(tl.float32).reshape(BLOCK_M, BLOCK_N // 32, 32)
-        scale = scale_byte(largest_bits(blocks, 2), CARRY, EMAX)
-        small = (blocks * power_of_two((254 - scale) & 0xFF)[:, :, None]).reshape(BLOCK_M, BLOCK_N)
+        largest = largest_bits(blocks, 2)
+        scale = scale_byte(largest, CARRY, EMAX)
+        small = (blocks * over_scale(largest, CARRY, EMAX)[:, :, None]).reshape(BLOCK_M, BLOCK_N)
         s_columns = tile_n * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)[None, :]
         s_mask = x_inside & (s_columns < N // 32)
         tl.store(y_scales + wide * (N // 32) + s_columns, scale.to(tl.uint8), mask=s_mask)
         if OUT == "e4m3":
-            codes = encode_e4m3(small, NATIVE)
+            codes = encode_e4m3(small, ARCH)
             tl.store(y + wide * N + columns[None, :], codes, mask=x_inside & (columns < N)[None, :])
         else:
-            low, high = tl.split(encode_e2m1(small).reshape(BLOCK_M, BLOCK_N // 2, 2))
             half = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[None, :]
-            tl.store(y + wide * (N // 2) + half, low | high << 4, mask=x_inside & (half < N // 2))
+            codes = pack_e2m1(small, BLOCK_M, BLOCK_N, ARCH)
+            tl.store(y + wide * (N // 2) + half, codes, mask=x_inside & (half < N // 2))
 
 
 @dataclass(frozen=True)
@@ -287,7 +278,7 @@ def moe_gemm(
         moe_gemm_kernel[(tiles_m * triton.cdiv(n, config.block_n),)](
             x, x_scales, x_scale, w, w_scales, bias, y, y_scales, routing.row_ids, routing.block_experts, row_weights,
             y.shape[0], n, k, tiles_m, epilogue.alpha, epilogue.limit or 0.0, epilogue.beta,
-            NATIVE=arch in ("gfx950", "sm_90"), **constants, **config.options(arch),
+            ARCH=arch, **constants, **config.options(arch),
         )  # fmt: skip
     return y
 

@@ -7,11 +7,13 @@ MX hardware multiply: the quantized values as bf16, or as e4m3 under one power o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .mx_codes import encode_e4m3, largest_bits, over_scale, pack_e2m1, power_of_two, rounded_to, scale_byte
 from .overlap import begin_after_previous, overlap
 
 # What is added to the bits of a block's largest magnitude for its exponent to step up where the scale mode wants it;
@@ -25,74 +27,6 @@ FRONTS = ("none", "silu", "swigluoai", "rmsnorm")
 
 
 @triton.jit
-def encode_e4m3(y, NATIVE: tl.constexpr):
-    """fp32 -> e4m3 bytes: nearest, ties to even, saturating at 448, NaN kept. NATIVE: the hardware has a conversion.
-
-    Without: |y| plus a power of two 2^20 above it has an ulp of just one code, as in `formats.e2m1.encode`.
-    """
-    bits = y.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    if NATIVE:
-        largest = tl.full(y.shape, 448.0, tl.float32)
-        limited = tl.minimum(tl.maximum(y, -largest), largest)
-        code = limited.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    else:
-        clamped = tl.minimum(magnitude, 0x43E00000)  # 448
-        shift = tl.maximum(clamped & 0x7F800000, 121 << 23) + (20 << 23)
-        total = clamped.to(tl.float32, bitcast=True) + shift.to(tl.float32, bitcast=True)
-        code = total.to(tl.uint32, bitcast=True) - shift + ((shift - (141 << 23)) >> 20)
-        code = (code | (bits >> 24 & 0x80)).to(tl.uint8)
-    return tl.where(magnitude > 0x7F800000, 0x7F, code).to(tl.uint8)
-
-
-@triton.jit
-def encode_e2m1(y):
-    """fp32 -> e2m1 codes: nearest, ties to even, saturating at 6, which NaN becomes too."""
-    bits = y.to(tl.uint32, bitcast=True)
-    clamped = tl.minimum(bits & 0x7FFFFFFF, 0x40C00000)
-    shift = tl.maximum(clamped & 0x7F800000, 127 << 23) + (22 << 23)
-    total = clamped.to(tl.float32, bitcast=True) + shift.to(tl.float32, bitcast=True)
-    code = total.to(tl.uint32, bitcast=True) - shift + ((shift - (149 << 23)) >> 22)
-    return (code | (bits >> 28 & 8)).to(tl.uint8)
-
-
-@triton.jit
-def scale_byte(largest, CARRY: tl.constexpr, EMAX: tl.constexpr):
-    """Bits of the largest magnitude -> e8m0 byte; 255 for NaN."""
-    byte = tl.maximum(((largest + CARRY) >> 23).to(tl.int32) - EMAX, 0)
-    return tl.where(largest > 0x7F800000, 255, byte)
-
-
-@triton.jit
-def power_of_two(byte):
-    """2^(byte - 127) as fp32; 0 is a subnormal, 255 NaN."""
-    bits = tl.maximum(byte << 23, 1 << 22)
-    return tl.where(byte == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def largest_bits(values, axis: tl.constexpr):
-    """Bits of the largest magnitude along an axis; a NaN's are larger than any number's."""
-    return tl.max((values.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.int32), axis).to(tl.uint32)
-
-
-@triton.jit
-def rounded_to(values, scale, ELEMENT: tl.constexpr, NATIVE: tl.constexpr):
-    """Values after a round trip through `ELEMENT` under `scale`, the byte of their block."""
-    small = values * power_of_two((254 - scale) & 0xFF)
-    if ELEMENT == "e4m3":
-        code = encode_e4m3(small, NATIVE).to(tl.uint32)
-        # Where fp16 keeps sign, exponent and mantissa these bits are 2^-8 times the value.
-        half = ((code & 0x80) << 8 | (code & 0x7F) << 7).to(tl.uint16).to(tl.float16, bitcast=True)
-        kept = tl.where(code & 0x7F == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
-    else:
-        code = encode_e2m1(small).to(tl.uint32)
-        half = ((code & 8) << 12 | (code & 7) << 9).to(tl.uint16).to(tl.float16, bitcast=True)
-        kept = half.to(tl.float32) * 16384.0
-    return kept * power_of_two(scale)
-
-
-@triton.jit
 def activate(gate, up, ACTIVATION: tl.constexpr, CLAMP: tl.constexpr, alpha, limit, beta):
     """silu(gate) up, or gpt-oss's swiglu, in fp32; `limit` clamps gate from above and up from both sides."""
     if CLAMP:
@@ -103,63 +37,120 @@ def activate(gate, up, ACTIVATION: tl.constexpr, CLAMP: tl.constexpr, alpha, lim
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit(do_not_specialize=["M"])
-def quant_mx_kernel(
-    x, norm, data, scales, row_factors, M, K, alpha, limit, beta, epsilon,
-    FRONT: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr,
-    CARRY: tl.constexpr, EMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, NATIVE: tl.constexpr,
-    HALF: tl.constexpr, OVERLAP: tl.constexpr = False, BESIDE: tl.constexpr = False,
-):  # fmt: skip
-    """BLOCK_M rows, BLOCK_K columns; see `quant_mx`. OUT: `mx`, `bf16` or `row`; ELEMENT `none`: no MX round trip.
-    HALF: what comes out of a front is rounded to fp16, else to bf16."""
-    MODEL: tl.constexpr = tl.float16 if HALF else tl.bfloat16
-    begin_after_previous(OVERLAP and not BESIDE)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = (rows < M)[:, None] & (columns < K)[None, :]
-    wide = rows.to(tl.int64)[:, None]
+@triton.jit
+def to_model(values, HALF: tl.constexpr, ARCH: tl.constexpr):
+    """fp32 rounded to the model's dtype: fp16 (HALF) or bf16."""
+    if HALF:
+        rounded = values.to(tl.float16)
+    elif ARCH == "sm_90":  # two an instruction, where Triton takes one
+        rounded = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [values], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        rounded = values.to(tl.bfloat16)
+    return rounded
+
+
+@triton.jit
+def values_at(x, wide, first, inside_m, K, alpha, limit, beta, FRONT: tl.constexpr, INTERLEAVED: tl.constexpr,
+              CLAMP: tl.constexpr, HALF: tl.constexpr, ARCH: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_K: tl.constexpr):  # fmt: skip
+    """BLOCK_K columns from `first` on of rows `wide`, behind an activation if there is one, in the model's dtype."""
+    columns = first + tl.arange(0, BLOCK_K)
+    inside = inside_m & (columns < K)[None, :]
     if FRONT == "silu" or FRONT == "swigluoai":
         if INTERLEAVED:
-            both = tl.program_id(1) * BLOCK_K * 2 + tl.arange(0, 2 * BLOCK_K)
-            mask = (rows < M)[:, None] & (both < 2 * K)[None, :]
-            pairs = tl.load(x + wide * (2 * K) + both[None, :], mask=mask, other=0.0)
+            both = 2 * first + tl.arange(0, 2 * BLOCK_K)
+            pairs = tl.load(x + wide * (2 * K) + both[None, :], mask=inside_m & (both < 2 * K)[None, :], other=0.0)
             gate, up = tl.split(pairs.reshape(BLOCK_M, BLOCK_K, 2))
         else:
             gate = tl.load(x + wide * (2 * K) + columns[None, :], mask=inside, other=0.0)
             up = tl.load(x + wide * (2 * K) + K + columns[None, :], mask=inside, other=0.0)
         values = activate(gate.to(tl.float32), up.to(tl.float32), FRONT, CLAMP, alpha, limit, beta)
-        values = values.to(MODEL).to(tl.float32)
+        values = to_model(values, HALF, ARCH)
     else:
-        values = tl.load(x + wide * K + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        if FRONT == "rmsnorm":
-            inverse = tl.rsqrt(tl.sum(values * values, 1) / K + epsilon)
-            weight = tl.load(norm + columns, mask=columns < K, other=0.0).to(tl.float32)
-            values = (values * inverse[:, None] * weight[None, :]).to(MODEL).to(tl.float32)
-    if ELEMENT != "none":
-        blocks = values.reshape(BLOCK_M, BLOCK_K // 32, 32)
-        scale = scale_byte(largest_bits(blocks, 2), CARRY, EMAX)
-        if OUT == "mx":
-            places = wide * (K // 32) + (tl.program_id(1) * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32))[None, :]
-            whole = (rows < M)[:, None]
-            whole &= (tl.program_id(1) * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32) < K // 32)[None, :]
-            tl.store(scales + places, scale.to(tl.uint8), mask=whole)
-            small = (blocks * power_of_two((254 - scale) & 0xFF)[:, :, None]).reshape(BLOCK_M, BLOCK_K)
-            if ELEMENT == "e4m3":
-                tl.store(data + wide * K + columns[None, :], encode_e4m3(small, NATIVE), mask=inside)
+        values = tl.load(x + wide * K + columns[None, :], mask=inside, other=0.0)
+    return values
+
+
+@triton.jit
+def bits_of_largest(values, axis: tl.constexpr):
+    """fp32 bits of the largest magnitude along an axis of values in 16 bits, whose own bits are in the same order."""
+    bits = tl.max((values.to(tl.uint16, bitcast=True) & 0x7FFF).to(tl.int32), axis)
+    return bits.to(tl.uint16).to(values.dtype, bitcast=True).to(tl.float32).to(tl.uint32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["M"])
+def quant_mx_kernel(
+    x, norm, data, scales, row_factors, M, K, alpha, limit, beta, epsilon,
+    FRONT: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr,
+    CARRY: tl.constexpr, EMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
+    ARCH: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr = False, BESIDE: tl.constexpr = False,
+):  # fmt: skip
+    """BLOCK_M rows, CHUNKS times BLOCK_K columns; see `quant_mx`. OUT: `mx`, `bf16` or `row`; ELEMENT `none`: no MX
+    round trip. HALF: what comes out of a front is rounded to fp16, else to bf16."""
+    begin_after_previous(OVERLAP and not BESIDE)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside_m = (rows < M)[:, None]
+    wide = rows.to(tl.int64)[:, None]
+    first = tl.program_id(1) * CHUNKS * BLOCK_K
+    chunks = ()
+    for i in tl.static_range(CHUNKS):  # all of a row, before anything that a row has in common
+        chunks = chunks + (values_at(x, wide, first + i * BLOCK_K, inside_m, K, alpha, limit, beta, FRONT, INTERLEAVED,
+                                     CLAMP, HALF, ARCH, BLOCK_M, BLOCK_K),)  # fmt: skip
+    if FRONT == "rmsnorm":
+        squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        for i in tl.static_range(CHUNKS):
+            squares += chunks[i].to(tl.float32) * chunks[i].to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(squares, 1) / K + epsilon)[:, None]
+        normed = ()
+        for i in tl.static_range(CHUNKS):
+            columns = first + i * BLOCK_K + tl.arange(0, BLOCK_K)
+            weight = tl.load(norm + columns, mask=columns < K, other=0.0).to(tl.float32)[None, :]
+            normed = normed + (to_model(chunks[i].to(tl.float32) * inverse * weight, HALF, ARCH),)
+        chunks = normed
+    kept = ()
+    for i in tl.static_range(CHUNKS):
+        columns = first + i * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = inside_m & (columns < K)[None, :]
+        values = chunks[i]
+        if ELEMENT != "none":
+            of_block = bits_of_largest(values.reshape(BLOCK_M, BLOCK_K // 32, 32), 2)
+            scale = scale_byte(of_block, CARRY, EMAX)
+            small = values.to(tl.float32).reshape(BLOCK_M, BLOCK_K // 32, 32)
+            small *= over_scale(of_block, CARRY, EMAX)[:, :, None]
+            if OUT == "mx":
+                groups = first // 32 + i * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
+                whole = inside_m & (groups < K // 32)[None, :]
+                tl.store(scales + wide * (K // 32) + groups[None, :], scale.to(tl.uint8), mask=whole)
+                small = small.reshape(BLOCK_M, BLOCK_K)
+                if ELEMENT == "e4m3":
+                    tl.store(data + wide * K + columns[None, :], encode_e4m3(small, ARCH), mask=inside)
+                else:
+                    half = first // 2 + i * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+                    mask = inside_m & (half < K // 2)[None, :]
+                    codes = pack_e2m1(small, BLOCK_M, BLOCK_K, ARCH)
+                    tl.store(data + wide * (K // 2) + half[None, :], codes, mask=mask)
             else:
-                low, high = tl.split(encode_e2m1(small).reshape(BLOCK_M, BLOCK_K // 2, 2))
-                half = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-                mask = (rows < M)[:, None] & (half < K // 2)[None, :]
-                tl.store(data + wide * (K // 2) + half[None, :], low | high << 4, mask=mask)
-        else:
-            values = rounded_to(blocks, scale[:, :, None], ELEMENT, NATIVE).reshape(BLOCK_M, BLOCK_K)
-    if OUT == "bf16":
-        tl.store(data + wide * K + columns[None, :], values.to(data.dtype.element_ty), mask=inside)
+                values = rounded_to(small, scale[:, :, None], ELEMENT, ARCH).reshape(BLOCK_M, BLOCK_K)
+        if OUT == "bf16":
+            tl.store(data + wide * K + columns[None, :], values.to(data.dtype.element_ty), mask=inside)
+        kept = kept + (values,)
     if OUT == "row":
-        scale = scale_byte(largest_bits(values, 1), 0x1FFFFF, 8)
+        largest = tl.zeros((BLOCK_M,), tl.uint32)
+        for i in tl.static_range(CHUNKS):
+            if ELEMENT == "none":
+                largest = tl.maximum(largest, bits_of_largest(kept[i], 1))
+            else:
+                largest = tl.maximum(largest, largest_bits(kept[i], 1))
+        scale = scale_byte(largest, 0x1FFFFF, 8)
         tl.store(row_factors + rows, power_of_two(scale), mask=rows < M)
-        code = encode_e4m3(values * power_of_two((254 - scale) & 0xFF)[:, None], NATIVE)
-        tl.store(data + wide * K + columns[None, :], code, mask=inside)
+        inverse = over_scale(largest, 0x1FFFFF, 8)[:, None]
+        for i in tl.static_range(CHUNKS):
+            columns = first + i * BLOCK_K + tl.arange(0, BLOCK_K)
+            inside = inside_m & (columns < K)[None, :]
+            codes = encode_e4m3(kept[i].to(tl.float32) * inverse, ARCH)
+            tl.store(data + wide * K + columns[None, :], codes, mask=inside)
     begin_after_previous(OVERLAP and BESIDE)
 
 
@@ -204,7 +195,7 @@ NO_FRONT = Front()
 
 def quant_mx(
     x: torch.Tensor, element: str | None, out: str = "mx", mode: str | None = None, front: Front = NO_FRONT,
-    native: bool = False, dtype: torch.dtype | None = None, beside: bool = False,
+    arch: str = "", dtype: torch.dtype | None = None, beside: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Quantize rows of x. No host read of device data.
 
@@ -216,7 +207,7 @@ def quant_mx(
             power of two a row, RCEIL; those below 2^-14 of the row's largest lose bits, at most 2^-17 of it.
         mode: scale rounding, `floor`, `rceil`, `ceil`, `even`; None: `even` for e2m1, `rceil` for e4m3.
         front: what happens before.
-        native: the device converts fp32 to e4m3 (gfx950, sm_90).
+        arch: whose conversions there are (`mx_codes.py`): `sm_90` or `gfx950`; others are all the same.
         dtype: bf16 or fp16, which the result of a front is rounded to; None: x's.
         beside: at the same time as the launch right in front where launches overlap (`overlap.py`): that one wrote
             neither x nor anything whose memory may be free again by now.
@@ -246,30 +237,47 @@ def quant_mx(
     scales = torch.empty(m, k // 32, dtype=torch.uint8, device=device) if out == "mx" else None
     factors = torch.empty(m, dtype=torch.float32, device=device) if out == "row" else None
     if m:
-        block_m, block_k, warps = tile(k, out == "row" or front.kind == "rmsnorm")
-        constants = constants_of(element, out, mode, front, block_m, block_k, native)
-        quant_mx_kernel[(triton.cdiv(m, block_m), triton.cdiv(k, block_k))](
+        tile = tile_for(m, k, out == "row" or front.kind == "rmsnorm", gated)
+        grid = (triton.cdiv(m, tile.block_m), triton.cdiv(k, tile.chunks * tile.block_k))
+        quant_mx_kernel[grid](
             x, front.weight, data, scales, factors, m, k, front.alpha, front.limit or 0.0, front.beta, front.epsilon,
-            HALF=model == torch.float16, BESIDE=beside, **constants, num_warps=warps, **overlap(x),
+            HALF=model == torch.float16, BESIDE=beside,
+            **constants_of(element, out, mode, front, tile, arch), num_warps=tile.num_warps, **overlap(x),
         )  # fmt: skip
     if out != "bf16" and shape == (m, k):
         data = data.view(torch.float8_e4m3fn)
     return data, factors if out == "row" else scales
 
 
-def tile(k: int, whole_row: bool) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_K, num_warps): 32 elements a thread, whole rows where a row has something in common."""
+class Tile(NamedTuple):
+    """What a program takes: block_m rows of `chunks` times block_k columns."""
+
+    block_m: int
+    block_k: int
+    chunks: int
+    num_warps: int
+
+
+MANY = 512
+"""Rows from which on there are enough of them to fill a GPU with a warp or two each."""
+
+
+def tile_for(m: int, k: int, whole_row: bool, gated: bool) -> Tile:
+    """16 bytes a thread at once; whole rows where a row has something in common."""
+    room = triton.next_power_of_2(k)
+    if whole_row and m >= MANY and k > 256 and not gated:  # of gate and up it lost a third where K is a power of two
+        warps = max(1, min(4, room // 2048))  # of a row
+        return Tile(4 // warps, 256 * warps, triton.cdiv(k, 256 * warps), 4)
     if whole_row:
-        block = triton.next_power_of_2(k)
-        return max(1, 2048 // block), block, max(2, min(16, block // 1024))
-    if k % 512 and k > 1024:  # measured: 91 % of copy bandwidth instead of 85 at K 2880
-        return 2, 1024, 4
-    block = min(triton.next_power_of_2(k), 512)
-    return 4096 // block, block, 4
+        warps = max(2, min(16, room // 1024))
+        block = min(room, 256 * warps)
+        return Tile(max(1, 2048 // room), block, triton.cdiv(k, block), warps)
+    block = min(512, max(64, k & -k))  # what divides K leaves no thread idle
+    return Tile(4096 // block, block, 1, 4)
 
 
 def constants_of(
-    element: str | None, out: str, mode: str | None, front: Front, block_m: int, block_k: int, native: bool
+    element: str | None, out: str, mode: str | None, front: Front, tile: Tile, arch: str
 ) -> dict[str, object]:
     """The kernel's constexpr arguments."""
     return {
@@ -280,9 +288,10 @@ def constants_of(
         "OUT": out,
         "CARRY": CARRY[element][mode or DEFAULT_MODE[element]] if element else 0,
         "EMAX": 2 if element == "e2m1" else 8,
-        "BLOCK_M": block_m,
-        "BLOCK_K": block_k,
-        "NATIVE": native,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_K": tile.block_k,
+        "CHUNKS": tile.chunks,
+        "ARCH": arch if arch in ("sm_90", "gfx950") else "",
     }
 
 

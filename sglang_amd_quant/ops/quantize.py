@@ -13,7 +13,7 @@ from sglang_amd_quant.ops.devices import has_triton
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, MX_BLOCK, ScaleMode
-from sglang_amd_quant.selection.arch import ARCHES, canonical
+from sglang_amd_quant.selection.arch import canonical
 
 if TYPE_CHECKING:
     from sglang_amd_quant.kernels.triton.quant_mx import Front
@@ -41,17 +41,16 @@ def quantize(x: torch.Tensor, element: str, mode: ScaleMode) -> tuple[torch.Tens
     if has_triton(x) and x.dtype in (torch.bfloat16, torch.float16):
         from sglang_amd_quant.kernels.triton.quant_mx import quant_mx
 
-        data, scales = quant_mx(x.contiguous(), element, mode=mode.value, native=_native_fp8(x.get_device()))
+        data, scales = quant_mx(x.contiguous(), element, mode=mode.value, arch=_arch(x.get_device()))
         assert scales is not None
         return data, scales
     return formats.quantize_mx(x, element, mode)
 
 
 @cache
-def _native_fp8(device: int) -> bool:
-    """Whether the device converts fp32 to OCP e4m3."""
-    facts = ARCHES.get(canonical(current_arch()))
-    return facts is not None and facts.fp8 == "ocp"
+def _arch(device: int) -> str:
+    """Which conversions the device has, for `quant_mx`."""
+    return canonical(current_arch())
 
 
 def quantize_activation(x: torch.Tensor, act: ActQuant) -> Quantized:
@@ -105,8 +104,8 @@ def _rounded(x: torch.Tensor, act: ActQuant, dtype: torch.dtype, f: Activation |
     if has_triton(x) and dtype in (torch.bfloat16, torch.float16):
         from sglang_amd_quant.kernels.triton.quant_mx import NO_FRONT, quant_mx
 
-        before, native = NO_FRONT if f is None else front(f), _native_fp8(x.get_device())
-        return quant_mx(x, element, "bf16", mode.value, before, native, dtype)[0]
+        before, arch = NO_FRONT if f is None else front(f), _arch(x.get_device())
+        return quant_mx(x, element, "bf16", mode.value, before, arch, dtype)[0]
     model = x if f is None else f(x).to(dtype)
     return formats.dequantize_mx(*formats.quantize_mx(model, element, mode), element, torch.bfloat16)
 

@@ -91,7 +91,7 @@ def assert_same_codes(data: torch.Tensor, scales: torch.Tensor, expected: tuple)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_quantization(arch: str, element: str, out: str, dtype: torch.dtype) -> None:
     x = rows_of(7, 160, 3, dtype)
-    data, scales = quant_mx.quant_mx(x, element, out, native=arch in ("gfx950", "sm_90"))
+    data, scales = quant_mx.quant_mx(x, element, out, arch=arch)
     if not runs(arch):
         return
     expected = quant_mx.quant_mx_torch(x, element, out)
@@ -107,7 +107,7 @@ def test_fp16_is_not_rounded_to_bf16_first(arch: str, element: str) -> None:
     below. What the formats give, which are the reference's."""
     x = torch.full((1, 32), 1 + 2.0 ** {"e2m1": -2, "e4m3": -4}[element] + 2.0**-10)
     x[0, 0] = {"e2m1": 4.0, "e4m3": 256.0}[element]  # whose scale is 1
-    data, scales = quant_mx.quant_mx(x.half(), element, native=arch in ("gfx950", "sm_90"))
+    data, scales = quant_mx.quant_mx(x.half(), element, arch=arch)
     if runs(arch):
         want, want_scales = quantize_mx(x.half(), element)
         assert torch.equal(scales, want_scales)
@@ -125,6 +125,23 @@ def test_what_would_lose_bits_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="takes bf16 and fp16 .* use formats.quantize_mx"):
             quant_mx.quant_mx(x, element, out, front=front, dtype=dtype)
+
+
+@pytest.mark.parametrize(("m", "k"), [(3, 2080), (600, 288)])
+@pytest.mark.parametrize(("element", "out"), [(None, "row"), ("e2m1", "row"), ("e4m3", "mx"), ("e2m1", "mx")])
+@pytest.mark.parametrize("kind", ["none", "rmsnorm"])
+def test_rows_in_chunks(arch: str, kind: str, element: str | None, out: str, m: int, k: int) -> None:
+    """A row that is several chunks, the last of them in part: of few rows, which many threads share, and of many."""
+    x = rows_of(m, k, 4)
+    weight = torch.ones(k, dtype=torch.bfloat16) if kind == "rmsnorm" else None
+    if weight is not None:
+        x = torch.ones(m, k).bfloat16()  # 1 / sqrt(1) in any arithmetic: what is compared is which elements go where
+        x[:, ::7], x[1, 40] = -1, torch.nan
+    front = quant_mx.Front(kind, weight=weight, epsilon=0.0)
+    data, scales = quant_mx.quant_mx(x, element, out, front=front, arch=arch)
+    if runs(arch):
+        assert scales is not None
+        assert_same_codes(data, scales, quant_mx.quant_mx_torch(x, element, out, front=front))
 
 
 @pytest.mark.parametrize("mode", ["floor", "rceil", "ceil", "even"])
@@ -155,7 +172,7 @@ def test_sums_are_activated_and_rounded_before_they_are_quantized(arch: str, ele
     """From fp32 through a model's dtype to the values of codes; exp is good to a few ulps of fp32, so hardly one
     falls the other way."""
     x, front = torch.randn(5, 192, generator=torch.Generator().manual_seed(7)) * 2, quant_mx.Front("silu")
-    data, _ = quant_mx.quant_mx(x, element, "bf16", None, front, arch in ("gfx950", "sm_90"), dtype)
+    data, _ = quant_mx.quant_mx(x, element, "bf16", None, front, arch, dtype)
     if runs(arch):
         want, _ = quant_mx.quant_mx_torch(x, element, "bf16", None, front, dtype)
         assert (data == want).float().mean() > 0.99
@@ -164,7 +181,7 @@ def test_sums_are_activated_and_rounded_before_they_are_quantized(arch: str, ele
 def test_an_activation_in_fp16_is_rounded_to_it(arch: str) -> None:
     """Below silu's result are 11 bits; exp is good to a few ulps of fp32, so hardly a code falls the other way."""
     x = torch.randn(5, 192, generator=torch.Generator().manual_seed(7)).mul(2).half()
-    data, scales = quant_mx.quant_mx(x, "e4m3", front=quant_mx.Front("silu"), native=arch in ("gfx950", "sm_90"))
+    data, scales = quant_mx.quant_mx(x, "e4m3", front=quant_mx.Front("silu"), arch=arch)
     if runs(arch):
         want, want_scales = quant_mx.quant_mx_torch(x, "e4m3", front=quant_mx.Front("silu"))
         assert torch.equal(scales, want_scales)

@@ -1,0 +1,154 @@
+"""Values to MX codes and scales, and through them: what kernels that quantize share.
+
+Bit for bit what `sglang_amd_quant.formats.quantize_mx` gives. ARCH says which conversions there are: `sm_90` and
+`gfx950` have one to e4m3; everything else takes integer arithmetic.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def encode_e4m3(y, ARCH: tl.constexpr):
+    """fp32 -> e4m3 bytes: nearest, ties to even, saturating at 448, NaN kept.
+
+    Without a conversion: |y| plus a power of two 2^20 above it has an ulp of just one code, as in
+    `formats.e2m1.encode`.
+    """
+    if ARCH == "sm_90":  # its conversion saturates, and keeps NaN
+        return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    bits = y.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    if ARCH == "gfx950":
+        largest = tl.full(y.shape, 448.0, tl.float32)
+        limited = tl.minimum(tl.maximum(y, -largest), largest)
+        code = limited.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        clamped = tl.minimum(magnitude, 0x43E00000)  # 448
+        shift = tl.maximum(clamped & 0x7F800000, 121 << 23) + (20 << 23)
+        total = clamped.to(tl.float32, bitcast=True) + shift.to(tl.float32, bitcast=True)
+        code = total.to(tl.uint32, bitcast=True) - shift + ((shift - (141 << 23)) >> 20)
+        code = (code | (bits >> 24 & 0x80)).to(tl.uint8)
+    return tl.where(magnitude > 0x7F800000, 0x7F, code).to(tl.uint8)
+
+
+_HALVES = """
+cvt.rn.f16x2.f32 half{i}, {high}, {low};
+abs.f16x2 size, half{i};
+min.f16x2 size, size, six;
+max.u16x2 shift, size, one;
+and.b32 shift, shift, 0x7C007C00;
+fma.rn.f16x2 size, shift, many, size;
+sub.u32 size, size, shift;
+shr.u32 shift, shift, 9;
+add.u32 code{i}, size, shift;
+"""
+"""Two codes from two values, in the halves of a register, less their signs and plus 0x241E, as `encode_e2m1` does it in
+fp32: 2^9 times the exponent is added, and the mantissa is what is left."""
+
+_FOUR = """
+prmt.b32 sign, half{i}, half{j}, 0x7351;
+shr.u32 sign, sign, 4;
+and.b32 sign, sign, 0x08080808;
+shl.b32 code{j}, code{j}, 8;
+add.u32 code{i}, code{i}, code{j};
+sub.u32 code{i}, code{i}, 0x4242421E;
+or.b32 code{i}, code{i}, sign;
+shr.u32 code{j}, code{i}, 12;
+add.u32 code{i}, code{i}, code{j};
+"""
+"""Four codes with their signs, of two registers, as two bytes in the lower half of one."""
+
+_BYTES = tl.constexpr(
+    "{ .reg .b32 six, one, many, size, shift, sign, half0, half1, half2, half3, code0, code1, code2, code3;"
+    "mov.b32 six, 0x46004600; mov.b32 one, 0x3C003C00; mov.b32 many, 0x60006000;"
+    + "".join(_HALVES.format(i=i, low=f"${1 + i}", high=f"${5 + i}") for i in range(4))
+    + _FOUR.format(i=0, j=1)
+    + _FOUR.format(i=2, j=3)
+    + "prmt.b32 $0, code0, code2, 0x5410; }"
+)
+
+
+@triton.jit
+def e2m1_of_halves(low, high):
+    """fp32 -> bytes of two e2m1 codes, on sm_90: two values an instruction, as fp16.
+
+    Right for what was bf16 or fp16 before a power of two was applied: fp16 holds it, but for what rounds to 0.
+    """
+    return tl.inline_asm_elementwise(_BYTES, "=r,r,r,r,r,r,r,r,r", [low, high], dtype=tl.uint8, is_pure=True, pack=4)
+
+
+@triton.jit
+def e2m1_magnitude(y):
+    """|y| up to 6, which NaN becomes too, and what to add and take away again to round it to e2m1; fp32 bits."""
+    clamped = tl.minimum(y.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, 0x40C00000)
+    return clamped, tl.maximum(clamped & 0x7F800000, 127 << 23) + (22 << 23)
+
+
+@triton.jit
+def encode_e2m1(y):
+    """fp32 -> e2m1 codes, uint32: nearest, ties to even, saturating at 6, which NaN becomes too."""
+    clamped, shift = e2m1_magnitude(y)
+    total = clamped.to(tl.float32, bitcast=True) + shift.to(tl.float32, bitcast=True)
+    code = total.to(tl.uint32, bitcast=True) - shift + ((shift - (149 << 23)) >> 22)
+    return code | (y.to(tl.uint32, bitcast=True) >> 28 & 8)
+
+
+@triton.jit
+def pack_e2m1(y, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ARCH: tl.constexpr):
+    """fp32 [BLOCK_M, BLOCK_K] -> uint8 [BLOCK_M, BLOCK_K / 2] of two codes, the first in the low half."""
+    low, high = tl.split(y.reshape(BLOCK_M, BLOCK_K // 2, 2))
+    if ARCH == "sm_90":
+        return e2m1_of_halves(low, high)
+    return (encode_e2m1(low) | encode_e2m1(high) << 4).to(tl.uint8)
+
+
+@triton.jit
+def scale_bits(largest, CARRY: tl.constexpr, EMAX: tl.constexpr):
+    """Bits of the largest magnitude -> the e8m0 byte of its block where fp32 has its exponent; of NaN anything."""
+    return tl.maximum(((largest + CARRY) & 0x7F800000).to(tl.int32) - (EMAX << 23), 0)
+
+
+@triton.jit
+def scale_byte(largest, CARRY: tl.constexpr, EMAX: tl.constexpr):
+    """Bits of the largest magnitude -> e8m0 byte; 255 for NaN."""
+    return tl.where(largest > 0x7F800000, 255, scale_bits(largest, CARRY, EMAX) >> 23)
+
+
+@triton.jit
+def over_scale(largest, CARRY: tl.constexpr, EMAX: tl.constexpr):
+    """What values are multiplied with to be divided by their block's scale; of a block with NaN anything."""
+    return ((254 << 23) - scale_bits(largest, CARRY, EMAX)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power_of_two(byte):
+    """2^(byte - 127) as fp32; 0 is a subnormal, 255 NaN."""
+    bits = tl.maximum(byte << 23, 1 << 22)
+    return tl.where(byte == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def largest_bits(values, axis: tl.constexpr):
+    """Bits of the largest magnitude along an axis; a NaN's are larger than any number's."""
+    return tl.max((values.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.int32), axis).to(tl.uint32)
+
+
+@triton.jit
+def rounded_to(small, scale, ELEMENT: tl.constexpr, ARCH: tl.constexpr):
+    """Values over their block's scale after a round trip through `ELEMENT`, times that scale, a byte."""
+    if ELEMENT == "e4m3" and ARCH == "sm_90":
+        kept = small.to(tl.float8e4nv).to(tl.float32)
+    elif ELEMENT == "e4m3":
+        code = encode_e4m3(small, ARCH).to(tl.uint32)
+        # Where fp16 keeps sign, exponent and mantissa these bits are 2^-8 times the value.
+        half = ((code & 0x80) << 8 | (code & 0x7F) << 7).to(tl.uint16).to(tl.float16, bitcast=True)
+        kept = tl.where(code & 0x7F == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+    else:
+        clamped, shift = e2m1_magnitude(small)
+        shift = shift.to(tl.float32, bitcast=True)
+        size = (clamped.to(tl.float32, bitcast=True) + shift - shift).to(tl.uint32, bitcast=True)
+        kept = (size | (small.to(tl.uint32, bitcast=True) & 0x80000000)).to(tl.float32, bitcast=True)
+    return kept * power_of_two(scale)
