@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .mx_codes import encode_e4m3, largest_bits, over_scale, pack_e2m1, scale_byte
+from .mx_codes import largest_bits, over_scale, scale_byte, store_codes
 from .mx_gemm import MxGemmConfig, dequantize, element_of, mx_gemm_torch
 from .quant_mx import CARRY, DEFAULT_MODE, Front, activate, quant_mx_torch
 from .routing import Routing
@@ -168,13 +168,7 @@ def moe_gemm_kernel(
         s_columns = tile_n * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)[None, :]
         s_mask = x_inside & (s_columns < N // 32)
         tl.store(y_scales + wide * (N // 32) + s_columns, scale.to(tl.uint8), mask=s_mask)
-        if OUT == "e4m3":
-            codes = encode_e4m3(small, ARCH)
-            tl.store(y + wide * N + columns[None, :], codes, mask=x_inside & (columns < N)[None, :])
-        else:
-            half = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[None, :]
-            codes = pack_e2m1(small, BLOCK_M, BLOCK_N, ARCH)
-            tl.store(y + wide * (N // 2) + half, codes, mask=x_inside & (half < N // 2))
+        store_codes(y, wide, tile_n * BLOCK_N, N, x_inside, small, OUT, BLOCK_M, BLOCK_N, ARCH)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Values to MX codes and scales, and through them: what kernels that quantize share.
 
 Bit for bit what `sglang_amd_quant.formats.quantize_mx` gives. ARCH says which conversions there are: `sm_90` and
-`gfx950` have one to e4m3; everything else takes integer arithmetic.
+`gfx950` have one to e4m3, gfx950 one to e2m1; everything else takes integer arithmetic.
 """
 
 from __future__ import annotations
@@ -12,26 +12,21 @@ import triton.language as tl
 
 @triton.jit
 def encode_e4m3(y, ARCH: tl.constexpr):
-    """fp32 -> e4m3 bytes: nearest, ties to even, saturating at 448, NaN kept.
+    """fp32 -> e4m3 bytes: nearest, ties to even, saturating at 448. Of NaN, whose block's scale is NaN, anything.
 
     Without a conversion: |y| plus a power of two 2^20 above it has an ulp of just one code, as in
     `formats.e2m1.encode`.
     """
-    if ARCH == "sm_90":  # its conversion saturates, and keeps NaN
+    if ARCH == "sm_90":  # its conversion saturates
         return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    bits = y.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
     if ARCH == "gfx950":
-        largest = tl.full(y.shape, 448.0, tl.float32)
-        limited = tl.minimum(tl.maximum(y, -largest), largest)
-        code = limited.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    else:
-        clamped = tl.minimum(magnitude, 0x43E00000)  # 448
-        shift = tl.maximum(clamped & 0x7F800000, 121 << 23) + (20 << 23)
-        total = clamped.to(tl.float32, bitcast=True) + shift.to(tl.float32, bitcast=True)
-        code = total.to(tl.uint32, bitcast=True) - shift + ((shift - (141 << 23)) >> 20)
-        code = (code | (bits >> 24 & 0x80)).to(tl.uint8)
-    return tl.where(magnitude > 0x7F800000, 0x7F, code).to(tl.uint8)
+        return tl.clamp(y, -448.0, 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    bits = y.to(tl.uint32, bitcast=True)
+    clamped = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)  # 448
+    shift = tl.maximum(clamped & 0x7F800000, 121 << 23) + (20 << 23)
+    total = clamped.to(tl.float32, bitcast=True) + shift.to(tl.float32, bitcast=True)
+    code = total.to(tl.uint32, bitcast=True) - shift + ((shift - (141 << 23)) >> 20)
+    return (code | (bits >> 24 & 0x80)).to(tl.uint8)
 
 
 _HALVES = """
@@ -48,7 +43,7 @@ add.u32 code{i}, size, shift;
 """Two codes from two values, in the halves of a register, less their signs and plus 0x241E, as `encode_e2m1` does it in
 fp32: 2^9 times the exponent is added, and the mantissa is what is left."""
 
-_FOUR = """
+_SIGNED = """
 prmt.b32 sign, half{i}, half{j}, 0x7351;
 shr.u32 sign, sign, 4;
 and.b32 sign, sign, 0x08080808;
@@ -65,8 +60,8 @@ _BYTES = tl.constexpr(
     "{ .reg .b32 six, one, many, size, shift, sign, half0, half1, half2, half3, code0, code1, code2, code3;"
     "mov.b32 six, 0x46004600; mov.b32 one, 0x3C003C00; mov.b32 many, 0x60006000;"
     + "".join(_HALVES.format(i=i, low=f"${1 + i}", high=f"${5 + i}") for i in range(4))
-    + _FOUR.format(i=0, j=1)
-    + _FOUR.format(i=2, j=3)
+    + _SIGNED.format(i=0, j=1)
+    + _SIGNED.format(i=2, j=3)
     + "prmt.b32 $0, code0, code2, 0x5410; }"
 )
 
@@ -96,13 +91,54 @@ def encode_e2m1(y):
     return code | (y.to(tl.uint32, bitcast=True) >> 28 & 8)
 
 
+_LATER = "\ns_nop 0\n"
+"""gfx950 wants a wait state before an instruction that reads a register of which another has written a part."""
+
+_TWICE_TWO = tl.constexpr(_LATER.join(["v_cvt_pk_fp8_f32 $0, $1, $3", "v_cvt_pk_fp8_f32 $0, $2, $4 op_sel:[0,0,1]"]))
+"""Two codes of e4m3 from two values, twice: gfx950's conversion."""
+
+_TWICE_FOUR = tl.constexpr(
+    _LATER.join(
+        f"v_cvt_scalef32_pk_fp4_f32 $0, ${low}, ${low + 2}, 1.0 op_sel:[0,0,{byte % 2},{byte // 2}]"
+        for byte, low in enumerate((1, 5, 2, 6))
+    )
+)
+"""Four of e2m1 from two pairs, twice."""
+
+
 @triton.jit
-def pack_e2m1(y, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ARCH: tl.constexpr):
-    """fp32 [BLOCK_M, BLOCK_K] -> uint8 [BLOCK_M, BLOCK_K / 2] of two codes, the first in the low half."""
-    low, high = tl.split(y.reshape(BLOCK_M, BLOCK_K // 2, 2))
-    if ARCH == "sm_90":
-        return e2m1_of_halves(low, high)
-    return (encode_e2m1(low) | encode_e2m1(high) << 4).to(tl.uint8)
+def store_codes(data, wide, first, K, inside_m, y, ELEMENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+                ARCH: tl.constexpr):  # fmt: skip
+    """Store values over their scales, fp32 [BLOCK_M, BLOCK_K], as the codes of rows `wide`, columns `first` and on, of
+    K columns in data. Two e2m1 codes a byte, the first in the low half. Of values that were bf16 or fp16 before a power
+    of two was applied: see `e2m1_of_halves`."""
+    PER: tl.constexpr = (
+        1 if ELEMENT == "e4m3" and ARCH != "gfx950" else 4 if ELEMENT != "e4m3" and ARCH == "gfx950" else 2
+    )
+    words = first // PER + tl.arange(0, BLOCK_K // PER)
+    mask = inside_m & (words < K // PER)[None, :]
+    places = wide * (K // PER) + words[None, :]
+    if PER == 1:
+        tl.store(data + places, encode_e4m3(y, ARCH), mask=mask)
+    else:
+        even, odd = tl.split(y.reshape(BLOCK_M, BLOCK_K // 2, 2))
+        if ARCH == "gfx950":  # words of 16 bits: a register holds two, but not four bytes
+            if ELEMENT == "e4m3":
+                even, odd = tl.clamp(even, -448.0, 448.0), tl.clamp(odd, -448.0, 448.0)
+                codes = tl.inline_asm_elementwise(
+                    _TWICE_TWO, "=&v,v,v,v,v", [even, odd], dtype=tl.int16, is_pure=True, pack=2
+                )
+            else:
+                a, c = tl.split(even.reshape(BLOCK_M, BLOCK_K // 4, 2))
+                b, d = tl.split(odd.reshape(BLOCK_M, BLOCK_K // 4, 2))
+                codes = tl.inline_asm_elementwise(
+                    _TWICE_FOUR, "=&v,v,v,v,v,v,v,v,v", [a, b, c, d], dtype=tl.int16, is_pure=True, pack=2
+                )
+            tl.store(data.to(tl.pointer_type(tl.int16)) + places, codes, mask=mask)
+        elif ARCH == "sm_90":
+            tl.store(data + places, e2m1_of_halves(even, odd), mask=mask)
+        else:
+            tl.store(data + places, (encode_e2m1(even) | encode_e2m1(odd) << 4).to(tl.uint8), mask=mask)
 
 
 @triton.jit
@@ -145,7 +181,7 @@ def rounded_to(small, scale, ELEMENT: tl.constexpr, ARCH: tl.constexpr):
         code = encode_e4m3(small, ARCH).to(tl.uint32)
         # Where fp16 keeps sign, exponent and mantissa these bits are 2^-8 times the value.
         half = ((code & 0x80) << 8 | (code & 0x7F) << 7).to(tl.uint16).to(tl.float16, bitcast=True)
-        kept = tl.where(code & 0x7F == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+        kept = half.to(tl.float32) * 256.0
     else:
         clamped, shift = e2m1_magnitude(small)
         shift = shift.to(tl.float32, bitcast=True)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .mx_codes import encode_e4m3, largest_bits, over_scale, pack_e2m1, power_of_two, rounded_to, scale_byte
+from .mx_codes import largest_bits, over_scale, power_of_two, rounded_to, scale_byte, store_codes
 from .overlap import begin_after_previous, overlap
 
 # What is added to the bits of a block's largest magnitude for its exponent to step up where the scale mode wants it;
@@ -123,14 +123,8 @@ def quant_mx_kernel(
                 groups = first // 32 + i * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
                 whole = inside_m & (groups < K // 32)[None, :]
                 tl.store(scales + wide * (K // 32) + groups[None, :], scale.to(tl.uint8), mask=whole)
-                small = small.reshape(BLOCK_M, BLOCK_K)
-                if ELEMENT == "e4m3":
-                    tl.store(data + wide * K + columns[None, :], encode_e4m3(small, ARCH), mask=inside)
-                else:
-                    half = first // 2 + i * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-                    mask = inside_m & (half < K // 2)[None, :]
-                    codes = pack_e2m1(small, BLOCK_M, BLOCK_K, ARCH)
-                    tl.store(data + wide * (K // 2) + half[None, :], codes, mask=mask)
+                store_codes(data, wide, first + i * BLOCK_K, K, inside_m, small.reshape(BLOCK_M, BLOCK_K), ELEMENT,
+                            BLOCK_M, BLOCK_K, ARCH)  # fmt: skip
             else:
                 values = rounded_to(small, scale[:, :, None], ELEMENT, ARCH).reshape(BLOCK_M, BLOCK_K)
         if OUT == "bf16":
@@ -147,10 +141,8 @@ def quant_mx_kernel(
         tl.store(row_factors + rows, power_of_two(scale), mask=rows < M)
         inverse = over_scale(largest, 0x1FFFFF, 8)[:, None]
         for i in tl.static_range(CHUNKS):
-            columns = first + i * BLOCK_K + tl.arange(0, BLOCK_K)
-            inside = inside_m & (columns < K)[None, :]
-            codes = encode_e4m3(kept[i].to(tl.float32) * inverse, ARCH)
-            tl.store(data + wide * K + columns[None, :], codes, mask=inside)
+            store_codes(data, wide, first + i * BLOCK_K, K, inside_m, kept[i].to(tl.float32) * inverse, "e4m3", BLOCK_M,
+                        BLOCK_K, ARCH)  # fmt: skip
     begin_after_previous(OVERLAP and BESIDE)
 
 

@@ -48,7 +48,6 @@ def test_codes_are_the_twins(element: str | None, out: str, m: int, k: int, dtyp
     made, want = quant_mx(x, element, out, arch="sm_90"), quant_mx_torch(x, element, out)
     blocks = x.unflatten(1, (-1, 32)).isnan().any(-1)
     nothing = blocks.any(1, keepdim=True) if out == "row" else blocks
-    assert made[0].isfinite().all() or m > 1
     same(made[0], want[0], nothing)
     if made[1] is not None:
         torch.testing.assert_close(made[1], want[1], rtol=0, atol=0, equal_nan=True)

@@ -17,6 +17,7 @@ from sglang_amd_quant.kernels.triton import combine as combine_module
 from sglang_amd_quant.kernels.triton import hopper, hopper_pack, quant_mx, routing
 from sglang_amd_quant.kernels.triton.manifest import TRITON_ARCHS, variants
 from triton.runtime.jit import JITFunction
+from wait_states import check_parts_of_registers
 
 from sglang_amd_quant.formats import quantize_mx
 from sglang_amd_quant.toolchain.triton_aot import call, compile_variant
@@ -125,6 +126,14 @@ def test_what_would_lose_bits_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="takes bf16 and fp16 .* use formats.quantize_mx"):
             quant_mx.quant_mx(x, element, out, front=front, dtype=dtype)
+
+
+@pytest.mark.parametrize("element", ["e2m1", "e4m3"])
+def test_conversions_of_gfx950_leave_each_other_time(element: str) -> None:
+    x = torch.ones(2, 64).bfloat16()
+    with emulated_triton("gfx950") as launches:
+        quant_mx.quant_mx(x, element, arch="gfx950")
+    check_parts_of_registers(launches[0].compiled, "gfx950")
 
 
 @pytest.mark.parametrize(("m", "k"), [(3, 2080), (600, 288)])

@@ -1,5 +1,4 @@
-"""Wait states that assembly inside a Triton kernel owes CDNA's matrix unit: LLVM sees to them only where it knows an
-instruction."""
+"""Wait states that assembly inside a Triton kernel owes CDNA: LLVM sees to them only where it knows an instruction."""
 
 from __future__ import annotations
 
@@ -46,4 +45,17 @@ def check_wait_states(compiled: Compiled, arch: str) -> None:
         assert not any(written(line) & set().union(*read) for line in within(reversed(lines[:i]), 2)), lines[i]
         begun = read[2] if read[2] != sums else set()
         assert not any(written(line) & begun for line in within(lines[i + 1 :], 3)), lines[i]
+    assert found
+
+
+def check_parts_of_registers(compiled: Compiled, arch: str) -> None:
+    """gfx950: what converts into part of a register is a wait state away from what reads it, or writes another part."""
+    kernel = CodeObject(compiled.code).kernel(compiled.kernel)
+    lines = [line.text for line in disassemble(kernel.code, kernel.address, arch, 64)]
+    found = [i for i, line in enumerate(lines) if line.startswith(("v_cvt_pk_fp8_f32", "v_cvt_scalef32_pk_fp4_f32"))]
+    for i in found:
+        part = registers(operands(lines[i])[0])
+        for line in within(lines[i + 1 :], 1):
+            touched = set().union(*map(registers, operands(line))) if line.startswith("v_") else set()
+            assert not touched & part, (lines[i], line)
     assert found
