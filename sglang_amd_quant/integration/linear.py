@@ -10,8 +10,9 @@ import torch
 from sglang.srt.layers.parameter import GroupQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
-from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.errors import ShapeError, UnsupportedError
 from sglang_amd_quant.integration import loading
+from sglang_amd_quant.integration.gated import activated
 from sglang_amd_quant.ops.layout import lay_out
 from sglang_amd_quant.ops.linear import QuantizedLinear
 from sglang_amd_quant.ops.operand import DTYPES
@@ -35,6 +36,7 @@ class AmdMxLinearMethod(LinearMethodBase):
 
     def __init__(self, config: AmdMxConfig, scheme: Scheme, prefix: str) -> None:
         self.config, self.scheme, self.prefix = config, scheme, prefix
+        self.dual: Any = None  # the `DualGemm` of a gate_up_proj, where `gated.py` has taken it
 
     @property
     def quant_config(self) -> AmdMxConfig:
@@ -124,6 +126,7 @@ class AmdMxLinearMethod(LinearMethodBase):
             out_dtype=self._dtype,
             group=self.scheme.block,
         )
+        problem = activated(problem, self.dual)
         stored = MxTensor.canonical(data, scales, self.scheme)
         weight = lay_out(stored, problem)
         values = loading.Dequantized(stored) if current_arch() == CPU else None
@@ -137,5 +140,19 @@ class AmdMxLinearMethod(LinearMethodBase):
         layer.weight.data, layer.weight_scale.data = loading.restored(layer.amd_mx.weight)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x[..., K] -> [..., N] in x's dtype."""
-        return layer.amd_mx(x, bias)
+        """x[..., K] -> [..., N] in x's dtype.
+
+        Raises:
+            UnsupportedError: the layer activates its product (`gated.py`), and something else than SGLang's MLPs wants
+                it as it is.
+        """
+        problem = layer.amd_mx.problem
+        if problem.epilogue.activation is None:
+            return layer.amd_mx(x, bias)  # type: ignore[no-any-return]
+        if x.numel():
+            raise UnsupportedError(
+                f"layer {self.prefix}",
+                "its GEMM does the activation, and the model calls it without",
+                "report the model",
+            )
+        return x.new_zeros(*x.shape[:-1], problem.n)

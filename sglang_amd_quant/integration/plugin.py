@@ -115,10 +115,25 @@ def _load_weights_only(
     original(model, weights if config is None else config.prepare_weights(model, weights), target_device)
 
 
+def _select_mode(*args: Any) -> Any:
+    """Let a dense MLP's gate_up_proj be run with its activation (`gated.py`)."""
+    from sglang_amd_quant.integration.gated import select_mode
+
+    return select_mode(*args)
+
+
+def _run_dual_gemm(*args: Any) -> Any:
+    from sglang_amd_quant.integration.gated import run
+
+    return run(*args)
+
+
 HOOKS: dict[str, Callable[..., Any]] = {
     "sglang.srt.configs.model_config.ModelConfig._verify_quantization": _verify_quantization,
     "sglang.srt.model_loader.utils.get_model_architecture": _get_model_architecture,
     "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_only": _load_weights_only,
+    "sglang.srt.layers.dual_gemm.DualGemm._select_mode": _select_mode,
+    "sglang.srt.layers.dual_gemm.DualGemm.__call__": _run_dual_gemm,
 }
 """Target -> AROUND hook."""
 

@@ -1,4 +1,4 @@
-"""The activation between an MoE's two GEMMs, as a value: it is part of the op, never a flag beside it."""
+"""The activation behind a gate and up GEMM, as a value: it is part of the op, never a flag beside it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglang_amd_quant.errors import UnsupportedError
-from sglang_amd_quant.selection.problem import ACTIVATIONS, CLAMPS
+from sglang_amd_quant.selection.problem import ACTIVATIONS, CLAMPS, Epilogue
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,14 @@ class Activation:
     def fused(self) -> bool:
         """Whether the kernels that have an activation before or after another thing have this one."""
         return self.gated and self.kind in ("silu", "swigluoai") and (self.limit is None or self.clamp == "before")
+
+    @classmethod
+    def of(cls, e: Epilogue) -> Activation | None:
+        """That of a GEMM's epilogue, None where it has none."""
+        if e.activation is None:
+            return None
+        usual = {name: value for name, value in (("alpha", e.alpha), ("beta", e.beta)) if value is not None}
+        return cls(e.activation, e.gated, e.interleaved, e.limit, e.clamp, **usual)
 
     def columns(self, n: int) -> int:
         """Output columns for a GEMM of N columns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -100,14 +101,17 @@ def run_decode(call: LinearCall) -> None:
     data, scales, factors = *call.weight.tensors[:2], None
     if isinstance(call.weight, PackedWeight):
         data, factors, scales = (*call.weight.tensors, None)[:3]
-    scheme, m = decode_scheme(problem), call.x.shape[0]
-    plan = plans(scheme, m, problem.n, problem.k, device.cu_count)[0]
+    scheme, m, f = decode_scheme(problem), call.x.shape[0], call.activation
+    plan = plans(scheme, m, problem.n, problem.k, device.cu_count, f is not None)[0]
+    epilogue = Epilogue(bias=call.bias)
+    if f is not None:
+        epilogue = replace(epilogue, activation=f.kind, interleaved=f.interleaved, alpha=f.alpha, limit=f.limit)
     room = prepared_bytes(scheme, plan, m, problem.k)
     prepared = call.x.new_empty(room, dtype=torch.uint8) if room else None
     for launch in decode_gemm(
         aligned(call.x), data, scales, factors, call.y, scheme=scheme, n=problem.n,
-        cu_count=device.cu_count, carry=carry(call.act), x_scale=call.act.scale, epilogue=Epilogue(bias=call.bias),
-        plan=plan, prepared=prepared,
+        cu_count=device.cu_count, carry=carry(call.act), x_scale=call.act.scale, epilogue=epilogue, plan=plan,
+        prepared=prepared,
     ):  # fmt: skip
         device.start(launch)
 

@@ -13,6 +13,7 @@ from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS
 from sglang_amd_quant.selection.arch import member
 from sglang_amd_quant.selection.choose import REFERENCE, process_selector
 from sglang_amd_quant.selection.layout_choice import SAMPLE_MS
+from sglang_amd_quant.selection.specs import kernel
 from sglang_amd_quant.tensor import MxTensor
 
 
@@ -25,6 +26,19 @@ def linear_layout(problem: GemmProblem, here: frozenset[str]) -> TensorLayout:
     """
     mine = here.intersection(linear.KERNELS) | {REFERENCE}
     return TensorLayout.parse(choose_layout(problem, process_selector(mine)).layout)
+
+
+def fuses_activation(problem: GemmProblem) -> bool:
+    """Whether kernels of this device do the activation of a linear layer's epilogue, at every M.
+
+    Only from weights that were packed for it: there 8 gates and their 8 ups lie by turns.
+    """
+    here = launchable(current_arch()).intersection(linear.KERNELS) | {REFERENCE}
+    layout = linear_layout(problem, here)
+    if problem.epilogue.activation is None or not layout.packed or problem.n % 16:
+        return False
+    choices = (Selector(available=here).decide(replace(problem, layout=layout.name, m=m)) for m in SAMPLE_MS)
+    return all("activation" in kernel(choice.kernel).fuses for choice in choices)
 
 
 def expert_layouts(gate_up: GemmProblem, down: GemmProblem, here: frozenset[str]) -> tuple[TensorLayout, TensorLayout]:

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.errors import ShapeError, UnsupportedError
 from sglang_amd_quant.ops import hip, reference, triton_group, triton_hopper, triton_mx
+from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.ops.operand import Operand, dtype_name
-from sglang_amd_quant.ops.packed import Weight, unpacked
+from sglang_amd_quant.ops.packed import PackedWeight, Weight, unpacked
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.runtime.detect import launchable
 from sglang_amd_quant.selection import Config, GemmProblem, KernelChoice, choose
@@ -30,10 +31,11 @@ class LinearCall:
         x: [M, K], M >= 1, in the model's dtype, any strides.
         weight: [N, K] in a layout that its spec reads.
         bias: [N] of one of the launcher's `bias_dtypes`, or None.
-        y: [M, N], contiguous, to be filled; of a dtype that its spec stores.
+        y: [M, N], or [M, N / 2] after an activation, contiguous, to be filled; of a dtype that its spec stores.
         act: how x is quantized, by the kernel or by `quantize_activation`.
         config: its parameters.
         problem: the GEMM at this M.
+        activation: what the kernel does with its sums, or None.
     """
 
     x: torch.Tensor
@@ -43,6 +45,7 @@ class LinearCall:
     act: ActQuant
     config: Config
     problem: GemmProblem
+    activation: Activation | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class Plan(NamedTuple):
         choice: selection's.
         launcher: its kernel's; None for the reference.
         fused_biases: dtypes of biases that the kernel adds.
-        unfused_dtype: what the kernel stores where the op is to add another bias.
+        unfused_dtype: what the kernel stores where the op is to add another bias, or to activate.
+        activates: whether the kernel does.
     """
 
     problem: GemmProblem
@@ -96,13 +100,15 @@ class Plan(NamedTuple):
     launcher: LinearKernel | None
     fused_biases: tuple[torch.dtype, ...]
     unfused_dtype: torch.dtype
+    activates: bool
 
 
 class BoundLinear:
     """A layer's operand with its choices: what the custom op looks up by the layer's text."""
 
     def __init__(self, operand: Operand) -> None:
-        self.operand = operand
+        self.operand, self.activation = operand, Activation.of(operand.problem.epilogue)
+        self.columns = operand.problem.n if self.activation is None else self.activation.columns(operand.problem.n)
         self.available = launchable(operand.arch).intersection(KERNELS) | {REFERENCE}
         self._plans: dict[tuple[int, torch.dtype], Plan] = {}
 
@@ -115,21 +121,41 @@ class BoundLinear:
             launcher, spec = KERNELS.get(choice.kernel), kernel(choice.kernel)
             biases = launcher.bias_dtypes if launcher is not None and "bias" in spec.fuses else ()
             wide = torch.float32 if "fp32" in spec.out_dtypes else dtype
-            found = self._plans[m, dtype] = Plan(problem, choice, launcher, biases, wide)
+            activates = self.activation is not None and "activation" in spec.fuses
+            found = self._plans[m, dtype] = Plan(problem, choice, launcher, biases, wide, activates)
         return found
 
     def run(self, x: torch.Tensor, weight: Weight, act: ActQuant, bias: torch.Tensor | None) -> torch.Tensor:
-        """x[M, K] -> [M, N] in x's dtype. Raises UnsupportedError where packed weights are left to the reference."""
-        m = x.shape[0]
+        """x[M, K] -> [M, N] in x's dtype, or [M, N / 2] after an activation.
+
+        Raises:
+            UnsupportedError: packed weights are left to the reference, or to a kernel that lacks part of the epilogue.
+        """
+        m, f = x.shape[0], self.activation
         if not m:
-            return x.new_zeros(0, weight.n)
+            return x.new_zeros(0, self.columns)
         plan = self.plan(m, x.dtype)
         if plan.launcher is None:
-            return reference.linear(x, unpacked(weight, plan.choice).dequantize(), act, bias)
-        fused = bias is None or bias.dtype in plan.fused_biases
-        y = torch.empty(m, weight.n, dtype=x.dtype if fused else plan.unfused_dtype, device=x.device)
-        plan.launcher.run(LinearCall(x, weight, bias if fused else None, y, act, plan.choice.config, plan.problem))
-        return y if fused or bias is None else (y + bias).to(x.dtype)
+            return reference.linear(x, unpacked(weight, plan.choice).dequantize(), act, bias, f)
+        biased = bias is None or bias.dtype in plan.fused_biases
+        whole = biased and (f is None or plan.activates)
+        if not whole and f is not None and isinstance(weight, PackedWeight):  # its rows alternate gates and ups
+            raise UnsupportedError(
+                f"{plan.problem.label()} with a bias of {None if bias is None else bias.dtype}",
+                f"{plan.choice.kernel} cannot do all of its epilogue",
+                "have the bias in bf16",
+            )
+        columns, dtype = (self.columns, x.dtype) if whole else (weight.n, plan.unfused_dtype)
+        y = torch.empty(m, columns, dtype=dtype, device=x.device)
+        plan.launcher.run(
+            LinearCall(
+                x, weight, bias if biased else None, y, act, plan.choice.config, plan.problem, f if whole else None
+            )
+        )
+        if whole:
+            return y
+        y = y if biased or bias is None else y + bias
+        return (y if f is None else f(y.float())).to(x.dtype)
 
 
 @cache  # one entry a kind of layer; a process serves one model
@@ -166,9 +192,8 @@ def _linear_fake(
     act_scale: torch.Tensor | None,
     layer: str,
 ) -> torch.Tensor:
-    problem = bound(layer).operand.problem
-    _check(x, problem)
-    return x.new_empty((*x.shape[:-1], problem.n))
+    _check(x, bound(layer).operand.problem)
+    return x.new_empty((*x.shape[:-1], bound(layer).columns))
 
 
 def _check(x: torch.Tensor, problem: GemmProblem) -> None:
@@ -203,11 +228,11 @@ class QuantizedLinear:
         hip.preload(bound(self.text).available, self.weight.tensors[0])
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x[..., K] -> [..., N] in x's dtype."""
+        """x[..., K] -> [..., N] in x's dtype, [..., N / 2] after an activation."""
         if self.values is not None:
             _check(x, self.problem)
             bound(self.text).plan(x.shape[:-1].numel(), x.dtype)  # for its trace: only the reference is here
-            return reference.linear(x, self.values(), self.act, bias)
+            return reference.linear(x, self.values(), self.act, bias, bound(self.text).activation)
         return torch.ops.amd_mx.linear(  # type: ignore[no-any-return]
             x, self.weight.tensors, bias, self.act.scale, self.text
         )

@@ -45,10 +45,17 @@ class ActQuant:
         return formats.fake_quantize_mx(wide, self.scheme.act, self.mode)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, act: ActQuant, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x[..., K] times weight[N, K]^T (fp32, dequantized) plus bias[N]; fp32 accumulation, rounded once to x's dtype."""
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    act: ActQuant,
+    bias: torch.Tensor | None = None,
+    activation: Activation | None = None,
+) -> torch.Tensor:
+    """x[..., K] times weight[N, K]^T (fp32, dequantized) plus bias[N], activated; fp32 accumulation, rounded once to
+    x's dtype."""
     out = functional.linear(act(x).float(), weight, None if bias is None else bias.float())
-    return out.to(x.dtype)
+    return (out if activation is None else activation(out)).to(x.dtype)
 
 
 @dataclass(frozen=True)

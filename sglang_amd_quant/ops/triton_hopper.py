@@ -49,8 +49,9 @@ def run_hopper_gemm(call: LinearCall) -> None:
     w = _weights(call.weight, call.problem, call.x)
     left, factors = _input(call.x, call.act, w.x_format)
     bias = None if call.bias is None else call.bias.unsqueeze(0)
-    ahead = None if left is call.x else Overlap(ahead=True)
-    hopper_gemm(left, factors, w, call.y, None, tile_of(call.config), overlapping=ahead, bias=bias)
+    ahead, f = None if left is call.x else Overlap(ahead=True), call.activation
+    activation = {} if f is None else {"activation": f.kind, "limit": f.limit, "alpha": f.alpha, "beta": f.beta}
+    hopper_gemm(left, factors, w, call.y, None, tile_of(call.config), overlapping=ahead, bias=bias, **activation)
 
 
 def _weights(weight: Weight, problem: GemmProblem, x: torch.Tensor) -> HopperWeights:

@@ -9,14 +9,15 @@ import torch
 from op_layers import MX, assert_close, exact_linear, make_linear, opchecks, with_values
 from sglang_amd_quant.kernels.hip.manifest import AMD_DECODE_M, AMD_MOE_DECODE_M, find
 
-from sglang_amd_quant.errors import SchemeError, ShapeError
+from sglang_amd_quant.errors import SchemeError, ShapeError, UnsupportedError
 from sglang_amd_quant.ops import hip, layout, linear, operand
+from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.ops.layout import lay_out
 from sglang_amd_quant.ops.linear import KERNELS, LinearCall, QuantizedLinear, bound
 from sglang_amd_quant.ops.operand import Operand
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.schemes import SCHEMES
-from sglang_amd_quant.selection import Config, GemmProblem, kernels, shipped
+from sglang_amd_quant.selection import Config, Epilogue, GemmProblem, kernels, shipped
 from sglang_amd_quant.tensor import MxTensor, PadPlan
 
 N, K = 48, 96
@@ -47,6 +48,53 @@ def test_opcheck(scheme, options):
     x, bias = torch.randn(3, K).bfloat16(), torch.randn(N).bfloat16() if options == "bias" else None
     args = (x, layer.weight.tensors, bias, layer.act.scale, layer.text)
     torch.library.opcheck(torch.ops.amd_mx.linear.default, args, test_utils=opchecks(scheme))
+
+
+def gated(scheme, arch="cpu", n=N, k=K):
+    return make_linear(scheme, n, k, arch=arch, epilogue=Epilogue(activation="silu"))
+
+
+def close_after_silu(out, layer, x, bias=None):
+    """silu stretches an error by 1.1 at most, and its product with up by what either is: against the largest result,
+    2^-8 of rounding to bf16 and a few 2^-13 of the sums' are under 2^-6."""
+    want = Activation()(exact_linear(layer, x, bias)[0])
+    assert out.shape == want.shape
+    assert (out.double() - want).abs().max() <= 2.0**-6 * want.abs().max()
+
+
+@pytest.mark.parametrize("scheme", MX)
+def test_an_activation_is_part_of_the_op(scheme):
+    layer = gated(scheme)
+    x, bias = torch.randn(2, 3, K).bfloat16(), torch.randn(N).bfloat16()
+    out = layer(x, bias)
+    close_after_silu(out, layer, x, bias)
+    assert torch.equal(out, with_values(layer)(x, bias))
+    assert layer(x[:0]).shape == (0, 3, N // 2)
+    args = (x, layer.weight.tensors, None, None, layer.text)
+    torch.library.opcheck(torch.ops.amd_mx.linear.default, args, test_utils=opchecks(scheme))
+
+
+@pytest.mark.parametrize("scheme", MX)
+def test_what_a_kernel_does_not_activate_the_op_does(triton_twins, scheme):
+    layer, x = gated(scheme, "sm_90"), torch.randn(3, K).bfloat16()
+    for bias in (None, torch.randn(N).bfloat16()):
+        close_after_silu(layer(x, bias), layer, x, bias)
+    assert [call["y"].shape for call in triton_twins] == [(3, N)] * 2
+
+
+@pytest.mark.parametrize("scheme", MX)
+@pytest.mark.parametrize("m", [1, 70])
+def test_hopper_activates_its_sums(hopper_twins, scheme, m):
+    plain, x = gated(scheme, "sm_90"), torch.randn(m, K).bfloat16()
+    layer = laid_out(plain)
+    close_after_silu(layer(x, torch.ones(N).bfloat16()), plain, x, torch.ones(N).bfloat16())
+    assert len(hopper_twins) == 1
+    if scheme != "w4a16":  # rows alternate gates and ups: what a kernel does not do cannot be done behind it
+        bound(layer.text)._plans.clear()
+        narrow = bound(layer.text).plan(m, torch.bfloat16)._replace(fused_biases=())
+        bound(layer.text)._plans[m, torch.bfloat16] = narrow
+        with pytest.raises(UnsupportedError, match="have the bias in bf16"):
+            layer(x, torch.ones(N))
 
 
 def test_compiles_to_one_graph_for_all_m():
@@ -148,8 +196,9 @@ def test_rows_that_hopper_cannot_group_stay_strided(hopper_twins):
     assert laid_out(make_linear("w4a16", 40, K, arch="sm_90")).weight.layout.name == "strided"
 
 
+@pytest.mark.parametrize("silu", [False, True], ids=["", "silu"])
 @pytest.mark.parametrize(("scheme", "static"), [*((s, False) for s in MX), ("mxfp8", True), ("w4a8", True)])
-def test_decode_is_launched_on_what_it_reads(monkeypatch, scheme, static):
+def test_decode_is_launched_on_what_it_reads(monkeypatch, scheme, static, silu):
     """The description, on weights that are really packed; what it computes is seen on a device (tests/device)."""
     pytest.importorskip("triton")
     started = []
@@ -161,11 +210,12 @@ def test_decode_is_launched_on_what_it_reads(monkeypatch, scheme, static):
         monkeypatch.setattr(module, "launchable", lambda arch: launchable)
     for module in (layout, operand):
         monkeypatch.setattr(module, "current_arch", lambda: "sm_90")
-    layer = make_linear(scheme, 64, 128, "sm_90", static)
+    layer = make_linear(scheme, 64, 128, "sm_90", static, epilogue=Epilogue(activation="silu" if silu else None))
+    assert layout.fuses_activation(layer.problem) == silu
     layer = laid_out(layer)
     assert layer.weight.layout.name == ("hopper_bf16" if scheme == "w4a16" else "hopper_e4m3")
     x, bias = torch.randn(5, 128).bfloat16(), torch.randn(64).bfloat16()
-    layer(x, bias)
+    assert layer(x, bias).shape == (5, 32 if silu else 64)
     *before, d = started
     early = "_early" if scheme in ("w4a8", "mxfp4") else ""  # few rows of small e2m1 weights
     assert d.kernel == f"decode{early}_{scheme}{'_static' if static else ''}_m8"
@@ -175,6 +225,7 @@ def test_decode_is_launched_on_what_it_reads(monkeypatch, scheme, static):
     data, factors, *scales = layer.weight.tensors
     assert (named["w"], named["factors"], named["scales"]) == (data, factors, scales[0] if scales else None)
     assert named["bias"] is bias
+    assert named["activation"] == int(silu)
     assert (named["carry"] == 0) == (static or scheme == "w4a16")
 
 
