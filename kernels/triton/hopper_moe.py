@@ -235,15 +235,25 @@ def hopper_moe_kernel(
     s_stages = gl.allocate_shared_memory(gl.int32, [STAGES, max(S_PARTS, 1) * GROUPS, S_WIDTH], flat)
 
     # DEEP steps are on their way while one is multiplied and the one before may still be.
+    #
+    # Rounds are long enough that weights of a step go to other registers than those that a running wgmma reads. Of few
+    # tokens all that they ask for is whole, and what is left to do after them is known beforehand: fewer instructions.
+    # Of many, whose sums fill the registers, they do everything, beyond K with zeros.
     DEEP: gl.constexpr = STAGES - 2
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    FEW: gl.constexpr = 32 if WIDE else 64
+    KNOWN: gl.constexpr = BLOCK_M <= FEW or QUANTIZE
+    UNROLL: gl.constexpr = unrolled(STAGES, BLOCK_N, BLOCK_K, NUM_WARPS) if KNOWN else 2
+    ROUNDS: gl.constexpr = max(0, K // BLOCK_K - DEEP) // UNROLL if KNOWN else (STEPS + 1) // 2
+    FIRST: gl.constexpr = ROUNDS * UNROLL
+    TAKEN: gl.constexpr = max(STEPS, FIRST)
     for step in gl.static_range(DEEP):
-        if step < STEPS:
+        if step < TAKEN:
             start_weights(step, w_stages, s_stages, w_from + step * (PARTS * W_STEP),
                           s_from + step * BLOCK_K // S_K * S_WIDTH, w_parts, s_parts, K - step * BLOCK_K,
                           (step + 1) * BLOCK_K <= K, S_K, S_PARTS)  # fmt: skip
         if not AHEAD:
-            if step < STEPS and not QUANTIZE:
+            if step < TAKEN and not QUANTIZE:
                 start_rows(step, x_stages, x_from + step * BLOCK_K, x_inside, x_columns, K - step * BLOCK_K,
                            (step + 1) * BLOCK_K <= K)  # fmt: skip
             async_copy.commit_group()
@@ -252,7 +262,7 @@ def hopper_moe_kernel(
         if not LATE:
             gdc_launch_dependents()
         for step in gl.static_range(DEEP):
-            if step < STEPS and not QUANTIZE:
+            if step < TAKEN and not QUANTIZE:
                 start_rows(step, x_stages, x_from + step * BLOCK_K, x_inside, x_columns, K - step * BLOCK_K,
                            (step + 1) * BLOCK_K <= K)  # fmt: skip
             async_copy.commit_group()
@@ -279,14 +289,6 @@ def hopper_moe_kernel(
             column = out * 2 + half if INTERLEAVED else out + half * (N // 2)
         addend = gl.load(bias + expert * N + column, mask=n_index < N, other=0.0).to(gl.float32)
 
-    # Rounds are long enough that weights of a step go to other registers than those that a running wgmma reads. Of few
-    # tokens all that they ask for is whole, and what is left to do after them is known beforehand: fewer instructions.
-    # Of many, whose sums fill the registers, they do everything, beyond K with zeros.
-    FEW: gl.constexpr = 32 if WIDE else 64
-    KNOWN: gl.constexpr = BLOCK_M <= FEW or QUANTIZE
-    UNROLL: gl.constexpr = unrolled(STAGES, BLOCK_N, BLOCK_K, NUM_WARPS) if KNOWN else 2
-    ROUNDS: gl.constexpr = max(0, K // BLOCK_K - DEEP) // UNROLL if KNOWN else (STEPS + 1) // 2
-    FIRST: gl.constexpr = ROUNDS * UNROLL
     EXACT: gl.constexpr = KNOWN and not WIDE and K > LONG
     total = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, mma)
     if EXACT:
