@@ -93,6 +93,13 @@ def unrolled(stages, block_n, block_k, warps):
     return stages if stages % 2 == 0 and tiles <= 16 else 2
 
 
+@gluon.constexpr_function
+def rounds_of(k, block_k, deep, unroll, known):
+    """Rounds of `unroll` steps. `known`: such that all steps that they ask for, `deep` ahead, are whole; others follow.
+    Else all steps, and beyond them to a whole round."""
+    return max(0, k // block_k - deep) // unroll if known else ((k + block_k - 1) // block_k + unroll - 1) // unroll
+
+
 @gluon.jit
 def start_weights(stage, w_stages, s_stages, w_from, s_from, w_parts, s_parts, k_left, WHOLE: gl.constexpr,
                   S_K: gl.constexpr, S_PARTS: gl.constexpr):  # fmt: skip
@@ -244,7 +251,7 @@ def hopper_moe_kernel(
     FEW: gl.constexpr = 32 if WIDE else 64
     KNOWN: gl.constexpr = BLOCK_M <= FEW or QUANTIZE
     UNROLL: gl.constexpr = unrolled(STAGES, BLOCK_N, BLOCK_K, NUM_WARPS) if KNOWN else 2
-    ROUNDS: gl.constexpr = max(0, K // BLOCK_K - DEEP) // UNROLL if KNOWN else (STEPS + 1) // 2
+    ROUNDS: gl.constexpr = rounds_of(K, BLOCK_K, DEEP, UNROLL, KNOWN)
     FIRST: gl.constexpr = ROUNDS * UNROLL
     TAKEN: gl.constexpr = max(STEPS, FIRST)
     for step in gl.static_range(DEEP):

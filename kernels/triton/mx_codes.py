@@ -11,22 +11,27 @@ import triton.language as tl
 
 
 @triton.jit
-def encode_e4m3(y, ARCH: tl.constexpr):
-    """fp32 -> e4m3 bytes: nearest, ties to even, saturating at 448. Of NaN, whose block's scale is NaN, anything.
+def roundable(y, ELEMENT: tl.constexpr):
+    """|y| up to the element's largest, which NaN becomes too, and what to add and take away again to round it to the
+    element, ties to even: a power of two that leaves an ulp of just one code. fp32 bits of both."""
+    LARGEST: tl.constexpr = 0x43E00000 if ELEMENT == "e4m3" else 0x40C00000  # 448, 6
+    LEAST: tl.constexpr = 121 if ELEMENT == "e4m3" else 127  # exponent of the least normal number
+    AHEAD: tl.constexpr = 20 if ELEMENT == "e4m3" else 22
+    size = tl.minimum(y.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, LARGEST)
+    return size, tl.maximum(size & 0x7F800000, LEAST << 23) + (AHEAD << 23)
 
-    Without a conversion: |y| plus a power of two 2^20 above it has an ulp of just one code, as in
-    `formats.e2m1.encode`.
-    """
+
+@triton.jit
+def encode_e4m3(y, ARCH: tl.constexpr):
+    """fp32 -> e4m3 bytes: nearest, ties to even, saturating at 448. Of NaN, whose block's scale is NaN, anything."""
     if ARCH == "sm_90":  # its conversion saturates
         return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     if ARCH == "gfx950":
         return tl.clamp(y, -448.0, 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    bits = y.to(tl.uint32, bitcast=True)
-    clamped = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)  # 448
-    shift = tl.maximum(clamped & 0x7F800000, 121 << 23) + (20 << 23)
-    total = clamped.to(tl.float32, bitcast=True) + shift.to(tl.float32, bitcast=True)
+    size, shift = roundable(y, "e4m3")
+    total = size.to(tl.float32, bitcast=True) + shift.to(tl.float32, bitcast=True)
     code = total.to(tl.uint32, bitcast=True) - shift + ((shift - (141 << 23)) >> 20)
-    return (code | (bits >> 24 & 0x80)).to(tl.uint8)
+    return (code | (y.to(tl.uint32, bitcast=True) >> 24 & 0x80)).to(tl.uint8)
 
 
 _HALVES = """
@@ -76,17 +81,10 @@ def e2m1_of_halves(low, high):
 
 
 @triton.jit
-def e2m1_magnitude(y):
-    """|y| up to 6, which NaN becomes too, and what to add and take away again to round it to e2m1; fp32 bits."""
-    clamped = tl.minimum(y.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, 0x40C00000)
-    return clamped, tl.maximum(clamped & 0x7F800000, 127 << 23) + (22 << 23)
-
-
-@triton.jit
 def encode_e2m1(y):
     """fp32 -> e2m1 codes, uint32: nearest, ties to even, saturating at 6, which NaN becomes too."""
-    clamped, shift = e2m1_magnitude(y)
-    total = clamped.to(tl.float32, bitcast=True) + shift.to(tl.float32, bitcast=True)
+    size, shift = roundable(y, "e2m1")
+    total = size.to(tl.float32, bitcast=True) + shift.to(tl.float32, bitcast=True)
     code = total.to(tl.uint32, bitcast=True) - shift + ((shift - (149 << 23)) >> 22)
     return code | (y.to(tl.uint32, bitcast=True) >> 28 & 8)
 
@@ -112,9 +110,10 @@ def store_codes(data, wide, first, K, inside_m, y, ELEMENT: tl.constexpr, BLOCK_
     """Store values over their scales, fp32 [BLOCK_M, BLOCK_K], as the codes of rows `wide`, columns `first` and on, of
     K columns in data. Two e2m1 codes a byte, the first in the low half. Of values that were bf16 or fp16 before a power
     of two was applied: see `e2m1_of_halves`."""
-    PER: tl.constexpr = (
-        1 if ELEMENT == "e4m3" and ARCH != "gfx950" else 4 if ELEMENT != "e4m3" and ARCH == "gfx950" else 2
-    )
+    WORD: tl.constexpr = (
+        16 if ARCH == "gfx950" else 8
+    )  # bits: a register holds two such words there, but not four bytes
+    PER: tl.constexpr = WORD // (8 if ELEMENT == "e4m3" else 4)
     words = first // PER + tl.arange(0, BLOCK_K // PER)
     mask = inside_m & (words < K // PER)[None, :]
     places = wide * (K // PER) + words[None, :]
@@ -122,7 +121,7 @@ def store_codes(data, wide, first, K, inside_m, y, ELEMENT: tl.constexpr, BLOCK_
         tl.store(data + places, encode_e4m3(y, ARCH), mask=mask)
     else:
         even, odd = tl.split(y.reshape(BLOCK_M, BLOCK_K // 2, 2))
-        if ARCH == "gfx950":  # words of 16 bits: a register holds two, but not four bytes
+        if ARCH == "gfx950":
             if ELEMENT == "e4m3":
                 even, odd = tl.clamp(even, -448.0, 448.0), tl.clamp(odd, -448.0, 448.0)
                 codes = tl.inline_asm_elementwise(
@@ -177,14 +176,9 @@ def rounded_to(small, scale, ELEMENT: tl.constexpr, ARCH: tl.constexpr):
     """Values over their block's scale after a round trip through `ELEMENT`, times that scale, a byte."""
     if ELEMENT == "e4m3" and ARCH == "sm_90":
         kept = small.to(tl.float8e4nv).to(tl.float32)
-    elif ELEMENT == "e4m3":
-        code = encode_e4m3(small, ARCH).to(tl.uint32)
-        # Where fp16 keeps sign, exponent and mantissa these bits are 2^-8 times the value.
-        half = ((code & 0x80) << 8 | (code & 0x7F) << 7).to(tl.uint16).to(tl.float16, bitcast=True)
-        kept = half.to(tl.float32) * 256.0
     else:
-        clamped, shift = e2m1_magnitude(small)
+        size, shift = roundable(small, ELEMENT)
         shift = shift.to(tl.float32, bitcast=True)
-        size = (clamped.to(tl.float32, bitcast=True) + shift - shift).to(tl.uint32, bitcast=True)
+        size = (size.to(tl.float32, bitcast=True) + shift - shift).to(tl.uint32, bitcast=True)
         kept = (size | (small.to(tl.uint32, bitcast=True) & 0x80000000)).to(tl.float32, bitcast=True)
     return kept * power_of_two(scale)

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 from sglang_amd_quant.kernels.triton.hopper import (
@@ -18,6 +20,7 @@ from sglang_amd_quant.kernels.triton.hopper import (
     hopper_gemm,
     linear_hopper,
 )
+from sglang_amd_quant.kernels.triton.hopper_moe import rounds_of, unrolled
 from sglang_amd_quant.kernels.triton.hopper_pack import OCTAVES, HopperWeights, pack_hopper, row_order
 from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm_torch
 from sglang_amd_quant.kernels.triton.routing import route_torch
@@ -122,6 +125,25 @@ def test_what_no_kernel_takes_is_refused() -> None:
     routing = route_torch(torch.zeros(1, 1, dtype=torch.int32), 1, 32)
     with pytest.raises(ValueError, match="route and pack again"):
         hopper_gemm(w, None, packed, torch.empty(1, 24), routing, HopperConfig(16))
+
+
+@given(
+    st.integers(1, 300).map(lambda n: 32 * n), st.sampled_from([64, 128]), st.integers(3, 16), st.booleans(),
+    st.sampled_from([64, 128, 256]), st.sampled_from([4, 8]),
+)  # fmt: skip
+def test_every_step_was_asked_for(k: int, block_k: int, stages: int, known: bool, block_n: int, warps: int) -> None:
+    """What the loop multiplies, as the kernel fills its stages: ahead, in rounds, and in what is left of K."""
+    deep, steps = stages - 2, -(-k // block_k)
+    unroll = unrolled(stages, block_n, block_k, warps) if known else 2
+    first = rounds_of(k, block_k, deep, unroll, known) * unroll
+    holds = {step % stages: step for step in range(min(deep, max(steps, first)))}
+    for step in range(max(steps, first)):
+        assert holds[step % stages] == step
+        ahead = step + deep
+        if step < first or ahead < steps:
+            assert ahead < k // block_k or step >= first or not known  # rounds that are known mask nothing
+            holds[ahead % stages] = ahead
+    assert first <= steps or not known
 
 
 @pytest.mark.parametrize(("element", "x_format"), [(None, "bf16"), ("e4m3", "e4m3")])
