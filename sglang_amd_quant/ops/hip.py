@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,6 +19,7 @@ from sglang_amd_quant.selection import GemmProblem, kernel
 
 if TYPE_CHECKING:
     from sglang_amd_quant.ops.linear import LinearCall
+    from sglang_amd_quant.runtime.decode_gemm import Epilogue
 
 ROW_ALIGNMENT = 16
 """Bytes that rows of activations must be aligned to: kernels load them 16 bytes at a time."""
@@ -94,23 +94,20 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 
 def run_decode(call: LinearCall) -> None:
     """`kernels/hip/decode_gemm.hip`, dense: quantizes x itself."""
-    from sglang_amd_quant.runtime.decode_gemm import Epilogue, decode_gemm
+    from sglang_amd_quant.runtime.decode_gemm import decode_gemm
     from sglang_amd_quant.runtime.decode_plans import plans, prepared_bytes
 
     device, problem = device_of(call.x), call.problem
     data, scales, factors = *call.weight.tensors[:2], None
     if isinstance(call.weight, PackedWeight):
         data, factors, scales = (*call.weight.tensors, None)[:3]
-    scheme, m, f = decode_scheme(problem), call.x.shape[0], call.activation
-    plan = plans(scheme, m, problem.n, problem.k, device.cu_count, f is not None)[0]
-    epilogue = Epilogue(bias=call.bias)
-    if f is not None:
-        epilogue = replace(epilogue, activation=f.kind, interleaved=f.interleaved, alpha=f.alpha, limit=f.limit)
+    scheme, m = decode_scheme(problem), call.x.shape[0]
+    plan = plans(scheme, m, problem.n, problem.k, device.cu_count, call.activation is not None)[0]
     room = prepared_bytes(scheme, plan, m, problem.k)
     prepared = call.x.new_empty(room, dtype=torch.uint8) if room else None
     for launch in decode_gemm(
         aligned(call.x), data, scales, factors, call.y, scheme=scheme, n=problem.n,
-        cu_count=device.cu_count, carry=carry(call.act), x_scale=call.act.scale, epilogue=epilogue, plan=plan,
+        cu_count=device.cu_count, carry=carry(call.act), x_scale=call.act.scale, epilogue=_epilogue(call), plan=plan,
         prepared=prepared,
     ):  # fmt: skip
         device.start(launch)
@@ -135,17 +132,25 @@ def workspace(x: torch.Tensor) -> torch.Tensor:
 
 def run_decode_amd(call: LinearCall) -> None:
     """`kernels/hip/decode_gemm.hip` on AMD, dense: quantizes x itself."""
-    from sglang_amd_quant.runtime.decode_gemm import Epilogue
     from sglang_amd_quant.runtime.decode_gemm_amd import decode_gemm_amd
 
-    device, problem, w = device_of(call.x), call.problem, as_mx(call.weight)
+    device, problem, (data, scales) = device_of(call.x), call.problem, call.weight.tensors
     device.start(
         decode_gemm_amd(
-            aligned(call.x), w.data, w.scales, call.y, arch=device.arch_name, scheme=decode_scheme(problem),
-            n=problem.n, cu_count=device.cu_count, carry=carry(call.act), x_scale=call.act.scale,
-            epilogue=Epilogue(bias=call.bias), workspace=workspace(call.x),
+            aligned(call.x), data, scales, call.y, arch=device.arch_name, scheme=decode_scheme(problem), n=problem.n,
+            cu_count=device.cu_count, carry=carry(call.act), x_scale=call.act.scale, epilogue=_epilogue(call),
+            workspace=workspace(call.x),
         )
     )  # fmt: skip
+
+
+def _epilogue(call: LinearCall) -> Epilogue:
+    from sglang_amd_quant.runtime.decode_gemm import Epilogue
+
+    f = call.activation
+    if f is None:
+        return Epilogue(bias=call.bias)
+    return Epilogue(bias=call.bias, activation=f.kind, interleaved=f.interleaved, alpha=f.alpha, limit=f.limit)
 
 
 def decode_scheme(problem: GemmProblem) -> str:

@@ -13,7 +13,6 @@ from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS
 from sglang_amd_quant.selection.arch import member
 from sglang_amd_quant.selection.choose import REFERENCE, process_selector
 from sglang_amd_quant.selection.layout_choice import SAMPLE_MS
-from sglang_amd_quant.selection.specs import kernel
 from sglang_amd_quant.tensor import MxTensor
 
 
@@ -38,7 +37,7 @@ def fuses_activation(problem: GemmProblem) -> bool:
     if problem.epilogue.activation is None or not layout.packed or problem.n % 16:
         return False
     choices = (Selector(available=here).decide(replace(problem, layout=layout.name, m=m)) for m in SAMPLE_MS)
-    return all("activation" in kernel(choice.kernel).fuses for choice in choices)
+    return all(choice.kernel != REFERENCE and "activation" not in choice.unfused for choice in choices)
 
 
 def expert_layouts(gate_up: GemmProblem, down: GemmProblem, here: frozenset[str]) -> tuple[TensorLayout, TensorLayout]:

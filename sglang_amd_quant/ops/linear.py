@@ -121,7 +121,7 @@ class BoundLinear:
             launcher, spec = KERNELS.get(choice.kernel), kernel(choice.kernel)
             biases = launcher.bias_dtypes if launcher is not None and "bias" in spec.fuses else ()
             wide = torch.float32 if "fp32" in spec.out_dtypes else dtype
-            activates = self.activation is not None and "activation" in spec.fuses
+            activates = self.activation is not None and "activation" not in choice.unfused
             found = self._plans[m, dtype] = Plan(problem, choice, launcher, biases, wide, activates)
         return found
 

@@ -21,13 +21,19 @@ if TYPE_CHECKING:
 
 def run_group_gemm(call: LinearCall) -> None:
     """Dense."""
-    _gemm(call.x.contiguous(), call.weight, call.y, call.config, call.problem, bias=call.bias)
+    _gemm(call.x.contiguous(), call.weight, call.y, call.config, call.problem, bias=call.bias, **_activation(call))
 
 
 def run_registers_gemm(call: LinearCall) -> None:
     """Dense, MX weights in registers by x as it is, or what its codes stand for in bf16."""
     x = bf16_values(call.x, call.act)
-    _gemm(x.data, call.weight, call.y, call.config, call.problem, x_scale=x.factor, bias=call.bias)
+    _gemm(
+        x.data, call.weight, call.y, call.config, call.problem, x_scale=x.factor, bias=call.bias, **_activation(call)
+    )  # fmt: skip
+
+
+def _activation(call: LinearCall) -> dict[str, Front]:
+    return {} if call.activation is None else {"activation": front(call.activation)}
 
 
 def run_group_moe(call: MoeCall) -> torch.Tensor:

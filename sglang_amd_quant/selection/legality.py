@@ -62,10 +62,17 @@ def unfused(problem: GemmProblem, kernel: KernelSpec) -> tuple[str, ...]:
         )
         if asked
     ]
-    done = next((i for i, part in enumerate(parts) if part not in kernel.fuses), len(parts))
+    fused = set(kernel.fuses) - (set() if activates(problem, kernel) else {"activation"})
+    done = next((i for i, part in enumerate(parts) if part not in fused), len(parts))
     if parts[done:] == [] and problem.out_dtype not in kernel.out_dtypes and "quantize" in parts:
         done = parts.index("quantize")
     return tuple(parts[done:])
+
+
+def activates(problem: GemmProblem, kernel: KernelSpec) -> bool:
+    """Whether the kernel has activations, for weights that lie as the problem's."""
+    readable = not kernel.activates_in or layout_of(problem, kernel) in kernel.activates_in
+    return "activation" in kernel.fuses and readable
 
 
 def operand_bits(problem: GemmProblem, kernel: KernelSpec) -> tuple[int, int]:
@@ -125,11 +132,13 @@ def _layout_reasons(name: str, n: int, k: int, scheme: str) -> tuple[str, ...]:
 
 def _activation(p: GemmProblem, kernel: KernelSpec) -> Found:
     e = p.epilogue
-    if not kernel.activations or e.activation is None:
+    if not kernel.activations or e.activation is None or not activates(p, kernel):
         return
     if e.activation not in kernel.activations or not e.gated or (e.limit is not None and e.clamp != "before"):
         asked = f"{e.activation}{'' if e.gated else ' without gate'}{'' if e.limit is None else f', clamped {e.clamp}'}"
         yield Refusal("activation", f"fuses gated {'/'.join(kernel.activations)}, clamped before, not {asked}")
+    if p.n % 16 and TensorLayout.parse(layout_of(p, kernel)).packed:
+        yield Refusal("n", f"8 gates and 8 ups by turns are rows in 16s, not N={p.n}")
     if kernel.betas and e.beta not in kernel.betas:
         yield Refusal("activation", f"adds {' or '.join(str(b) for b in kernel.betas if b)} to up, not {e.beta}")
 

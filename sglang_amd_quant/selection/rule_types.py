@@ -72,7 +72,8 @@ def _show(bounds: Range) -> str:
 
 @dataclass(frozen=True)
 class LayoutRule:
-    """`layout` wins for weights shared by at most `moe_tp_max` ranks, where `kernel`, if any, may be chosen."""
+    """`layout` wins for weights shared by at most `moe_tp_max` ranks, where `kernel`, if any, may be chosen; if
+    `activated`, if an activation is part of the GEMM."""
 
     arch: str
     scheme: str
@@ -81,10 +82,12 @@ class LayoutRule:
     origin: str
     moe_tp_max: int | None = None
     kernel: str = ""
+    activated: bool = False
 
     def holds(self, problem: GemmProblem) -> bool:
         kind = (self.arch, self.scheme) == (problem.arch, problem.scheme) and problem.op in self.ops
-        return kind and (self.moe_tp_max is None or problem.moe_tp <= self.moe_tp_max)
+        within = self.moe_tp_max is None or problem.moe_tp <= self.moe_tp_max
+        return kind and within and (not self.activated or problem.epilogue.activation is not None)
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,10 @@ LAYOUT_RULES: tuple[LayoutRule, ...] = (
     LayoutRule("sm_90", "w4a16", ("linear",), "hopper_bf16", _DECODING),
     *(LayoutRule("sm_90", s, ("linear",), "hopper_e4m3", _DECODING) for s in ("mxfp8", "w4a8", "mxfp4")),
     LayoutRule("sm_90", "int4_w4a16", ("linear",), "mma_int4+tile_group", _DECODING),
+    *(
+        LayoutRule(arch, s, ("linear",), AMD_MOE_DECODE_LAYOUTS[arch, weight], _DECODING, activated=True)
+        for arch, weight, s in _AMD_DECODE
+    ),
     *(LayoutRule(arch, s, ("linear",), AMD_DECODE_LAYOUTS[arch, weight], _DECODING) for arch, weight, s in _AMD_DECODE),
     *(
         LayoutRule(arch, s, _GROUPED, AMD_MOE_DECODE_LAYOUTS[arch, weight], _DECODING,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from sglang_amd_quant.kernels.hip.manifest import AMD_MOE_DECODE_M, QUANTIZED_SCHEMES
 from sglang_amd_quant.schemes import INT4_GROUPS, scheme
@@ -136,6 +137,13 @@ def _group_gemm(name: str, ops: tuple[str, ...]) -> KernelSpec:
     )
 
 
+_GATED: dict[str, Any] = {
+    "fuses": ("bias", "activation"), "activations": ("silu", "swigluoai"), "betas": (None, 1.0),
+    "activates_in": tuple(dict.fromkeys(AMD_MOE_DECODE_LAYOUTS.values())),
+}  # fmt: skip
+"""Of dense kernels on AMD: an activation is theirs where weights lie as experts' do."""
+
+
 def _archs_of(weight: str, *tables: dict[tuple[str, str], str]) -> dict[str, tuple[str, ...]]:
     """What decode kernels read of a weight format, with the archs of each."""
     read: dict[str, tuple[str, ...]] = {}
@@ -156,17 +164,20 @@ def _int4_gemm(name: str, ops: tuple[str, ...], *tables: dict[tuple[str, str], s
         groups=INT4_GROUPS,
         lds=_registers_lds,
         x_dtypes=("bf16", "fp16"),
+        **(_GATED if ops == ("linear",) else {}),
     )
 
 
 def _mx_registers(weight: str, op: str, archs: tuple[str, ...], x: str = "") -> KernelSpec:
     """MX weights where no matrix unit multiplies them. `x`: the dtype of activations that are not quantized, if it is
     for these alone; else any, as bf16 has them."""
-    ops, table = (("linear",), AMD_DECODE_LAYOUTS) if op == "gemm" else (_EXPERTS, AMD_MOE_DECODE_LAYOUTS)
-    schemes = ("w4a16",) if x else DECODE_SCHEMES[weight]
-    read = {layout: on for layout, of in _archs_of(weight, table).items() if (on := tuple(a for a in of if a in archs))}
+    dense, schemes = op == "gemm", ("w4a16",) if x else DECODE_SCHEMES[weight]
+    tables = (AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS) if dense else (AMD_MOE_DECODE_LAYOUTS,)
+    of_archs = _archs_of(weight, *tables).items()
+    read = {layout: on for layout, of in of_archs if (on := tuple(a for a in of if a in archs))}
     return replace(
-        _group_gemm("_".join(part for part in ("triton", weight, x, op) if part), ops),
+        _group_gemm("_".join(part for part in ("triton", weight, x, op) if part), ("linear",) if dense else _EXPERTS),
+        **(_GATED if dense else {}),
         archs=archs,
         schemes=schemes,
         acts=(*dict.fromkeys(scheme(s).act for s in schemes), *(() if x else ("fp8_static",))),
@@ -314,11 +325,11 @@ def _amd_decode(arch: str, weight: str) -> KernelSpec:
         archs=(arch,),
         schemes=schemes,
         ops=("linear",),
-        layouts=(AMD_DECODE_LAYOUTS[arch, weight],),
+        layouts=(AMD_DECODE_LAYOUTS[arch, weight], AMD_MOE_DECODE_LAYOUTS[arch, weight]),
         acts=("bf16",) if int4 else ("e4m3", "e2m1", "bf16", "fp8_static"),
         groups=INT4_GROUPS if int4 else (),
         out_dtypes=("bf16", "fp16", "fp32"),
-        fuses=("quantize_input", "bias"),
+        **(_GATED | {"fuses": ("quantize_input", "bias", "activation")}),
         x_dtypes=("bf16", "fp16") if int4 else ("bf16",),
         code_objects=tuple(f"decode_{s}" for s in (*schemes, _UNNAMED[weight])),
         m_max=64,
@@ -340,9 +351,6 @@ def _amd_moe_decode(arch: str, weight: str) -> KernelSpec:
         space={"block_m": AMD_MOE_DECODE_M},
         configure=_moe_decode_block,
         out_dtypes=("bf16", "fp16") if weight == "int4" else ("bf16",),
-        fuses=("quantize_input", "bias", "activation"),
-        activations=("silu", "swigluoai"),
-        betas=(None, 1.0),
         m_max=0,
         n_multiple=16,
     )
@@ -395,6 +403,8 @@ SHIPPED_KERNELS = (
     replace(
         _SM90_DECODE,
         name="hip_decode_int4",
+        fuses=("quantize_input", "bias"),
+        activations=(),
         schemes=("int4_w4a16",),
         layouts=("mma_int4+tile_group",),
         groups=INT4_GROUPS,
@@ -413,7 +423,7 @@ SHIPPED_KERNELS = (
     ),
     _MOE,
     _mx_gemm("triton_mx_moe", _EXPERTS),
-    _int4_gemm("triton_int4_gemm", ("linear",), AMD_DECODE_LAYOUTS),
+    _int4_gemm("triton_int4_gemm", ("linear",), AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS),
     _int4_gemm("triton_int4_moe", _EXPERTS, AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS),
     _fp16_gemm("triton_fp16_gemm", ("linear",)),
     _fp16_gemm("triton_fp16_moe", _EXPERTS),
@@ -422,6 +432,7 @@ SHIPPED_KERNELS = (
     replace(
         _hopper("bf16", ("int4_w4a16",), ("bf16",)),
         name="triton_hopper_int4",
+        activates_in=HOPPER_INT4[1:],
         layouts=HOPPER_INT4,
         groups=INT4_GROUPS,
         out_dtypes=("bf16", "fp16"),

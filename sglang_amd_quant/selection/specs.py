@@ -44,6 +44,7 @@ class KernelSpec:
         fuses: what it does itself: of the epilogue `bias`, `activation` and `quantize` (of its output), and before it
             `quantize_input`: activations come in the model's dtype. Otherwise the op quantizes them first.
         activations: kinds of activation that it fuses, gated and clamped before; one that fuses them refuses others.
+        activates_in: layouts in which it finds gates and ups for these; empty = all that it reads.
         betas: what its activations may add to up (`Epilogue.beta`); empty = any.
         x_dtypes: dtypes of activations that reach it unquantized (scheme with bf16 activations, or `quantize_input`);
             empty = any. A model's dtype is what the op hands on, `GemmProblem.out_dtype`.
@@ -78,6 +79,7 @@ class KernelSpec:
     out_dtypes: tuple[str, ...] = ("bf16",)
     fuses: tuple[str, ...] = ()
     activations: tuple[str, ...] = ()
+    activates_in: tuple[str, ...] = ()
     betas: tuple[float | None, ...] = ()
     x_dtypes: tuple[str, ...] = ()
     gathers: tuple[str, ...] = ()

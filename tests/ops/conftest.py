@@ -15,11 +15,11 @@ import torch
 from filelock import FileLock
 from sglang_amd_quant.kernels.hip.manifest import AMD_ARCHS, find
 
-from sglang_amd_quant.ops import hip, layout, linear, moe, operand, packed
+from sglang_amd_quant.ops import hip, layout, linear, moe, operand, packed, quantize, routing
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.runtime.code_objects import CODE_OBJECT_DIR, code_object
 from sglang_amd_quant.runtime.launch import LaunchDescription
-from sglang_amd_quant.selection import kernels
+from sglang_amd_quant.selection import kernels, shipped
 from sglang_amd_quant.toolchain.build import build
 from sglang_amd_quant.toolchain.compilers import find_compiler
 
@@ -85,6 +85,19 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(hip, "device_of", lambda x: device)
     only(monkeypatch, "gemv_mxfp4")
     return device
+
+
+@pytest.fixture
+def device(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> EmulatedDevice:
+    """The emulated device, which can launch all kernels; helpers run as kernels too."""
+    for module in (layout, operand, packed):
+        monkeypatch.setattr(module, "current_arch", lambda: emulated.arch_name)
+    for module in (quantize, routing):
+        monkeypatch.setattr(module, "has_triton", lambda x: True)
+    monkeypatch.setattr(hip, "WORKSPACE_BYTES", 1 << 20)
+    monkeypatch.setattr(hip, "_workspaces", {})
+    only(monkeypatch, *shipped())
+    return emulated
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

@@ -17,29 +17,14 @@ from emulated_triton import emulated_triton
 from op_layers import as_served_on_a_cpu, make_moe, tokens
 from test_moe import GPT_OSS, OTHERS, close
 
-from sglang_amd_quant.ops import hip, layout, linear, moe, operand, packed, quantize, routing
+from sglang_amd_quant.ops import layout, linear, moe
 from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.ops.layout import lay_out_experts
-from sglang_amd_quant.selection import shipped
 from sglang_amd_quant.selection.amd_decode import AMD_MOE_DECODE_LAYOUTS
 
 E, H, INTER, TOP_K = 6, 160, 96, 2  # the last step of K is not whole
 QUANTIZED = ("w4a8", "mxfp4", "mxfp8", "w4a8_static", "mxfp8_static")
 """Where no matrix unit multiplies MX."""
-
-
-@pytest.fixture
-def device(emulated, monkeypatch):
-    """The emulated device, which can launch all kernels; helpers run as kernels too."""
-    for module in (layout, operand, packed):
-        monkeypatch.setattr(module, "current_arch", lambda: emulated.arch_name)
-    for module in (quantize, routing):
-        monkeypatch.setattr(module, "has_triton", lambda x: True)
-    monkeypatch.setattr(hip, "WORKSPACE_BYTES", 1 << 20)
-    monkeypatch.setattr(hip, "_workspaces", {})
-    for module in (layout, linear, moe):
-        monkeypatch.setattr(module, "launchable", lambda arch: shipped())
-    return emulated
 
 
 def schemes(device):

@@ -137,10 +137,20 @@ def any_kernel(case: Case) -> Rules:
 # ---- kernels of this package, of which the op does what they do not fuse ----
 
 
+def activation_of_a_linear(case: Case, alternate: bool) -> Rules:
+    """`alternate`: the weights' rows are 8 gates and 8 ups by turns, which kernels take together, and the op cannot."""
+    e = case.p.epilogue
+    yield "activation is whose it is", bool(e.activation) and alternate == ("activation" in case.choice.unfused)
+    yield "no activation", not e.activation and "activation" in case.choice.unfused
+    if e.activation and alternate:
+        yield "an activation that kernels have", not case.gated_by_kernel
+        yield "rows by turns", case.p.n % 16
+
+
 @of(*MX, *INT4, *FP16, *REGISTERS)
 def bare_gemm(case: Case) -> Rules:
     p, unfused = case.p, case.choice.unfused
-    yield "activation is the op's", bool(p.epilogue.activation) != ("activation" in unfused)
+    yield from activation_of_a_linear(case, case.linear and case.layout.startswith("decode_"))
     yield "quantization is the op's", (p.out_dtype in ("mxfp8", "mxfp4")) != ("quantize" in unfused)
 
 
@@ -167,7 +177,7 @@ def int4(case: Case) -> Rules:
     least_k = 128 if "cdna" in case.layout else 32
     yield "scheme", p.scheme != "int4_w4a16" or not case.unquantized or p.group not in (32, 64, 128)
     yield "op", case.linear == moe
-    yield "layout read", case.layout not in ("strided", f"{own}+tile_group", f"decode_{own}" if moe else "")
+    yield "layout read", case.layout not in ("strided", f"{own}+tile_group", f"decode_{own}")
     yield "whole tiles of gates and ups", case.layout in ("decode_cdna_int4", "decode_rdna_int4") and p.n % 16
     yield "x is bf16 or fp16", p.out_dtype == "fp32"
     yield "tiles of the layout", case.choice.config.block_k < least_k
@@ -178,15 +188,15 @@ def registers(case: Case) -> Rules:
     p = case.p
     weights = case.kernel.split("_")[1]
     values = f"cdna3_{weights}" if p.arch == "gfx942" else "preshuffle"
-    own = f"{values}+tile_scale" if case.linear else f"decode_{values}"
+    own = (*((f"{values}+tile_scale",) if case.linear else ()), f"decode_{values}")
     schemes = {"e2m1": ("w4a16", "w4a8", "mxfp4"), "e4m3": ("mxfp8",)}[weights]
     tile = {"cdna3_e2m1": 128, "cdna3_e4m3": 64, "preshuffle": 64 if weights == "e2m1" else 32}
     yield "op", case.linear != case.kernel.endswith("gemm")
     yield "operands", p.scheme not in schemes or (weights == "e4m3" and case.unquantized)
     yield "MX has a matrix unit", p.arch == "gfx950" and not case.unquantized
-    yield "layout read", case.layout not in ("strided", own)
+    yield "layout read", case.layout not in ("strided", *own)
     yield "whole tiles of gates and ups", case.layout.startswith("decode_") and p.n % 16
-    yield "tiles of the layout", case.layout == own and case.choice.config.block_k < tile[values]
+    yield "tiles of the layout", case.layout in own and case.choice.config.block_k < tile[values]
     fp16 = "_fp16_" in case.kernel
     yield "quantized", fp16 and not case.unquantized
     yield "x where nothing quantizes it", case.unquantized and p.out_dtype in ("bf16" if fp16 else "fp16", "fp32")
@@ -207,6 +217,7 @@ def fp16(case: Case) -> Rules:
 @of(*HOPPER_DECODE, *DECODE_LAYOUT)
 def decode(case: Case) -> Rules:
     yield "op", not case.linear or not 1 <= case.p.m <= 64
+    yield from activation_of_a_linear(case, case.layout.startswith(("decode_", "hopper_")))
 
 
 @of("hip_decode")
@@ -241,7 +252,8 @@ def decode_hopper_int4(case: Case) -> Rules:
 @of(*DECODE_LAYOUT)
 def decode_amd(case: Case) -> Rules:
     p = case.p
-    yield "layout", case.layout != DECODE_LAYOUT[case.kernel]
+    own = DECODE_LAYOUT[case.kernel]
+    yield "layout", case.layout not in (own, f"decode_{own.split('+')[0]}")
     yield "weights", not case.kernel.endswith(WEIGHTS[p.scheme])
     yield "x is bf16, or fp16 with int4", p.out_dtype in (("fp32",) if p.scheme == "int4_w4a16" else NOT_BF16)
 
