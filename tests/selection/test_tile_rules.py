@@ -20,6 +20,7 @@ from sglang_amd_quant.kernels.triton.routing import route_torch
 
 from sglang_amd_quant.layouts.names import TensorLayout
 from sglang_amd_quant.ops.triton_mx import launch_options, tile_of
+from sglang_amd_quant.selection import Epilogue as GemmEpilogue
 from sglang_amd_quant.selection import GemmProblem, Selector
 from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS
 from sglang_amd_quant.selection.legality import lds_need
@@ -29,6 +30,7 @@ from sglang_amd_quant.selection.specs import kernel, kernels
 from sglang_amd_quant.toolchain.triton_aot import call, compile_variant
 
 MEMBER = {"gfx11": "gfx1100"}
+SILU = GemmEpilogue(activation="silu")
 WEIGHTS = {"int4_w4a16": "int4", "w4a16": "e2m1", "mxfp8": "e4m3"}
 
 
@@ -91,7 +93,8 @@ def test_layouts_of_decode_kernels_compile_without_spills(arch, scheme, layout, 
 def group_problems(arch):
     """int4 experts, by the height that routing gives, on strided weights: dense tiles are among theirs. int4 linears,
     and the highest tile's experts, on weights that lie as decode kernels read them, in models of fp16. MX linears and
-    experts in these, whose activations are not quantized. And MX linears and experts on AMD in those of bf16."""
+    experts in these, whose activations are not quantized. And MX linears and experts on AMD in those of bf16. Linears
+    that end in silu, on weights that lie as experts' do."""
     shape, experts = {"n": 1536, "k": 2048}, {"e_local": 64, "e_total": 64, "top_k": 8, "layout": "strided"}
     for group in (32, 64, 128):
         shared = shape | {"scheme": "int4_w4a16", "arch": arch, "group": group}
@@ -101,6 +104,8 @@ def group_problems(arch):
         if (arch, "int4") in AMD_MOE_DECODE_LAYOUTS:
             packed = experts | {"layout": AMD_MOE_DECODE_LAYOUTS[arch, "int4"], "out_dtype": "fp16"}
             yield GemmProblem("moe_gate_up", m=64, block_m=128, **shared, **packed)
+            gated = {"epilogue": SILU, "layout": packed["layout"], "out_dtype": "fp16"}
+            yield from (GemmProblem("linear", m=m, **shared, **gated) for m in (64, 4096))
     for scheme in ("w4a16", "mxfp8") if arch == "sm_90" else ("mxfp8",):
         shared = shape | {"scheme": scheme, "arch": arch, "act": "bf16", "out_dtype": "fp16"}
         yield from (GemmProblem("moe_gate_up", m=64, block_m=b, **shared, **experts) for b in (16, 32, 64, 128))
@@ -111,6 +116,9 @@ def group_problems(arch):
             continue
         for m, layout in product((16, 32, 64, 4096), ("strided", AMD_DECODE_LAYOUTS[arch, weights])):
             yield GemmProblem("linear", m=m, **shared, layout=layout)
+        for m in (16, 32, 64, 4096):
+            gated = {"epilogue": SILU, "layout": AMD_MOE_DECODE_LAYOUTS[arch, weights]}
+            yield GemmProblem("linear", m=m, **shared, **gated)
         for b, layout in product((16, 32, 64, 128), ("strided", AMD_MOE_DECODE_LAYOUTS[arch, weights])):
             yield GemmProblem("moe_gate_up", m=64, **shared | experts | {"layout": layout, "block_m": b})
 
