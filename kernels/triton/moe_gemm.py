@@ -89,7 +89,8 @@ def moe_gemm_kernel(
     VALUES: tl.constexpr = "strided", SCALES: tl.constexpr = "strided", PAD: tl.constexpr = 1,
     SCALE_PAD: tl.constexpr = 1,
 ):  # fmt: skip
-    """BLOCK_M routed rows and BLOCK_N columns of the result; see `moe_gemm` for the arguments.
+    """BLOCK_M routed rows and BLOCK_N columns of the result; see `moe_gemm` for the arguments. Without row_ids all rows
+    in order, of one expert.
 
     M: routed rows. N: columns of the result, so half the weights' rows with an activation. OUT: `e4m3`, `e2m1` or
         `none`: y is what it is. HALF: what is quantized is rounded to fp16 before, else to bf16. STEP: what K
@@ -99,10 +100,13 @@ def moe_gemm_kernel(
     PAIRED: tl.constexpr = ACTIVATION != "none"
     W_PACK: tl.constexpr = 2 if W_FORMAT == "e2m1" else 1
     tile_m, tile_n = tile_of_program(tl.program_id(0), tiles_m, tl.cdiv(N, BLOCK_N), GROUP_M, XCDS)
-    rows = tl.load(row_ids + tile_m * BLOCK_M + tl.arange(0, BLOCK_M))
-    expert = tl.load(block_experts + tile_m).to(tl.int64)
-    if expert < 0:
-        return
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    expert = tile_m.to(tl.int64) * 0
+    if row_ids is not None:
+        rows = tl.load(row_ids + rows)
+        expert = tl.load(block_experts + tile_m).to(tl.int64)
+        if expert < 0:
+            return
     n_rows = 2 * N if PAIRED else N
     w_cols = K // W_PACK if PAD == 1 else tl.cdiv(K // W_PACK, PAD) * PAD
     s_cols = K // 32 if SCALE_PAD == 1 else tl.cdiv(K // 32, SCALE_PAD) * SCALE_PAD
@@ -223,7 +227,7 @@ def moe_gemm(
     w_scales: torch.Tensor,
     y: torch.Tensor,
     y_scales: torch.Tensor | None,
-    routing: Routing,
+    routing: Routing | None,
     config: MxGemmConfig,
     arch: str,
     *,
@@ -245,7 +249,7 @@ def moe_gemm(
         w_scales: [E, N, K/32] uint8 e8m0.
         y: [R, N] bf16, fp16 or fp32, N halved by an activation; or the codes of `epilogue.out`.
         y_scales: [R, N/32] uint8 for these.
-        routing: of `config.block_m`.
+        routing: of `config.block_m`; None: a dense layer, whose weights are one expert's.
         config: tile and launch options; block_n counts columns of y, at least 32 with `epilogue.out`.
         arch: what it is compiled for.
         top_k: routed rows a row of x.
@@ -258,19 +262,21 @@ def moe_gemm(
     """
     n = y.shape[1] * (2 if epilogue.out == "e2m1" else 1)
     k = x.shape[1] * (2 if element_of(x) == "e2m1" else 1)
-    if routing.block_m != config.block_m or (epilogue.out and (n % 32 or config.block_n % 32)):
+    block_m = config.block_m if routing is None else routing.block_m
+    if block_m != config.block_m or (epilogue.out and (n % 32 or config.block_n % 32)):
         raise ValueError(
-            f"blocks of {routing.block_m} rows, N {n} and {config}: routing must be made for the config, and MX output "
+            f"blocks of {block_m} rows, N {n} and {config}: routing must be made for the config, and MX output "
             "needs whole blocks of 32 columns; route again, or quantize afterwards"
         )
-    tiles_m = routing.block_experts.numel()
+    row_ids, experts = (None, None) if routing is None else (routing.row_ids, routing.block_experts)
+    tiles_m = triton.cdiv(y.shape[0], block_m) if experts is None else experts.numel()
     if tiles_m:
         constants = config.constants(element_of(x), element_of(w), top_k, k, arch) | epilogue.constants()
         scaled = constants["SCALED"] and element_of(x) != "bf16"
         constants |= layout_constants(layout) | last_steps(k, config.block_k, bool(scaled))
         del constants["EVEN_K"]
         moe_gemm_kernel[(tiles_m * triton.cdiv(n, config.block_n),)](
-            x, x_scales, x_scale, w, w_scales, bias, y, y_scales, routing.row_ids, routing.block_experts, row_weights,
+            x, x_scales, x_scale, w, w_scales, bias, y, y_scales, row_ids, experts, row_weights,
             y.shape[0], n, k, tiles_m, epilogue.alpha, epilogue.limit or 0.0, epilogue.beta,
             ARCH=arch, **constants, **config.options(arch),
         )  # fmt: skip

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_amd_quant.errors import ShapeError, UnsupportedError
-from sglang_amd_quant.ops import hip, reference, triton_group, triton_hopper, triton_mx
+from sglang_amd_quant.ops import hip, reference, triton_group, triton_hopper, triton_moe, triton_mx
 from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.ops.operand import Operand, dtype_name
 from sglang_amd_quant.ops.packed import PackedWeight, Weight, unpacked
@@ -66,6 +66,8 @@ ANY_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
 KERNELS: dict[str, LinearKernel] = {
     "gemv_mxfp4": LinearKernel(hip.run_gemv_mxfp4),
     "triton_mx_gemm": LinearKernel(triton_mx.run_mx_gemm, ANY_FLOAT),
+    "triton_gated_e2m1_gemm": LinearKernel(triton_moe.run_gated_gemm, ANY_FLOAT),
+    "triton_gated_e4m3_gemm": LinearKernel(triton_moe.run_gated_gemm, ANY_FLOAT),
     "triton_e2m1_gemm": LinearKernel(triton_group.run_registers_gemm, ANY_FLOAT),
     "triton_e2m1_bf16_gemm": LinearKernel(triton_group.run_registers_gemm, ANY_FLOAT),
     "triton_e2m1_fp16_gemm": LinearKernel(triton_group.run_registers_gemm, ANY_FLOAT),

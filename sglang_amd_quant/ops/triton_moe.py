@@ -14,6 +14,7 @@ from sglang_amd_quant.selection import Config
 
 if TYPE_CHECKING:
     from sglang_amd_quant.kernels.triton.moe_gemm import Epilogue
+    from sglang_amd_quant.ops.linear import LinearCall
     from sglang_amd_quant.ops.moe import MoeCall
 
 
@@ -51,6 +52,16 @@ def _gate_up(call: MoeCall, routing: Routing, element: str | None) -> tuple[torc
     return hidden, scales
 
 
+def run_gated_gemm(call: LinearCall) -> None:
+    """Dense: one expert, all rows in order, of weights that alternate gates and ups if there is an activation."""
+    from sglang_amd_quant.kernels.triton.moe_gemm import Epilogue
+
+    f = call.activation
+    epilogue = None if f is None else Epilogue(f.kind, f.interleaved, f.limit, f.alpha, f.beta)
+    x = quantize_activation(call.x, call.act)
+    _gemm(x, call.weight, call.y, None, None, call.config, call.problem.arch, bias=call.bias, epilogue=epilogue)
+
+
 def run_mx_then_moe(call: MoeCall) -> torch.Tensor:
     """Gate_up by `mx_gemm` with its activation in torch, for activations that the epilogue has not; then down."""
     p, top_k = call.problem, call.topk_ids.shape[1]
@@ -84,7 +95,7 @@ def _gemm(
     weight: Weight,
     y: torch.Tensor,
     y_scales: torch.Tensor | None,
-    routing: Routing,
+    routing: Routing | None,
     config: Config,
     arch: str,
     *,

@@ -243,6 +243,11 @@ TILE_RULES: tuple[TileRule, ...] = (
     TileRule("triton_moe_a8w4", "gfx11", _SWEEP, 64, n_ladder=((None, 64),), block_k=64, num_stages=1),
     TileRule("triton_moe_w4a16", "gfx11", _ONE_M, 32, n_ladder=((None, 64),), block_k=64),
     *_moe("gfx950", (64, 256), (128, 256), (16, 32, 64, 128)),
+    *(
+        TileRule(f"triton_gated_{weight}_gemm", "gfx950", _MOE, height, ((None, 64),), rows=rows)
+        for weight in ("e2m1", "e4m3")
+        for height, rows in ((16, (0, 16)), (32, (0, 32)), (64, (0, 64)), (128, None))
+    ),
     *_moe("gfx942", (32, 64), (64, 64), (16, 32, 64), stages=1),
     # Two blocks of K a step spill on gfx11: with a bias, or a tail of K, static.
     *_moe("gfx11", (32, 32), (32, 32), (16, 32), stages=1),

@@ -203,7 +203,7 @@ def _moe_tile(problem: GemmProblem) -> Config:
 def _moe_lds(problem: GemmProblem, config: Config) -> int:
     """The estimate, with the weights of gate and of up for each of BLOCK_N columns."""
     block_m, block_n, block_k = config.tile
-    paired = problem.op == "moe_gate_up" and problem.epilogue.activation is not None
+    paired = problem.op != "moe_down" and problem.epilogue.activation is not None
     bits = operand_bits(problem, kernel("triton_moe"))
     asynchronous = problem.arch in ARCHES and ARCHES[problem.arch].async_copy
     return lds_bytes(block_m, block_n * (2 if paired else 1), block_k, *bits, config.num_stages or 1, asynchronous)
@@ -231,6 +231,20 @@ _MOE = KernelSpec(
     k_multiple=32,
     n_multiple=32,
 )
+
+
+def _gated_gemm(weight: str) -> KernelSpec:
+    """Linears that end in an activation, where `mx_gemm.py` has none."""
+    return replace(
+        _MOE,
+        name=f"triton_gated_{weight}_gemm",
+        archs=("gfx950",),
+        schemes=tuple(s for s in DECODE_SCHEMES[weight] if s != "w4a16"),
+        ops=("linear",),
+        layouts=(AMD_MOE_DECODE_LAYOUTS["gfx950", weight],),
+        configure=_dense_tile,
+        acts=("e4m3", "e2m1", "fp8_static"),
+    )
 
 
 _HOPPER_FEW = 4
@@ -422,6 +436,7 @@ SHIPPED_KERNELS = (
         ("strided", "mma_tile+mma_scale", *_dequantized(AMD_DECODE_LAYOUTS)),
     ),
     _MOE,
+    *map(_gated_gemm, _MX),
     _mx_gemm("triton_mx_moe", _EXPERTS),
     _int4_gemm("triton_int4_gemm", ("linear",), AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS),
     _int4_gemm("triton_int4_moe", _EXPERTS, AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS),

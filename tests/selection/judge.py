@@ -45,6 +45,7 @@ REGISTERS = {f"triton_{w}_{op}": ("gfx942", "gfx11") for w in ("e2m1", "e4m3") f
 REGISTERS |= {f"triton_e2m1_bf16_{op}": ("gfx950",) for op in ("gemm", "moe")}
 REGISTERS |= {f"triton_e2m1_fp16_{op}": ("gfx950", "gfx942", "gfx11") for op in ("gemm", "moe")}
 FP16 = ("triton_fp16_gemm", "triton_fp16_moe")
+GATED = ("triton_gated_e2m1_gemm", "triton_gated_e4m3_gemm")
 HOPPER_MX = ("triton_hopper_bf16", "triton_hopper_e4m3")
 HOPPER = (*HOPPER_MX, "triton_hopper_int4")
 HOPPER_DECODE = ("hip_decode", "hip_decode_e4m3", "hip_decode_int4")
@@ -59,6 +60,7 @@ ON = {
     "triton_moe_w4a16": ("gfx950", "gfx942", "gfx11"),
     **dict.fromkeys(("triton_moe_a8w4", "triton_gemm_mx", "triton_moe", *MX, *INT4, *FP16), _FOUR),
     **dict.fromkeys((*HOPPER, *HOPPER_DECODE), ("sm_90",)),
+    **dict.fromkeys(GATED, ("gfx950",)),
     **{name: (name.split("_")[2],) for name in DECODE_LAYOUT},
     **{name: (name.split("_")[3],) for name in MOE_DECODE_LAYOUT},
     **REGISTERS,
@@ -209,6 +211,18 @@ def fp16(case: Case) -> Rules:
     yield "operands", p.scheme not in ("w4a16", "mxfp8") or not case.unquantized
     yield "x is fp16", p.out_dtype in ("bf16", "fp32")
     yield "layout read", case.layout != "strided"
+
+
+@of(*GATED)
+def gated(case: Case) -> Rules:
+    p = case.p
+    values = "mxfp8_lane" if "e4m3" in case.kernel else "preshuffle"
+    yield from activation_of_a_linear(case, True)
+    yield "op", not case.linear
+    yield "operands", p.scheme not in (("mxfp8",) if "e4m3" in case.kernel else ("w4a8", "mxfp4")) or case.unquantized
+    yield "layout read", case.layout != f"decode_{values}"
+    yield "whole blocks of output", p.n % 32
+    yield "dtype", p.out_dtype == "fp32"
 
 
 # ---- decode, linears: 1 to 64 rows ----
