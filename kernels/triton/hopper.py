@@ -60,9 +60,8 @@ class HopperConfig:
         x = self.block_m * (2 if x_format == "bf16" else 1)
         w = self.block_n if w_format == "e4m3" else self.block_n * 17 / 32
         stages = self.num_stages * self.block_k
-        rows = (
-            whole_k + 256 * self.num_warps if whole_k else stages
-        )  # by at most a chunk longer: `hopper_rows.chunk_of`
+        # Rows that stay are longer by at most a chunk: `hopper_rows.chunk_of`.
+        rows = whole_k + 256 * self.num_warps if whole_k else stages
         return stages * w + x * rows <= SHARED_MEMORY
 
 

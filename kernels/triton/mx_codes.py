@@ -10,28 +10,41 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def least_of(element):
+    """fp32's exponent of an element's least normal number."""
+    return 121 if element == "e4m3" else 127
+
+
+@triton.constexpr_function
+def dropped_of(element):
+    """Bits of fp32's mantissa that an element has not."""
+    return 20 if element == "e4m3" else 22
+
+
 @triton.jit
 def roundable(y, ELEMENT: tl.constexpr):
     """|y| up to the element's largest, which NaN becomes too, and what to add and take away again to round it to the
     element, ties to even: a power of two that leaves an ulp of just one code. fp32 bits of both."""
     LARGEST: tl.constexpr = 0x43E00000 if ELEMENT == "e4m3" else 0x40C00000  # 448, 6
-    LEAST: tl.constexpr = 121 if ELEMENT == "e4m3" else 127  # exponent of the least normal number
-    AHEAD: tl.constexpr = 20 if ELEMENT == "e4m3" else 22
+    LEAST: tl.constexpr = least_of(ELEMENT)
+    DROPPED: tl.constexpr = dropped_of(ELEMENT)
     size = tl.minimum(y.to(tl.uint32, bitcast=True) & 0x7FFFFFFF, LARGEST)
-    return size, tl.maximum(size & 0x7F800000, LEAST << 23) + (AHEAD << 23)
+    return size, tl.maximum(size & 0x7F800000, LEAST << 23) + (DROPPED << 23)
 
 
 @triton.jit
-def encode_e4m3(y, ARCH: tl.constexpr):
-    """fp32 -> e4m3 bytes: nearest, ties to even, saturating at 448. Of NaN, whose block's scale is NaN, anything."""
-    if ARCH == "sm_90":  # its conversion saturates
-        return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    if ARCH == "gfx950":
-        return tl.clamp(y, -448.0, 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    size, shift = roundable(y, "e4m3")
+def encode(y, ELEMENT: tl.constexpr):
+    """fp32 -> codes, uint32: nearest, ties to even, saturating at the element's largest, which NaN becomes too. Integer
+    arithmetic, for an ARCH without a conversion."""
+    LEAST: tl.constexpr = least_of(ELEMENT)
+    DROPPED: tl.constexpr = dropped_of(ELEMENT)
+    SIGN: tl.constexpr = 0x80 if ELEMENT == "e4m3" else 8
+    BELOW: tl.constexpr = 24 if ELEMENT == "e4m3" else 28  # from fp32's sign down to the code's
+    size, shift = roundable(y, ELEMENT)
     total = size.to(tl.float32, bitcast=True) + shift.to(tl.float32, bitcast=True)
-    code = total.to(tl.uint32, bitcast=True) - shift + ((shift - (141 << 23)) >> 20)
-    return (code | (y.to(tl.uint32, bitcast=True) >> 24 & 0x80)).to(tl.uint8)
+    code = total.to(tl.uint32, bitcast=True) - shift + ((shift - ((LEAST + DROPPED) << 23)) >> DROPPED)
+    return code | (y.to(tl.uint32, bitcast=True) >> BELOW & SIGN)
 
 
 _HALVES = """
@@ -45,7 +58,7 @@ sub.u32 size, size, shift;
 shr.u32 shift, shift, 9;
 add.u32 code{i}, size, shift;
 """
-"""Two codes from two values, in the halves of a register, less their signs and plus 0x241E, as `encode_e2m1` does it in
+"""Two codes from two values, in the halves of a register, less their signs and plus 0x241E, as `encode` does it in
 fp32: 2^9 times the exponent is added, and the mantissa is what is left."""
 
 _SIGNED = """
@@ -80,15 +93,6 @@ def e2m1_of_halves(low, high):
     return tl.inline_asm_elementwise(_BYTES, "=r,r,r,r,r,r,r,r,r", [low, high], dtype=tl.uint8, is_pure=True, pack=4)
 
 
-@triton.jit
-def encode_e2m1(y):
-    """fp32 -> e2m1 codes, uint32: nearest, ties to even, saturating at 6, which NaN becomes too."""
-    size, shift = roundable(y, "e2m1")
-    total = size.to(tl.float32, bitcast=True) + shift.to(tl.float32, bitcast=True)
-    code = total.to(tl.uint32, bitcast=True) - shift + ((shift - (149 << 23)) >> 22)
-    return code | (y.to(tl.uint32, bitcast=True) >> 28 & 8)
-
-
 _LATER = "\ns_nop 0\n"
 """gfx950 wants a wait state before an instruction that reads a register of which another has written a part."""
 
@@ -110,34 +114,38 @@ def store_codes(data, wide, first, K, inside_m, y, ELEMENT: tl.constexpr, BLOCK_
     """Store values over their scales, fp32 [BLOCK_M, BLOCK_K], as the codes of rows `wide`, columns `first` and on, of
     K columns in data. Two e2m1 codes a byte, the first in the low half. Of values that were bf16 or fp16 before a power
     of two was applied: see `e2m1_of_halves`."""
-    WORD: tl.constexpr = (
-        16 if ARCH == "gfx950" else 8
-    )  # bits: a register holds two such words there, but not four bytes
+    # Bits of a word: on gfx950 a register holds two words of 16, but not four bytes.
+    WORD: tl.constexpr = 16 if ARCH == "gfx950" else 8
     PER: tl.constexpr = WORD // (8 if ELEMENT == "e4m3" else 4)
     words = first // PER + tl.arange(0, BLOCK_K // PER)
     mask = inside_m & (words < K // PER)[None, :]
-    places = wide * (K // PER) + words[None, :]
-    if PER == 1:
-        tl.store(data + places, encode_e4m3(y, ARCH), mask=mask)
-    else:
+    offsets = wide * (K // PER) + words[None, :]
+    if PER > 1:
         even, odd = tl.split(y.reshape(BLOCK_M, BLOCK_K // 2, 2))
-        if ARCH == "gfx950":
-            if ELEMENT == "e4m3":
-                even, odd = tl.clamp(even, -448.0, 448.0), tl.clamp(odd, -448.0, 448.0)
-                codes = tl.inline_asm_elementwise(
-                    _TWICE_TWO, "=&v,v,v,v,v", [even, odd], dtype=tl.int16, is_pure=True, pack=2
-                )
-            else:
-                a, c = tl.split(even.reshape(BLOCK_M, BLOCK_K // 4, 2))
-                b, d = tl.split(odd.reshape(BLOCK_M, BLOCK_K // 4, 2))
-                codes = tl.inline_asm_elementwise(
-                    _TWICE_FOUR, "=&v,v,v,v,v,v,v,v,v", [a, b, c, d], dtype=tl.int16, is_pure=True, pack=2
-                )
-            tl.store(data.to(tl.pointer_type(tl.int16)) + places, codes, mask=mask)
-        elif ARCH == "sm_90":
-            tl.store(data + places, e2m1_of_halves(even, odd), mask=mask)
+    if WORD == 16:
+        data = data.to(tl.pointer_type(tl.int16))
+    places = data + offsets
+    if ARCH == "gfx950":
+        if ELEMENT == "e4m3":
+            even, odd = tl.clamp(even, -448.0, 448.0), tl.clamp(odd, -448.0, 448.0)
+            codes = tl.inline_asm_elementwise(
+                _TWICE_TWO, "=&v,v,v,v,v", [even, odd], dtype=tl.int16, is_pure=True, pack=2
+            )
         else:
-            tl.store(data + places, (encode_e2m1(even) | encode_e2m1(odd) << 4).to(tl.uint8), mask=mask)
+            a, c = tl.split(even.reshape(BLOCK_M, BLOCK_K // 4, 2))
+            b, d = tl.split(odd.reshape(BLOCK_M, BLOCK_K // 4, 2))
+            codes = tl.inline_asm_elementwise(
+                _TWICE_FOUR, "=&v,v,v,v,v,v,v,v,v", [a, b, c, d], dtype=tl.int16, is_pure=True, pack=2
+            )
+    elif ARCH == "sm_90" and ELEMENT == "e4m3":  # its conversion saturates
+        codes = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    elif ARCH == "sm_90":
+        codes = e2m1_of_halves(even, odd)
+    elif ELEMENT == "e4m3":
+        codes = encode(y, ELEMENT).to(tl.uint8)
+    else:
+        codes = (encode(even, ELEMENT) | encode(odd, ELEMENT) << 4).to(tl.uint8)
+    tl.store(places, codes, mask=mask)
 
 
 @triton.jit
@@ -167,8 +175,14 @@ def power_of_two(byte):
 
 @triton.jit
 def largest_bits(values, axis: tl.constexpr):
-    """Bits of the largest magnitude along an axis; a NaN's are larger than any number's."""
-    return tl.max((values.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.int32), axis).to(tl.uint32)
+    """fp32 bits of the largest magnitude along an axis of fp32, bf16 or fp16, whose own bits are in the same order; a
+    NaN's are larger than any number's."""
+    if values.dtype == tl.float32:
+        bits = tl.max((values.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.int32), axis).to(tl.uint32)
+    else:
+        bits = tl.max((values.to(tl.uint16, bitcast=True) & 0x7FFF).to(tl.int32), axis).to(tl.uint16)
+        bits = bits.to(values.dtype, bitcast=True).to(tl.float32).to(tl.uint32, bitcast=True)
+    return bits
 
 
 @triton.jit

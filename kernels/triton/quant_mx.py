@@ -73,13 +73,6 @@ def values_at(x, wide, first, inside_m, K, alpha, limit, beta, FRONT: tl.constex
     return values
 
 
-@triton.jit
-def bits_of_largest(values, axis: tl.constexpr):
-    """fp32 bits of the largest magnitude along an axis of values in 16 bits, whose own bits are in the same order."""
-    bits = tl.max((values.to(tl.uint16, bitcast=True) & 0x7FFF).to(tl.int32), axis)
-    return bits.to(tl.uint16).to(values.dtype, bitcast=True).to(tl.float32).to(tl.uint32, bitcast=True)
-
-
 @triton.jit(do_not_specialize=["M"])
 def quant_mx_kernel(
     x, norm, data, scales, row_factors, M, K, alpha, limit, beta, epsilon,
@@ -115,7 +108,7 @@ def quant_mx_kernel(
         inside = inside_m & (columns < K)[None, :]
         values = chunks[i]
         if ELEMENT != "none":
-            of_block = bits_of_largest(values.reshape(BLOCK_M, BLOCK_K // 32, 32), 2)
+            of_block = largest_bits(values.reshape(BLOCK_M, BLOCK_K // 32, 32), 2)
             scale = scale_byte(of_block, CARRY, EMAX)
             small = values.to(tl.float32).reshape(BLOCK_M, BLOCK_K // 32, 32)
             small *= over_scale(of_block, CARRY, EMAX)[:, :, None]
@@ -133,10 +126,7 @@ def quant_mx_kernel(
     if OUT == "row":
         largest = tl.zeros((BLOCK_M,), tl.uint32)
         for i in tl.static_range(CHUNKS):
-            if ELEMENT == "none":
-                largest = tl.maximum(largest, bits_of_largest(kept[i], 1))
-            else:
-                largest = tl.maximum(largest, largest_bits(kept[i], 1))
+            largest = tl.maximum(largest, largest_bits(kept[i], 1))
         scale = scale_byte(largest, 0x1FFFFF, 8)
         tl.store(row_factors + rows, power_of_two(scale), mask=rows < M)
         inverse = over_scale(largest, 0x1FFFFF, 8)[:, None]

@@ -18,6 +18,7 @@ from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE
 from sglang_amd_quant.selection import GemmProblem, kernel
 
 if TYPE_CHECKING:
+    from sglang_amd_quant.ops.activation import Activation
     from sglang_amd_quant.ops.linear import LinearCall
     from sglang_amd_quant.runtime.decode_gemm import Epilogue
 
@@ -107,8 +108,8 @@ def run_decode(call: LinearCall) -> None:
     prepared = call.x.new_empty(room, dtype=torch.uint8) if room else None
     for launch in decode_gemm(
         aligned(call.x), data, scales, factors, call.y, scheme=scheme, n=problem.n,
-        cu_count=device.cu_count, carry=carry(call.act), x_scale=call.act.scale, epilogue=_epilogue(call), plan=plan,
-        prepared=prepared,
+        cu_count=device.cu_count, carry=carry(call.act), x_scale=call.act.scale,
+        epilogue=epilogue(call.bias, call.activation), plan=plan, prepared=prepared,
     ):  # fmt: skip
         device.start(launch)
 
@@ -138,19 +139,19 @@ def run_decode_amd(call: LinearCall) -> None:
     device.start(
         decode_gemm_amd(
             aligned(call.x), data, scales, call.y, arch=device.arch_name, scheme=decode_scheme(problem), n=problem.n,
-            cu_count=device.cu_count, carry=carry(call.act), x_scale=call.act.scale, epilogue=_epilogue(call),
-            workspace=workspace(call.x),
+            cu_count=device.cu_count, carry=carry(call.act), x_scale=call.act.scale,
+            epilogue=epilogue(call.bias, call.activation), workspace=workspace(call.x),
         )
     )  # fmt: skip
 
 
-def _epilogue(call: LinearCall) -> Epilogue:
+def epilogue(bias: torch.Tensor | None, f: Activation | None) -> Epilogue:
+    """A bias and an activation as the decode kernels take them."""
     from sglang_amd_quant.runtime.decode_gemm import Epilogue
 
-    f = call.activation
     if f is None:
-        return Epilogue(bias=call.bias)
-    return Epilogue(bias=call.bias, activation=f.kind, interleaved=f.interleaved, alpha=f.alpha, limit=f.limit)
+        return Epilogue(bias=bias)
+    return Epilogue(bias=bias, activation=f.kind, interleaved=f.interleaved, alpha=f.alpha, limit=f.limit)
 
 
 def decode_scheme(problem: GemmProblem) -> str:

@@ -63,9 +63,7 @@ def _route(call: MoeCall) -> Routing:
 def _gate_up(call: MoeCall, routing: Routing) -> torch.Tensor:
     p, f, x = call.problem, call.problem.activation, weighted_input(call)
     hidden = torch.empty(routing.rows, f.columns(call.w13.n), dtype=x.dtype, device=x.device)
-    epilogue = Epilogue(
-        bias=_bias(call.b13), activation=f.kind, interleaved=f.interleaved, alpha=f.alpha, limit=f.limit
-    )  # fmt: skip
+    epilogue = hip.epilogue(_bias(call.b13), f)
     _gemm(x, call.w13, call.gate_up, p.act13, hidden, routing, epilogue, top_k=call.topk_ids.shape[1])
     return hidden
 

@@ -32,9 +32,11 @@ def fuses_activation(problem: GemmProblem) -> bool:
 
     Only from weights that were packed for it: there 8 gates and their 8 ups lie by turns.
     """
+    if problem.epilogue.activation is None:
+        return False
     here = launchable(current_arch()).intersection(linear.KERNELS) | {REFERENCE}
     layout = linear_layout(problem, here)
-    if problem.epilogue.activation is None or not layout.packed or problem.n % 16:
+    if not layout.packed:
         return False
     choices = (Selector(available=here).decide(replace(problem, layout=layout.name, m=m)) for m in SAMPLE_MS)
     return all(choice.kernel != REFERENCE and "activation" not in choice.unfused for choice in choices)

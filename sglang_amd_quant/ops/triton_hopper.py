@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,7 @@ from sglang_amd_quant.selection import Config, GemmProblem
 if TYPE_CHECKING:
     from sglang_amd_quant.kernels.triton.hopper import HopperConfig
     from sglang_amd_quant.kernels.triton.hopper_pack import HopperWeights
+    from sglang_amd_quant.ops.activation import Activation
     from sglang_amd_quant.ops.linear import LinearCall
     from sglang_amd_quant.ops.moe import MoeCall
 
@@ -26,7 +27,7 @@ def run_hopper_moe(call: MoeCall) -> torch.Tensor:
     models of fp16 not."""
     from sglang_amd_quant.kernels.triton.hopper import alone, routed_hopper
 
-    p, f = call.problem, call.problem.activation
+    p = call.problem
     w13, w2 = _weights(call.w13, call.gate_up, call.x), _weights(call.w2, call.down, call.x)
     tile13, tile2 = tile_of(call.config13), tile_of(call.config2)
     # All that takes launches of its own comes first: x is quantized while rows are sorted.
@@ -36,8 +37,7 @@ def run_hopper_moe(call: MoeCall) -> torch.Tensor:
     routed = routed_hopper(
         x, routing, ids.shape[1], w13, w2, tile13, tile2,
         partial(_input, act=p.act13), partial(_input, act=p.act2), beside=True,
-        b13=call.b13, b2=call.b2, row_weights=weights,
-        activation=f.kind, limit=f.limit, alpha=f.alpha, beta=f.beta,
+        b13=call.b13, b2=call.b2, row_weights=weights, **_activation(p.activation),
     )  # fmt: skip
     return combined(call, routed)
 
@@ -49,9 +49,16 @@ def run_hopper_gemm(call: LinearCall) -> None:
     w = _weights(call.weight, call.problem, call.x)
     left, factors = _input(call.x, call.act, w.x_format)
     bias = None if call.bias is None else call.bias.unsqueeze(0)
-    ahead, f = None if left is call.x else Overlap(ahead=True), call.activation
-    activation = {} if f is None else {"activation": f.kind, "limit": f.limit, "alpha": f.alpha, "beta": f.beta}
-    hopper_gemm(left, factors, w, call.y, None, tile_of(call.config), overlapping=ahead, bias=bias, **activation)
+    ahead = None if left is call.x else Overlap(ahead=True)
+    hopper_gemm(
+        left, factors, w, call.y, None, tile_of(call.config),
+        overlapping=ahead, bias=bias, **_activation(call.activation),
+    )  # fmt: skip
+
+
+def _activation(f: Activation | None) -> dict[str, Any]:
+    """An activation as the kernel's arguments."""
+    return {} if f is None else {"activation": f.kind, "limit": f.limit, "alpha": f.alpha, "beta": f.beta}
 
 
 def _weights(weight: Weight, problem: GemmProblem, x: torch.Tensor) -> HopperWeights:
