@@ -21,9 +21,8 @@
 
 /// What this block finishes of a row group.
 template <Weight W, Act A, bool Grouped, typename AllSums>
-DEVICE void finish_group(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, const AllSums& sums, int group) {
+DEVICE void finish_group(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, const AllSums& sums, const Output& output, int group) {
     constexpr int COLUMNS = AllSums::COLUMNS;
-    const Output output = sums.output();
     const int first = group * s.waves_n * TILE_ROWS + sums.first;
     if (first + output.row >= a.n) return;
     for (int column = output.first_column; column < rows.count; column += output.step) {
@@ -50,26 +49,30 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     allow_next_launch();
     const Share s(a, Tile<W>::K, share_rank(a));
     uint64_t* barriers = own_barriers();
-    uint8_t* lds = dynamic_lds() + barrier_bytes(a.waves_k * a.waves_n * a.depth);
+    uint8_t* rings = dynamic_lds() + barrier_bytes(a.waves_k * a.waves_n * a.depth);
     // Routing is a launch before this one: what it wrote may be read only after the wait. Weights may be fetched before.
     if (Grouped) wait_for_previous_launch();
     const auto rows = Rows<Grouped>::template of<M>(a);
     if (rows.expert < 0 || rows.count == 0) return;
-    Stream<W, M> stream(a, s, rows.expert, lds + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + wave_index() * a.depth);
-    lds += a.waves_k * a.waves_n * Stream<W, M>::bytes(a);
-    X x(a, s, lds);
-    lds += X::bytes(a, s);
-    Sums<X::ROOM> sums(a, s, lds, barriers);
+    Stream<W, M> stream(a, s, rows.expert, rings + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + wave_index() * a.depth);
+    const int of_rings = a.waves_k * a.waves_n * Stream<W, M>::bytes(a);
+    X x(a, s, rings + of_rings);
+    auto sums = sums_of_block<X::ROOM>(a, s, rings, of_rings + X::bytes(a, s), barriers);
     sums.template look_ahead<W, A, M>(rows.expert, s.first_group);
     sums.meet();
+    Output output;
     if (!Grouped) wait_for_previous_launch();
     if constexpr (is_wide(W, M)) {
-        x.stage(a, s, rows, [&] { stream.begin(a.depth); });
+        x.stage(a, s, rows, [&] {
+            stream.begin(a.depth);
+            if constexpr (M >= 16) output = sums.output().kept();
+        });
         stream.begin(a.depth);
     } else {
         x.stage(a, s, rows);
     }
     block_barrier();
+    if constexpr (is_wide(W, M)) x.arriving.begin();
 
     for (int group = s.first_group; group < s.row_groups; group += s.groups) {
         Totals<W, A, M> totals;
@@ -79,19 +82,23 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
                     if constexpr (is_wide(W, M)) totals.look(stream, 0);
                 },
                 [&](const auto& tile, int number, auto... tiles) {
+                    if constexpr (is_wide(W, M)) x.arriving.wait(number);
                     totals.add(stream, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, tiles...);
                 },
                 [&](auto pending) {
                     if constexpr (is_wide(W, M)) totals.settle(pending);
                 });
         totals.join(x);
-        sums.hand_over(totals, rows.count, group == s.first_group);
-        finish_group<W, A>(a, s, rows, sums, group);
-        if (group + s.groups < s.row_groups) {
+        const bool last = group + s.groups >= s.row_groups;
+        sums.hand_over(totals, rows.count, group == s.first_group, last);
+        if constexpr (M < 16 || TARGET_AMD) output = sums.output();
+        finish_group<W, A>(a, s, rows, sums, output, group);
+        if (!last) {
             sums.done();
             sums.template look_ahead<W, A, M>(rows.expert, group + s.groups);
         }
     }
+    sums.leave();
 }
 
 #if TARGET_SM90
@@ -109,19 +116,20 @@ DEVICE void decode_early(const DecodeArgs& a) {
     if (fetches_x) s.wave_end = s.wave_first;
     const auto rows = Rows<false>::template of<M>(a);
     uint64_t* barriers = own_barriers();
-    uint8_t* lds = dynamic_lds() + barrier_bytes(waves * a.depth);
-    Weights weights(a, s, 0, lds + wave_index() * Weights::bytes(a), barriers + OWN_BARRIERS + wave_index() * a.depth);
-    lds += waves * Weights::bytes(a);
-    X x(a, s, lds, {s.threads, block_threads() - s.threads});
-    lds += X::bytes(a, s);
-    Sums<M> sums(a, s, lds, barriers);
+    uint8_t* rings = dynamic_lds() + barrier_bytes(waves * a.depth);
+    Weights weights(a, s, 0, rings + wave_index() * Weights::bytes(a), barriers + OWN_BARRIERS + wave_index() * a.depth);
+    const int of_rings = waves * Weights::bytes(a);
+    X x(a, s, rings + of_rings, {s.threads, block_threads() - s.threads});
+    Sums<M> sums(a, s, rings + of_rings + X::bytes(a, s), barriers);
     sums.template look_ahead<W, A, M>(0, s.first_group);
     sums.meet();
+    Output output;
     if (fetches_x) {
         wait_for_previous_launch();
         x.template stage<(A == Act::fp8_static ? 1 : M == 8 ? 4 : 6)>(a, s, rows, [] {});
     } else {
         weights.decode();
+        output = sums.output().kept();
     }
     block_barrier();
 
@@ -130,8 +138,8 @@ DEVICE void decode_early(const DecodeArgs& a) {
         [] {}, [&](int tile, int number, auto) { totals.add(weights, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, Number<1>{}); },
         [&](auto pending) { totals.settle(pending); });
     totals.join(x);
-    sums.hand_over(totals, fetches_x ? 0 : rows.count, true);
-    if (!fetches_x) finish_group<W, A>(a, s, rows, sums, s.first_group);
+    sums.hand_over(totals, fetches_x ? 0 : rows.count, true, true);
+    if (!fetches_x) finish_group<W, A>(a, s, rows, sums, output, s.first_group);
 }
 
 /// Dense, of an x that `prepare` has brought into order (decode_sm90_prepared.h), and that streams: one row group a block.
@@ -146,19 +154,17 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     uint64_t* barriers = own_barriers();
     const int waves = a.waves_k * a.waves_n;
     uint8_t* rings = dynamic_lds() + barrier_bytes((2 + waves) * a.depth);  // of x two, of what has arrived and what has been read
-    uint8_t* weights = rings + XRing<W, M>::bytes(a);
-    Stream<W, M> stream(a, s, 0, weights + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + (2 + wave_index()) * a.depth);
+    Stream<W, M> stream(a, s, 0, rings + XRing<W, M>::bytes(a) + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + (2 + wave_index()) * a.depth);
     XRing<W, M> x(a, s, rings, barriers + OWN_BARRIERS);
-    const int reused = larger(XRing<W, M>::bytes(a) + waves * Stream<W, M>::bytes(a), PreparedSums<W, M>::wave_bytes(a));
-    PreparedSums<W, M> sums(a, s, rings, rings + reused, barriers);
+    auto sums = MetSums<M>::over(a, s, rings, XRing<W, M>::bytes(a) + waves * Stream<W, M>::bytes(a), barriers);
     sums.template look_ahead<W, A, M>(0, group);
-    const bool in_cluster = cluster_blocks() > 1;
-    if (in_cluster) cluster_arrive();
+    const bool shares_x = cluster_blocks() > 1 && a.split == 1;
+    if (shares_x) cluster_arrive();
     block_barrier();
     wait_for_previous_launch();
-    if (in_cluster) cluster_wait();
+    if (shares_x) cluster_wait();
+    sums.meet();
     x.begin(rows.first / M);
-    sums.begin(rows.first / M);
     stream.begin(a.depth);
 
     Totals<W, A, M> totals;
@@ -172,8 +178,11 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
         }
         x.release();
     }
-    sums.hand_over(totals, rows.count);
-    finish_group<W, A>(a, s, rows, sums, group);
+    block_barrier();  // factors of x are there for all
+    totals.join(x);
+    sums.hand_over(totals, rows.count, true, true);
+    finish_group<W, A>(a, s, rows, sums, sums.output(), group);
+    sums.leave();
 }
 #endif
 
@@ -216,7 +225,7 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
     DENSE(NAME, W, A, 8, FEW<W>, 2)   \
     FROM_16(NAME, W, A)
 #define QUANTIZED(NAME, W, A) DENSE(NAME, Weight::row_##W, A, 8, MANY, 2) FROM_16(NAME, Weight::row_##W, A)
-#define DECODED(NAME, A) QUANTIZED(NAME, e2m1, A) EARLY(NAME, A, 8) EARLY(NAME, A, 16) EARLY(NAME, A, 32)
+#define DECODED(NAME, A) QUANTIZED(NAME, e2m1, A) EARLY(NAME, A, 8) EARLY(NAME, A, 16)
 #else  // a matrix unit takes sixteen rows whatever M is: fewer sizes will do
 #define SCHEME(NAME, W, A)                                  \
     DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)   \

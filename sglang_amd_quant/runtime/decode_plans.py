@@ -24,7 +24,7 @@ from sglang_amd_quant.selection.hopper_decode import (
 )
 
 MOST_X_WAVES = 8
-_EARLY_WAVES = {8: 32, 16: 28, 32: 24}
+_EARLY_WAVES = {8: 32, 16: 28}
 """Waves that find registers on a multiprocessor, of kernels that have waves for x."""
 RESIDENT = -1
 """`DecodePlan.share` of an x that is prepared, and then held as a whole by the blocks that multiply it."""
@@ -87,6 +87,17 @@ def prepared_bytes(scheme: str, plan: DecodePlan, m: int, k: int) -> int:
     return rows * (-(-k // TILE_K) * TILE_K * w.x_bytes + factors) if plan.share else 0
 
 
+def lds_of(scheme: str, plan: DecodePlan, n: int, k: int) -> int:
+    """Bytes of shared memory that a block of a plan whose x does not stream needs, which are more where it has several
+    row groups."""
+    w = DECODE_WEIGHTS[scheme]
+    once = plan.groups * plan.waves_n * TILE_ROWS >= n
+    return lds_bytes(
+        w, plan.rows, -(-k // w.tile_k), plan.split, plan.waves_k, plan.waves_n, plan.depth, plan.chunk,
+        early=plan.early, once=once,
+    )  # fmt: skip
+
+
 def max_waves(w: DecodeWeights, rows: int) -> int:
     """Waves that a block may have: `KERNEL(...)` in decode_gemm.hip."""
     return 16 if rows >= w.wide_from else 8
@@ -122,15 +133,15 @@ _WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
     ("row_e2m1", 2): ((2, 4, 4, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
     ("row_e2m1", 4): ((4, 1, 16, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
     ("row_e2m1", 8): ((2, 4, 4, 2, 8, -1), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 4)),
-    ("row_e2m1", 16): ((4, 1, 16, 2, 8, -1), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
-    ("row_e2m1", 32): ((1, 1, 8, 2, 8, 1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 1, 12, -1), (1, 4, 4, 2, 4, 1)),
-    ("row_e2m1", 64): ((1, 1, 16, 4, 4, 1), (4, 1, 4, 2, 12, -1), (8, 1, 12, 1, 12, -1), (1, 2, 4, 2, 8, 1)),
-    ("row_e4m3", 2): ((2, 4, 4, 2, 4), (8, 1, 4, 1, 12), (8, 1, 8, 1, 12), (4, 1, 8, 1, 8)),
+    ("row_e2m1", 16): ((4, 1, 16, 2, 8, -1), (4, 2, 4, 2, 6, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 2, 4, -1)),
+    ("row_e2m1", 32): ((1, 1, 8, 2, 8, 1), (4, 2, 4, 2, 6, -1), (8, 1, 12, 2, 6, -1), (1, 2, 4, 2, 8, -1)),
+    ("row_e2m1", 64): ((1, 1, 16, 4, 4, 1), (4, 4, 4, 1, 8, 1), (8, 1, 12, 1, 12, -1), (1, 2, 4, 2, 8, 1)),
+    ("row_e4m3", 2): ((2, 4, 4, 2, 4), (8, 1, 4, 1, 12), (8, 1, 8, 1, 12), (4, 1, 4, 1, 8)),
     ("row_e4m3", 4): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (4, 1, 8, 1, 8)),
     ("row_e4m3", 8): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 2)),
-    ("row_e4m3", 16): ((8, 2, 8, 2, 4), (8, 2, 8, 2, 3), (8, 1, 12, 4, 3), (4, 1, 8, 2, 4)),
-    ("row_e4m3", 32): ((4, 1, 12, 2, 4, -1), (4, 2, 4, 4, 2, -1), (8, 1, 12, 4, 3, -1), (1, 4, 4, 2, 4, 1)),
-    ("row_e4m3", 64): ((1, 1, 8, 4, 2, 1), (4, 2, 4, 4, 2, -1), (8, 1, 12, 4, 2, -1), (1, 2, 4, 3, 4, 1)),
+    ("row_e4m3", 16): ((8, 2, 8, 2, 4), (8, 2, 8, 2, 3), (8, 1, 12, 4, 2), (4, 1, 8, 2, 4)),
+    ("row_e4m3", 32): ((4, 1, 12, 2, 4, -1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 2, 4, 1)),
+    ("row_e4m3", 64): ((1, 1, 8, 4, 2, 1), (4, 2, 4, 2, 6, -1), (4, 1, 8, 2, 6, -1), (1, 4, 4, 2, 2, -1)),
 }
 """What measured best, or within a few percent, of 16 to 400 plans each for 70 dense problems (`python -m bench.decode
 --schemes w4a8,mxfp8 --explore 100`), on an H100; rows with many row groups on an H200 (docs/measured/decode_h200.json);
@@ -146,21 +157,24 @@ to do.
 _WANTED_4096: dict[tuple[str, int], Shape] = {
     ("row_e2m1", 2): (8, 1, 4, 1, 8),
     ("row_e2m1", 4): (8, 1, 4, 1, 8),
-    ("row_e2m1", 16): (4, 1, 16, 2, 4),
+    ("row_e2m1", 16): (4, 1, 4, 2, 8, -1),
+    ("row_e2m1", 32): (4, 1, 12, 2, 8, -1),
+    ("row_e2m1", 64): (2, 4, 4, 2, 4, 1),
     ("row_e4m3", 2): (8, 1, 4, 1, 8),
-    ("row_e4m3", 16): (8, 1, 16, 2, 4),
+    ("row_e4m3", 16): (8, 1, 12, 2, 4),
+    ("row_e4m3", 32): (2, 4, 4, 2, 4, 1),
+    ("row_e4m3", 64): (2, 4, 4, 2, 2, -1),
 }
 """Likewise of K from 4096 to 6143 and more row tiles than multiprocessors: 30 plans each for 4096 -> 6144 and 4096."""
 
-_WANTED_EARLY: dict[tuple[str, int], tuple[Shape, Shape, Shape]] = {
+_WANTED_EARLY: dict[tuple[str, int], tuple[Shape | None, Shape | None, Shape | None]] = {
     ("row_e2m1", 2): ((8, 1, 16, 2, 6), (8, 1, 16, 2, 6), (2, 1, 12, 2, 8)),
     ("row_e2m1", 4): ((8, 1, 16, 1, 12), (8, 1, 16, 2, 6), (2, 1, 12, 2, 8)),
     ("row_e2m1", 8): ((8, 1, 16, 2, 6), (8, 1, 12, 2, 6), (4, 1, 8, 1, 8)),
-    ("row_e2m1", 16): ((4, 2, 4, 4, 3, -1), (8, 1, 4, 4, 3, -1), (1, 4, 4, 4, 2, -1)),
-    ("row_e2m1", 32): ((4, 2, 4, 4, 3, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 1, 8, -1)),
+    ("row_e2m1", 16): ((8, 2, 4, 4, 2, -1), None, (1, 4, 4, 1, 6, -1)),
 }
-"""The same of plans that decode early, which are preferred where there are any: long K with few row tiles, or more;
-short K."""
+"""The same of plans that decode early, which are preferred where there are any, but where it says None: long K with few
+row tiles, or more; short K."""
 
 
 def _large(row_tiles: int, cu_count: int) -> bool:
@@ -168,17 +182,18 @@ def _large(row_tiles: int, cu_count: int) -> bool:
     return row_tiles >= 8 * cu_count
 
 
-def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, early: bool) -> Shape:
+def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, early: bool) -> tuple[Shape, bool]:
+    """What is wanted, and whether it decodes early, which may be only if there is such a plan: `early`."""
     most = next(most for most in (1, 2, 4, 8, 16, 32, 64) if m <= most and (kind, most) in _WANTED)
     if _large(row_tiles, cu_count):
         # Measured at K = 8192: a shorter one is shared by fewer, so that waves go on as long.
         split, *rest = _WANTED[kind, most][0]
-        return max(min(split, 2), split * min(tiles, 128) // 128), *rest
+        return (max(min(split, 2), split * min(tiles, 128) // 128), *rest), False
     which = 3 if tiles < 64 else 1 if row_tiles <= cu_count else 2
-    if early:
-        return _WANTED_EARLY[kind, most][which - 1]
+    if early and (wanted_early := _WANTED_EARLY[kind, most][which - 1]):
+        return wanted_early, True
     wanted = _WANTED[kind, most][which]
-    return _WANTED_4096.get((kind, most), wanted) if which == 2 and tiles < 96 else wanted
+    return _WANTED_4096.get((kind, most), wanted) if which == 2 and tiles < 96 else wanted, False
 
 
 def _distance(plan: DecodePlan, w: DecodeWeights, wanted: Shape, tiles: int, row_tiles: int, cu_count: int) -> float:
@@ -227,8 +242,7 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
 
 def _sorted(found: list[DecodePlan], w: DecodeWeights, m: int, n: int, k: int, cu_count: int) -> tuple[DecodePlan, ...]:
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
-    early = any(p.early for p in found)
-    wanted = _wanted(w.kind, m, tiles, row_tiles, cu_count, early)
+    wanted, early = _wanted(w.kind, m, tiles, row_tiles, cu_count, any(p.early for p in found))
     return tuple(sorted(found, key=lambda p: (p.early != early, _distance(p, w, wanted, tiles, row_tiles, cu_count))))
 
 
@@ -265,12 +279,14 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
         # Rings that hold all, or half, or a quarter of a wave's share of a row tile, in one chunk, two or four
         for depth, ring in itertools.product((1, 2, 4), (1, 2, 4)):
             chunk = ring_chunk(mine, depth, ring)
-            lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk)
-            resident = _resident(w, lds, rows, waves)
-            if resident:
-                groups = min(row_groups, max(1, _in_clusters(cu_count, split) * resident // (split * row_blocks)))
-                plan = DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds)
-                found += [plan, replace(plan, share=RESIDENT)] if rows >= max(8, w.wide_from) else [plan]
+            for once in (True, False):
+                lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, once=once)
+                places = _in_clusters(cu_count, split) * _resident(w, lds, rows, waves)
+                groups = min(row_groups, max(1, places // (split * row_blocks)))
+                if places and (groups == row_groups or not once):
+                    plan = DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds)
+                    found += [plan, replace(plan, share=RESIDENT)] if rows >= max(8, w.wide_from) else [plan]
+                    break
             if (
                 w.kind == "row_e2m1"
                 and rows in EARLY_M

@@ -64,7 +64,7 @@ DECODE_WEIGHTS |= {f"{scheme}_g{group}": _INT4[group] for scheme in INT4_SCHEMES
 
 
 def _barriers(of_rings: int) -> int:
-    return -(-(2 + of_rings) * 8 // 128) * 128
+    return -(-(5 + of_rings) * 8 // 128) * 128
 
 
 def lds_bytes(
@@ -76,11 +76,15 @@ def lds_bytes(
     waves_n: int,
     depth: int,
     chunk: int,
+    *,
     early: bool = False,
+    once: bool = False,
 ) -> int:
     """Shared memory of a block: barriers, rings, activations with their factors, row factors and partial sums. `early`:
-    rings have room for e2m1 as e4m3."""
-    waves, most, columns = waves_k * waves_n, -(-tiles // split), rows if rows < 16 else rows + 4
+    rings have room for e2m1 as e4m3. `once`: a block has one row group, so that 64 columns of sums meet where rings and
+    activations were."""
+    waves, most = waves_k * waves_n, -(-tiles // split)
+    of_rows = 4 * waves_n * TILE_ROWS  # bytes of a column of sums
     barriers = _barriers(waves * depth)
     ring = waves * depth * chunk * (w.tile_bytes + (512 if early else 0))
     if w.x_bytes == 1:
@@ -89,18 +93,21 @@ def lds_bytes(
         activations = 16 + most * w.tile_k // MX_BLOCK * (rows * (2 * MX_BLOCK + 4) + 16)
     else:
         activations = 1024 + most * w.tile_k * 2 * rows
-    sums = 2 * 4 * waves_n * TILE_ROWS // split + 4 * waves * TILE_ROWS * columns
-    return barriers + ring + activations + sums
+    factors, used = 2 * of_rows // split, ring + activations
+    if rows == 64:
+        met = waves_k * of_rows * rows
+        return barriers + (max(used, met) if once else used + met) + factors + (of_rows * rows if split > 1 else 0)
+    return barriers + used + factors + waves_k * of_rows * (rows if rows < 16 else rows + 4)
 
 
 def prepared_lds(w: DecodeWeights, rows: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int) -> int:
     """Shared memory of a block that multiplies a prepared x: barriers, rings, which partial sums of waves use again,
     factors of rows, and the partial sums of the blocks that share K."""
-    of_rows = waves_n * TILE_ROWS * (rows + 4) * 4
+    of_rows = 4 * waves_n * TILE_ROWS
     barriers = _barriers((2 + waves_k * waves_n) * depth)
     rings = 1024 + depth * waves_k * chunk * (w.tile_k * w.x_bytes * rows + waves_n * w.tile_bytes)
-    factors = 8 * waves_n * TILE_ROWS // split + (4 * rows if w.x_bytes == 1 else 0)
-    return barriers + max(rings, waves_k * of_rows) + factors + (of_rows if split > 1 else 0)
+    used = rings + (4 * rows if w.x_bytes == 1 else 0)
+    return barriers + max(used, waves_k * of_rows * rows) + 2 * of_rows // split + (of_rows * rows if split > 1 else 0)
 
 
 def least_lds(scheme: str, m: int, k: int) -> int:

@@ -14,8 +14,8 @@ constexpr DEVICE int group_of(Weight w) { return w == Weight::int4_g128 ? 128 : 
 /// Whether four waves multiply together, and need row tiles all of them: sm_90's wgmma.
 constexpr DEVICE bool is_wide(Weight w, int rows) { return TARGET_SM90 && (rows >= 16 || is_row(w)); }
 
-/// A block's shared memory begins with barriers: of its sums, on sm_90 of x, and then of rings.
-constexpr int OWN_BARRIERS = TARGET_SM90 ? 2 : 1;
+/// A block's shared memory begins with barriers: of its sums, on sm_90 of pieces of x, and then of rings.
+constexpr int X_PIECES = TARGET_SM90 ? 4 : 0, OWN_BARRIERS = 1 + X_PIECES;
 DEVICE uint64_t* own_barriers() { return reinterpret_cast<uint64_t*>(dynamic_lds()); }
 constexpr DEVICE int barrier_bytes(int of_rings) { return ceil_div((OWN_BARRIERS + of_rings) * 8, 128) * 128; }
 
@@ -138,12 +138,21 @@ struct Output {
     int number, row;         // in the block's part of the group: of the result, and of the (first) packed row
     int first_column, step;  // of x
 
+    DEVICE Output() : number(0), row(0), first_column(0), step(1) {}
+
     /// `columns` are finished together.
     DEVICE Output(const DecodeArgs& a, const Share& s, const Divisor& outputs, int columns) {
         const int thread = anew(thread_index()), set = outputs.of(thread), together = outputs.of(s.threads);
         number = thread - set * outputs.by;
         row = a.activation == NO_ACTIVATION ? number : number / 8 * TILE_ROWS + number % 8;
         first_column = set < together ? set * columns : 1 << 30, step = together * columns;
+    }
+
+    /// The same, which is not computed once more where it is wanted.
+    DEVICE Output kept() const {
+        Output o;
+        o.number = anew(number), o.row = anew(row), o.first_column = anew(first_column), o.step = anew(step);
+        return o;
     }
 };
 

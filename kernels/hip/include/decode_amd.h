@@ -334,7 +334,7 @@ class Sums {
     DEVICE void look_ahead(int, int of) { group = of; }
 
     template <typename T>
-    DEVICE void hand_over(const T& totals, int columns, bool) {
+    DEVICE void hand_over(const T& totals, int columns, bool, bool) {
         const DecodeArgs e = late(a);  // all below comes from it, so nothing is computed ahead and kept through the main loop
         rows = e.waves_n * TILE_ROWS, waves_k = e.waves_k, ranks = e.split;
         block_barrier();  // everybody is done with the sums of the group before
@@ -358,6 +358,7 @@ class Sums {
     }
     DEVICE void meet() const {}
     DEVICE void done() const {}
+    DEVICE void leave() const {}
 
    private:
     // From column to column, an odd number of half the banks: columns do not meet.
@@ -397,6 +398,12 @@ class Sums {
     float *partial, *by_rank = nullptr;
     int* arrived;
 };
+
+/// Those of a block, behind `used` bytes of activations.
+template <int Room>
+DEVICE Sums<Room> sums_of_block(const DecodeArgs& a, const Share& s, uint8_t* lds, int used, uint64_t* barriers) {
+    return {a, s, lds + used, barriers};
+}
 
 /// A wave's sums, and what it does with a tile; decode_int4.h has those of int4.
 template <Weight W, Act A, int M, bool Int4 = is_int4(W)>

@@ -137,7 +137,7 @@ struct Totals<W, A, M, Way::FEW> {
             for (int i = 0; i < 4; i++) sum[i] += shuffle_xor(sum[i], mask);
     }
 
-    static constexpr int TOGETHER = 2;  // columns that `each` hands on
+    static constexpr int TOGETHER = 2;  // columns that `each` hands on, if any of them is wanted
 
     /// `store(row, column, values of it and of the next column)` for all that this lane has to hand on.
     template <typename Store>

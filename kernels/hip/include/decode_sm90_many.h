@@ -16,19 +16,25 @@ struct Activations<W, A, M, Way::MANY> {
     uint8_t* values;
     Crew crew;
     Pieces<W> pieces;
+    Arriving<M> arriving;
 
-    DEVICE Activations(const DecodeArgs&, const Share& s, uint8_t* lds)
-        : values(matrix_aligned(lds)), crew(everybody(s)), pieces(s, crew) {
-        expect_prepared();
+    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds)
+        : values(matrix_aligned(lds)), crew(everybody(s)), pieces(s, crew), arriving(a, s) {
+        block_barrier();
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::TILE_BYTES; }
 
-    /// All threads: brings in the block's part of x. Visible to the block's matrix instructions after its next barrier.
+    /// All threads: brings in the block's part of x. Visible to the block's matrix instructions after its next barrier, and
+    /// `arriving`'s.
     template <bool Grouped, typename Meanwhile>
     DEVICE void stage(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, Meanwhile meanwhile) {
-        if (a.workspace != nullptr) return fetch_prepared<W, M>(a, s, crew, rows.first, values, meanwhile);
+        if (arriving.expected) {
+            arriving.template fetch<W>(a, crew, rows.first, values);
+            meanwhile();
+            return arriving.wait_for_whole();
+        }
         stage_rows<M <= 16 ? 4 : 8>(*this, a, pieces, rows, meanwhile);
-        show_to_matrix_unit();
+        show_to_async();
     }
 
     /// What step `step` of 16 of the 64 of K that begin with MX block `block` multiplies.

@@ -80,21 +80,23 @@ class XRing {
    public:
     /// `barriers`: `depth` that say what has arrived, and `depth` for what has been read.
     DEVICE XRing(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barriers)
-        : a(a), s(s), lds(matrix_aligned(lds)), full(barriers), empty(barriers + a.depth), share(shared_by(cluster_blocks(), a.split)) {
+        : a(a), s(s), lds(matrix_aligned(lds + FACTORS)), full(barriers), empty(barriers + a.depth), factors(reinterpret_cast<float*>(lds)),
+          share(shared_by(cluster_blocks(), a.split)) {
         stages = quotient(s.block_tiles + a.waves_k * a.chunk - 1, a.waves_k * a.chunk);
         if (thread_index() != 0) return;
         for (int i = 0; i < a.depth; i++) barrier_init(full + i), barrier_init(empty + i, share * s.threads / WAVE);
         barriers_are_ready();
     }
 
-    DEVICE static int bytes(const DecodeArgs& a) { return 1024 + a.depth * a.waves_k * a.chunk * XTile<W, M>::TILE_BYTES; }
+    DEVICE static int bytes(const DecodeArgs& a) { return FACTORS + 1024 + a.depth * a.waves_k * a.chunk * XTile<W, M>::TILE_BYTES; }
 
-    /// Once x is there, and all blocks that share it: starts fetching.
+    /// Once x is there, and all blocks that share it: starts fetching. Factors of rows are there for all after the block's next barrier.
     DEVICE void begin(int row_block) {
         next = reinterpret_cast<const uint8_t*>(a.x) +
                (static_cast<int64_t>(row_block) * s.tiles + s.block_first) * XTile<W, M>::TILE_BYTES;
-        if (wave != 0) return;
-        for (int i = 0; i < smaller(a.depth, stages); i++) fetch(i, i);
+        if (wave == 0)
+            for (int i = 0; i < smaller(a.depth, stages); i++) fetch(i, i);
+        if (is_row(W) && thread_index() < M) factors[thread_index()] = prepared_factors<W>(a, a.x, M)[row_block * M + thread_index()];
     }
 
     /// Waits for the next stage.
@@ -127,9 +129,14 @@ class XRing {
         return a.k / MX_BLOCK - tile * Tile<W>::BLOCKS - block;
     }
 
+    /// What sums of row `i` are to be multiplied by.
+    DEVICE float factor(int i) const { return factors[i]; }
+
     int stages;
 
    private:
+    static constexpr int FACTORS = is_row(W) ? M * 4 : 0;
+
     /// Wave 0: stage `i` into place `place`. This block's piece of it, for all that share it.
     DEVICE void fetch(int i, int place) {
         if (lane_index() != 0) return;
@@ -151,73 +158,8 @@ class XRing {
     uint8_t* lds;
     const uint8_t* next;
     uint64_t *full, *empty;
+    float* factors;
     const int wave = wave_index();
     int share, at_stage = 0, number = 0;
     uint32_t parity = 0;
-};
-
-/// Partial sums: first of the waves that share K, [wave_k][row][column], where the rings were; then, sent to the blocks that own
-/// the rows, of the blocks that share K, [rank][owned row][column].
-template <Weight W, int Room>
-class PreparedSums : public OwnedRows {
-    static constexpr int PITCH = Room + 4;  // floats from row to row: stores and loads meet in few banks
-
-   public:
-    static constexpr int COLUMNS = 4;  // that one thread finishes together
-
-    DEVICE PreparedSums(const DecodeArgs& a, const Share& s, uint8_t* rings, uint8_t* lds, uint64_t* barrier)
-        : OwnedRows(a, s, lds), barrier(barrier), of_waves(reinterpret_cast<float*>(rings)), factors(plus + owned),
-          of_blocks(factors + (is_row(W) ? Room : 0)) {
-        if (thread_index() == 0) barrier_init(barrier), barriers_are_ready();
-    }
-
-    /// Once x is there: fetches what its rows' sums are to be multiplied by.
-    DEVICE void begin(int row_block) {
-        if (is_row(W) && thread_index() < Room) factors[thread_index()] = prepared_factors<W>(a, a.x, Room)[row_block * Room + thread_index()];
-    }
-    DEVICE float factor(int i) const { return factors[i]; }
-
-    DEVICE static int wave_bytes(const DecodeArgs& a) { return a.waves_k * a.waves_n * TILE_ROWS * PITCH * 4; }
-
-    /// All threads: sums up.
-    template <typename T>
-    DEVICE void hand_over(T& totals, int columns) {
-        const int rows = a.waves_n * TILE_ROWS;
-        block_barrier();  // nobody reads the rings any more
-        totals.join(*this);
-        float* mine = of_waves + (s.wave_k * a.waves_n + s.wave_n) * TILE_ROWS * PITCH;
-        totals.each(columns, [&](int row, int column, const auto& values) {
-            *reinterpret_cast<Floats<T::TOGETHER>*>(mine + row * PITCH + column) = values;
-        });
-        publish();
-        block_barrier();
-        if (a.split == 1) return;
-        const int quads = ceil_div(columns, COLUMNS), first_rank = cluster_rank() - s.rank;
-        if (thread_index() == 0) barrier_expect(barrier, a.split * owned * quads * COLUMNS * 4);
-        for (int j = thread_index(); j < rows * quads; j += s.threads) {
-            const int set = quotient(j, rows), row = j - set * rows, column = set * COLUMNS, owned_by = of_owner.of(row);
-            const int owner = first_rank + owned_by;
-            Floats<COLUMNS> total = {};
-            for (int i = 0; i < a.waves_k; i++) {
-                const auto part = *reinterpret_cast<const Floats<COLUMNS>*>(of_waves + (i * rows + row) * PITCH + column);
-#pragma unroll
-                for (int c = 0; c < COLUMNS; c++) total.v[c] += part.v[c];
-            }
-            float* to = of_blocks + (s.rank * owned + row - owned_by * owned) * PITCH + column;
-            cluster_store(address_in(to, owner), total, address_in(barrier, owner));
-        }
-        barrier_wait(barrier, 0);
-    }
-
-    DEVICE Output output() const { return {a, s, outputs, COLUMNS}; }
-
-    /// The finished sums of an owned row, columns `column` ... , in an order that never changes.
-    DEVICE void sum(int row, int column, float (&total)[COLUMNS]) const {
-        const bool split = a.split > 1;
-        sum_up((split ? of_blocks : of_waves) + row * PITCH + column, split ? a.split : a.waves_k, owned * PITCH, row, total);
-    }
-
-   private:
-    uint64_t* barrier;
-    float *of_waves, *factors, *of_blocks;
 };

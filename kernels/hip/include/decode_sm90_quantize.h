@@ -178,13 +178,14 @@ DEVICE void each_piece(const Batch<COUNT>& batch, const Rows<Grouped>& rows, Eac
     }
 }
 
-/// All threads: `x.keep` as `each_piece` does, for all rows. A thread has BATCH loads under way, and does `meanwhile()` then.
+/// All threads: `x.keep` as `each_piece` does, for all rows. A thread has BATCH loads under way, and with the first of them does
+/// `meanwhile()`.
 template <int BATCH, typename X, Weight W, bool Grouped, typename Meanwhile>
 DEVICE void stage_rows(X& x, const DecodeArgs& a, Pieces<W> pieces, const Rows<Grouped>& rows, Meanwhile meanwhile) {
+    const auto keep = [&](const Words& eight, int i, int j, bool wanted) { x.keep(eight, i, j, wanted); };
+    const auto first = pieces.template next<BATCH>(a, rows);
+    meanwhile();
+    each_piece(first, rows, keep);
 #pragma unroll 1
-    while (pieces.any(rows)) {
-        const auto batch = pieces.template next<BATCH>(a, rows);
-        meanwhile();
-        each_piece(batch, rows, [&](const Words& eight, int i, int j, bool wanted) { x.keep(eight, i, j, wanted); });
-    }
+    while (pieces.any(rows)) each_piece(pieces.template next<BATCH>(a, rows), rows, keep);
 }

@@ -16,28 +16,33 @@ struct Activations<W, A, M, Way::ROWS> {
     uint32_t* largest;  // magnitude in a row, as a float's bits
     float* factors;     // of rows' sums
     int carry;
-    bool prepared;
     float static_scale = 1;
     Crew crew;
     Pieces<W> pieces;
+    Arriving<M> arriving;
 
     DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : Activations(a, s, lds, everybody(s)) {}
     DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds, const Crew& crew)
-        : values(matrix_aligned(lds)), carry(a.carry), prepared(a.workspace != nullptr), crew(crew), pieces(s, crew) {
+        : values(matrix_aligned(lds)), carry(a.carry), crew(crew), pieces(s, crew), arriving(a, s) {
         largest = reinterpret_cast<uint32_t*>(values + s.most_tiles(a) * XTile<W, M>::BYTES);
         factors = reinterpret_cast<float*>(largest + M);
         if (thread_index() < M) largest[thread_index()] = 0;
-        expect_prepared();
+        block_barrier();
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::BYTES + M * 8; }
 
-    /// All threads of the crew: quantizes the block's part of x. Visible to the block's matrix instructions after its next barrier.
+    /// All threads of the crew: quantizes the block's part of x. Visible to the block's matrix instructions after its next barrier, and
+    /// `arriving`'s.
     /// Of what a thread takes, so many pieces are loaded once; others twice.
     template <int HELD = A == Act::fp8_static ? 2 : M == 8 ? 2 : 4, bool Grouped, typename Meanwhile>
     DEVICE void stage(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, Meanwhile meanwhile) {
-        if (prepared) {
-            if (const int row = crew.thread(); row < M) factors[row] = prepared_factors<W>(a, a.workspace, M)[rows.first + row];
-            return fetch_prepared<W, M>(a, s, crew, rows.first, values, meanwhile);
+        if (arriving.expected) {
+            arriving.template fetch<W>(a, crew, rows.first, values);
+            if (const int lane = crew.thread(); lane < smaller(M, WAVE))
+#pragma unroll
+                for (int i = 0; i < M; i += WAVE) factors[i + lane] = prepared_factors<W>(a, a.workspace, M)[rows.first + i + lane];
+            meanwhile();
+            return arriving.wait_for_whole();
         }
         const auto look_at = [&](const Words& eight, int i, int, bool wanted) {
             const uint32_t of_lane = largest_of(eight), of_all = pieces.whole ? largest_in_wave(of_lane) : max_lanes<4>(of_lane);
@@ -58,7 +63,7 @@ struct Activations<W, A, M, Way::ROWS> {
         each_piece(held, rows, take);
 #pragma unroll 1
         while (pieces.any(rows)) each_piece(pieces.template next<1>(a, rows), rows, take);
-        show_to_matrix_unit();
+        show_to_async();
     }
 
     /// What step `step` of 32 of the tile that begins with MX block `block` multiplies.

@@ -35,50 +35,85 @@ DEVICE const float* prepared_factors(const DecodeArgs& a, const void* prepared, 
     return reinterpret_cast<const float*>(static_cast<const uint8_t*>(prepared) + prepared_bytes<W>(a.m, a.k, room));
 }
 
-/// All threads, before `fetch_prepared`.
-DEVICE void expect_prepared() {
-    if (thread_index() == 0) barrier_init(own_barriers() + 1), barriers_are_ready();
-    block_barrier();
-}
-
-/// All threads of a crew: the block's part of an x that a launch in front has prepared, into shared memory. Returns when it is there, and
-/// does `meanwhile()` until then.
-template <Weight W, int M, typename Meanwhile>
-DEVICE void fetch_prepared(const DecodeArgs& a, const Share& s, const Crew& crew, int first_row, uint8_t* to, Meanwhile meanwhile) {
-    uint64_t* barrier = own_barriers() + 1;
-    if (crew.thread() == 0) {
-        const auto from = reinterpret_cast<const uint8_t*>(a.workspace);
-        const int64_t tile = static_cast<int64_t>(first_row / M) * s.tiles + s.block_first;
-        const int bytes = s.block_tiles * XTile<W, M>::TILE_BYTES;
-        barrier_expect(barrier, bytes);
-        bulk_copy(to, from + tile * XTile<W, M>::TILE_BYTES, bytes, barrier);
+/// A block's part of an x that a launch in front has prepared, on its way into shared memory: many rows in pieces, so that the first is
+/// multiplied before the last is there.
+template <int M>
+class Arriving {
+   public:
+    /// All threads, before a barrier of the block.
+    DEVICE Arriving(const DecodeArgs& a, const Share& s) : expected(a.workspace != nullptr), s(s), shift(0) {
+        if constexpr (PIECES > 1)
+            while (PIECES << shift < s.block_tiles) shift++;
+        if (thread_index() == 0) {
+#pragma unroll
+            for (int i = 0; i < PIECES; i++) barrier_init(barrier_of(i));
+            barriers_are_ready();
+        }
     }
-    meanwhile();
-    barrier_wait(barrier, 0);
-}
+
+    /// All threads of a crew: asks for all of it. `first_row`: of the block.
+    template <Weight W>
+    DEVICE void fetch(const DecodeArgs& a, const Crew& crew, int first_row, uint8_t* to) const {
+        if (crew.thread() != 0) return;
+        auto from = reinterpret_cast<const uint8_t*>(a.workspace) +
+                    (static_cast<int64_t>(first_row / M) * s.tiles + s.block_first) * XTile<W, M>::TILE_BYTES;
+        const int together = PIECES > 1 ? 1 << shift : s.block_tiles;
+#pragma unroll 1
+        for (int first = 0, piece = 0; first < s.block_tiles; first += together, piece++) {
+            const int bytes = smaller(together, s.block_tiles - first) * XTile<W, M>::TILE_BYTES;
+            barrier_expect(barrier_of(piece), bytes);
+            bulk_copy(to, from, bytes, barrier_of(piece));
+            if (PIECES == 1) break;
+            to += bytes, from += bytes;
+        }
+    }
+
+    /// All threads of the crew, before the block's next barrier: until all is there, if it is one piece.
+    DEVICE void wait_for_whole() const {
+        if (PIECES == 1) barrier_wait(barrier_of(0), 0);
+    }
+    /// Until the first of a wave's tiles is there, behind that barrier.
+    DEVICE void begin() const {
+        if (PIECES > 1 && expected && s.wave_first < s.wave_end) barrier_wait(barrier_of(s.wave_first - s.block_first >> shift), 0);
+    }
+    /// Until tile `number` along K is there, for a wave that takes one after the other and has begun.
+    DEVICE void wait(int number) const {
+        const int tile = number - s.block_first;
+        if (PIECES > 1 && expected && (tile & (1 << shift) - 1) == 0) barrier_wait(barrier_of(tile >> shift), 0);
+    }
+
+    const bool expected;  // else there is nothing to wait for
+
+   private:
+    static constexpr int PIECES = M < 64 ? 1 : X_PIECES;
+    DEVICE static uint64_t* barrier_of(int piece) { return own_barriers() + 1 + piece; }
+
+    const Share& s;
+    int shift;  // a piece is 1 << shift tiles
+};
 
 /// `store(row, column, values of four columns)` for all that this lane has of a sum of wgmma: rows g and g + 8 (g = l / 4), columns
-/// 2 q and 2 q + 1 of every eight. Neighbours trade rows for columns.
+/// 2 q and 2 q + 1 of every eight, up to the eight that column `columns` begins. Neighbours trade rows for columns.
 template <int Sets, typename Store>
 DEVICE void each_by_fours(const float (&sum)[Sets][4], int columns, Store store) {
-    const int lane = anew(lane_index()), g = lane / 4, q = lane % 4, odd = q % 2;
+    const int lane = anew(lane_index()), q = lane % 4;
+    const bool odd = q % 2;
+    const int row = lane / 4 + (odd ? 8 : 0);
 #pragma unroll
     for (int set = 0; set < Sets; set++) {
+        if (8 * set >= columns) break;
         const float(&mine)[4] = sum[set];
         const float theirs[2] = {shuffle_xor(odd ? mine[0] : mine[2], 1), shuffle_xor(odd ? mine[1] : mine[3], 1)};
-        const int column = 8 * set + q / 2 * 4;
-        if (column >= columns) continue;
-        if (odd)
-            store(g + 8, column, Floats<4>{theirs[0], theirs[1], mine[2], mine[3]});
-        else
-            store(g, column, Floats<4>{mine[0], mine[1], theirs[0], theirs[1]});
+        store(row, 8 * set + q / 2 * 4,
+              Floats<4>{odd ? theirs[0] : mine[0], odd ? theirs[1] : mine[1], odd ? mine[2] : theirs[0], odd ? mine[3] : theirs[1]});
     }
 }
 
 /// Sums of wgmma for one row tile: rows g and g + 8 (g = l / 4) times the columns 2 q and 2 q + 1 of every eight.
 template <int M>
 struct WideSums {
-    static constexpr int TOGETHER = 4;  // columns that `each` hands on
+    static constexpr int TOGETHER = 8;  // columns that `each` hands on, if any of them is wanted
+
 
     float sum[M / 8][4];
 
@@ -94,5 +129,17 @@ struct WideSums {
     template <typename Store>
     DEVICE void each(int columns, Store store) const {
         each_by_fours(sum, columns, store);
+    }
+
+    /// `store(row, column, values of two columns)`, as they are.
+    template <typename Store>
+    DEVICE void each_pair(int columns, Store store) const {
+        const int lane = anew(lane_index()), g = lane / 4, q = lane % 4;
+#pragma unroll
+        for (int set = 0; set < M / 8; set++) {
+            if (8 * set >= columns) break;
+            store(g, 8 * set + 2 * q, Floats<2>{sum[set][0], sum[set][1]});
+            store(g + 8, 8 * set + 2 * q, Floats<2>{sum[set][2], sum[set][3]});
+        }
     }
 };

@@ -35,6 +35,14 @@ DEVICE void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier) 
                  : "memory");
 }
 
+/// As `bulk_copy`, from this block's shared memory into that of another block of the cluster: `to` and `barrier` are `address_in` it, which
+/// must have started and may not have ended; nor may this block end before it has arrived.
+DEVICE void bulk_send(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "r"(shared_address(from)), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 /// As `bulk_copy`, into the same place of all blocks of the cluster that `blocks` has a bit for, announced to each one's barrier.
 DEVICE void bulk_copy_to(int blocks, void* to, const void* from, int bytes, uint64_t* barrier) {
     asm volatile(
@@ -113,8 +121,8 @@ constexpr uint32_t SWIZZLED_128 = 8 * 128 >> 4 | 1u << 30, SWIZZLED_64 = 8 * 64 
 /// The first address from `p` on that a matrix may have; up to 1023 bytes on.
 DEVICE uint8_t* matrix_aligned(uint8_t* p) { return p + (-shared_address(p) & 1023); }
 
-/// All threads that wrote shared memory, before a barrier: makes it visible to matrix instructions behind that.
-DEVICE void show_to_matrix_unit() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/// All threads that wrote shared memory, before a barrier: makes it visible to matrix instructions and bulk copies behind that.
+DEVICE void show_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 /// Before the first `warpgroup_matrix` after registers that it reads or adds to have been written.
 DEVICE void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
