@@ -37,3 +37,19 @@ def file(text: str) -> Path:
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"{text}: no such file")
     return path
+
+
+def command(module: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """For a report: what measures this again. Of options those that are not the defaults, but for where results go."""
+    usual = parser.parse_args([])
+    given = {k: v for k, v in vars(args).items() if v != getattr(usual, k) and k not in ("out", "date", "json")}
+    words = [f"python -m {module}"]
+    for name, value in given.items():
+        text = ",".join(map(_word, value)) or "none" if isinstance(value, list | tuple) else str(value)
+        words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {text}"))
+    return " ".join(words)
+
+
+def _word(item: object) -> str:
+    """A part of a list of options: a matrix is (K, N)."""
+    return "x".join(map(str, item)) if isinstance(item, tuple) else str(item)

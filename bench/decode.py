@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from bench.arguments import file, matrices, names
+from bench.arguments import command, file, matrices, names
 from bench.decode_ours import load, measure
 from bench.decode_peers import PEERS, measure_peers
 from bench.decode_problem import NAMES, Problem
@@ -145,6 +145,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         load(device, scheme)
     bandwidth = read_bandwidth()
     result: dict[str, Any] = {
+        "command": command("bench.decode", args, parser()),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

@@ -29,7 +29,7 @@ import torch
 import triton
 
 from bench import moe_dense
-from bench.arguments import names
+from bench.arguments import command, names
 from bench.moe_jobs import Job, Row, run_jobs
 from bench.moe_measure import measure
 from bench.moe_ours import SCHEMES
@@ -122,14 +122,6 @@ def plot(result: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def _arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
-    """What was asked for beyond the defaults, but for where results go."""
-    usual = parser.parse_args([])
-    given = {k: v for k, v in vars(args).items() if v != getattr(usual, k) and k not in ("out", "date")}
-    texts = {k: ",".join(map(str, v)) or "none" if isinstance(v, list | tuple) else v for k, v in given.items()}
-    return [f"--{name.replace('_', '-')}" + ("" if text is True else f" {text}") for name, text in texts.items()]
-
-
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -159,7 +151,7 @@ def main() -> int:
     bandwidth = read_bandwidth()
     torch.cuda.empty_cache()
     result: dict[str, Any] = {
-        "command": " ".join(["python -m bench.moe", *_arguments(args, parser)]),
+        "command": command("bench.moe", args, parser),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__, "triton": triton.__version__, "peers": {p: _version(p) for p in PEER_PACKAGES},
         "date": args.date, "read_bandwidth_GB_s": bandwidth / 1e9, "errors": {}, "left_out": [], "rows": [],

@@ -26,6 +26,7 @@ import triton
 from sglang_amd_quant.kernels.triton.quant_mx import NO_FRONT, Front, quant_mx, quant_mx_torch
 from tqdm import tqdm
 
+from bench.arguments import command
 from bench.timing import graph_us
 from sglang_amd_quant.cli.arguments import whole, wholes
 from sglang_amd_quant.cli.ending import exit_code
@@ -110,7 +111,7 @@ def main() -> int:
     gpu(0)  # says so where there is none
     rows = [row for k in tqdm(args.k, disable=args.json, leave=False) for row in measure(args.rows, k)]
     result = {
-        "kind": "measured", "command": "python -m bench.quant_mx", "device": torch.cuda.get_device_name(),
+        "kind": "measured", "command": command("bench.quant_mx", args, parser), "device": torch.cuda.get_device_name(),
         "torch": torch.__version__, "triton": triton.__version__, "date": args.date, "tokens": args.rows, "rows": rows,
     }  # fmt: skip
     if args.out:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.arguments import file, names
+from bench.arguments import command, file, matrices, names
+from sglang_amd_quant.cli.arguments import wholes
 
 read = names(["w4a8", "w4a16", "mxfp8"])
 
@@ -23,3 +24,20 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         read("w4a8,fp4")
     with pytest.raises(argparse.ArgumentTypeError, match=r"gone[.]json: no such file"):
         file(str(tmp_path / "gone.json"))
+
+
+def test_a_report_says_what_measures_it_again() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--schemes", type=read, default="w4a8")
+    parser.add_argument("--shapes", type=matrices, default="64x32")
+    parser.add_argument("--m", type=wholes, default="1")
+    parser.add_argument("--no-check", action="store_true")
+    parser.add_argument("--out", type=Path)
+
+    def again(*words: str) -> str:
+        return command("bench.x", parser.parse_args(words), parser)
+
+    assert again("--out", "here") == "python -m bench.x"
+    asked = ("--schemes", "w4a16,mxfp8", "--shapes", "64x32,8192x28672", "--m", "1,16", "--no-check")
+    assert again(*asked) == " ".join(["python -m bench.x", *asked])
+    assert again("--schemes", "none") == "python -m bench.x --schemes none"
