@@ -132,7 +132,7 @@ def _print(report: dict[str, Any]) -> None:
             [
                 row["layer"],
                 _ranges(row["blocks"]),
-                row["op"],
+                row["op"] + (" + silu" if row["activated"] else ""),
                 row["N"],
                 row["K"],
                 row["E_local"],

@@ -8,7 +8,7 @@ from sglang_amd_quant.layouts.names import STRIDED, TensorLayout
 from sglang_amd_quant.ops import linear, moe
 from sglang_amd_quant.ops.packed import Weight, pack
 from sglang_amd_quant.runtime.detect import current_arch, launchable
-from sglang_amd_quant.selection import GemmProblem, KernelChoice, Selector, choose_layout
+from sglang_amd_quant.selection import GemmProblem, KernelChoice, Selector, choose_layout, layout_choice
 from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS
 from sglang_amd_quant.selection.arch import member
 from sglang_amd_quant.selection.choose import REFERENCE, process_selector
@@ -28,18 +28,9 @@ def linear_layout(problem: GemmProblem, here: frozenset[str]) -> TensorLayout:
 
 
 def fuses_activation(problem: GemmProblem) -> bool:
-    """Whether kernels of this device do the activation of a linear layer's epilogue, at every M.
-
-    Only from weights that were packed for it: there 8 gates and their 8 ups lie by turns.
-    """
-    if problem.epilogue.activation is None:
-        return False
+    """Whether kernels of this device do the activation of a linear layer's epilogue, at every M."""
     here = launchable(current_arch()).intersection(linear.KERNELS) | {REFERENCE}
-    layout = linear_layout(problem, here)
-    if not layout.packed:
-        return False
-    choices = (Selector(available=here).decide(replace(problem, layout=layout.name, m=m)) for m in SAMPLE_MS)
-    return all(choice.kernel != REFERENCE and "activation" not in choice.unfused for choice in choices)
+    return layout_choice.fuses_activation(problem, linear_layout(problem, here).name, Selector(available=here))
 
 
 def expert_layouts(gate_up: GemmProblem, down: GemmProblem, here: frozenset[str]) -> tuple[TensorLayout, TensorLayout]:

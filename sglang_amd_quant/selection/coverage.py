@@ -11,7 +11,7 @@ from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import BF16
 from sglang_amd_quant.selection.choose import Selector
-from sglang_amd_quant.selection.layout_choice import LayoutChoice, choose_layout
+from sglang_amd_quant.selection.layout_choice import LayoutChoice, choose_layout, fuses_activation
 from sglang_amd_quant.selection.problem import SOURCES, TUNED, Epilogue, GemmProblem, KernelChoice
 from sglang_amd_quant.shapes import Gemm, ModelFacts, plan
 
@@ -41,7 +41,8 @@ class Row:
     def label(self) -> str:
         p = self.problem
         experts = f" E={p.e_local}" if p.moe else ""
-        return f"{p.op} {p.scheme} {p.n}x{p.k}{experts}{p.of_dtype}"
+        activation = f" + {p.epilogue.activation}" if p.op == "linear" and p.epilogue.activation else ""
+        return f"{p.op} {p.scheme} {p.n}x{p.k}{experts}{p.of_dtype}{activation}"
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,11 @@ class Report:
 def problem_of(
     gemm: Gemm, arch: str, m: int, tp: int, ep: int, cu_count: int = 0, out_dtype: str = "bf16"
 ) -> GemmProblem:
-    """The problem that a planned GEMM is at M tokens. gate_up carries a gated activation, down the routing weight."""
+    """The problem that a planned GEMM is at M tokens. gate_up carries a gated activation, a dense one where SGLang
+    leaves it to the GEMM; down the routing weight."""
     return GemmProblem(
         gemm.op, gemm.scheme, arch, m, gemm.N, gemm.K, cu_count, gemm.E_local, gemm.E_total, gemm.top_k, tp, ep,
-        epilogue=_SILU if gemm.op == "moe_gate_up" else Epilogue(), weighted=gemm.op == "moe_down",
+        epilogue=_SILU if gemm.op == "moe_gate_up" or gemm.activated else Epilogue(), weighted=gemm.op == "moe_down",
         out_dtype=out_dtype, group=gemm.block,
     )  # fmt: skip
 
@@ -174,14 +176,23 @@ def coverage(
             groups.setdefault(problem_of(gemm, arch, 1, tp, ep, cu_count, out_dtype), []).append(gemm)
     rows = []
     for problem, gemms in groups.items():
-        layout = choose_layout(problem, selector)
-        here = replace(problem, layout=layout.layout)
+        layout, here = _as_run(problem, selector)
         layers = tuple(dict.fromkeys(gemm.layer for gemm in gemms))
         choices = {m: selector(replace(here, m=m)) for m in ms}
         rows.append(Row(here, layers, sum(gemm.count for gemm in gemms), layout, choices))
     title = f"{facts.name} in {out_dtype} on {arch}, TP {tp} EP {ep}, "
     title += recipe if isinstance(recipe, str) else recipe.source
     return Report(title, tuple(ms), tuple(rows), tuple(dict.fromkeys(bf16)))
+
+
+def _as_run(problem: GemmProblem, selector: Selector) -> tuple[LayoutChoice, GemmProblem]:
+    """The layout of a layer's weights, and the problem in it, a linear's activation left to a launch of its own where
+    kernels do not do it."""
+    layout = choose_layout(problem, selector)
+    activated = problem.op == "linear" and problem.epilogue.activation
+    if activated and not fuses_activation(problem, layout.layout, selector):
+        return _as_run(replace(problem, epilogue=Epilogue()), selector)
+    return layout, replace(problem, layout=layout.layout)
 
 
 def recorded(choices: Iterable[tuple[GemmProblem, KernelChoice]], title: str) -> Report:

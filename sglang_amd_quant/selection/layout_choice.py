@@ -57,6 +57,17 @@ def choose_layout(problem: GemmProblem, selector: Selector | None = None) -> Lay
     return LayoutChoice(STRIDED, "default", ("the order of the checkpoint, which the reference reads", *reasons))
 
 
+def fuses_activation(problem: GemmProblem, layout: str, selector: Selector) -> bool:
+    """Whether kernels do the activation of a linear's epilogue at every M of `SAMPLE_MS`, its weights in `layout`.
+
+    Only from weights that were packed for it: there 8 gates and their 8 ups lie by turns.
+    """
+    if problem.epilogue.activation is None or not TensorLayout.parse(layout).packed:
+        return False
+    choices = (selector.decide(replace(problem, layout=layout, m=m)) for m in SAMPLE_MS)
+    return all(choice.kernel != REFERENCE and "activation" not in choice.unfused for choice in choices)
+
+
 Preference = tuple[str, str, str]
 """Layout, source, why."""
 

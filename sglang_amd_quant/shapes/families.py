@@ -25,10 +25,11 @@ class Family:
     block: str = "model.layers.{}."
 
 
-def dense(c: Config) -> list[Layer]:
+def dense(c: Config, *, activated: bool = True) -> list[Layer]:
     """Llama, Mistral, Qwen2 and Qwen3."""
     blocks = every_block(c)
-    return [*parts.attention(c, blocks), *parts.mlp(c, "mlp", c.whole("intermediate_size"), blocks), parts.lm_head(c)]
+    mlp = parts.mlp(c, "mlp", c.whole("intermediate_size"), blocks, activated=activated)
+    return [*parts.attention(c, blocks), *mlp, parts.lm_head(c)]
 
 
 GEMMA3_DEFAULTS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
@@ -38,7 +39,7 @@ GEMMA3_DEFAULTS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim
 def gemma3(c: Config) -> list[Layer]:
     """Its tied output projection is a plain embedding in SGLang: whole on every rank, not padded."""
     c.data = {**GEMMA3_DEFAULTS, **c.data}
-    *layers, head = dense(c)
+    *layers, head = dense(c, activated=False)
     if c.get("tie_word_embeddings", True):
         head = parts.replicated("lm_head", c.whole("vocab_size"), c.whole("hidden_size"), None, bf16=True)
     return [*layers, head]
@@ -244,8 +245,8 @@ def llama4(c: Config) -> list[Layer]:
     moe = parts.experts(c, sparse, inter, n, at="feed_forward", router="router", stored=parts.FUSED, shared=1)
     plain = tuple(i for i in blocks if i not in set(sparse))
     if plain:
-        moe += parts.mlp(c, "feed_forward", c.whole("intermediate_size_mlp"), plain)
-    shared = parts.mlp(c, "feed_forward.shared_expert", inter, sparse, shared_expert=True)
+        moe += parts.mlp(c, "feed_forward", c.whole("intermediate_size_mlp"), plain, activated=True)
+    shared = parts.mlp(c, "feed_forward.shared_expert", inter, sparse, shared_expert=True, activated=True)
     return [*parts.attention(c, blocks), *moe, *shared, parts.lm_head(c)]
 
 

@@ -83,6 +83,7 @@ class Linear:
         bf16: SGLang builds it without a quantization config, whatever the recipe says.
         shared_expert: it belongs to a shared expert, and goes when that is fused into the routed ones.
         mtp: it belongs to the multi-token-prediction (draft) block.
+        activated: SGLang leaves silu behind it to its GEMM where that can (`DualGemm` of LlamaMLP and Qwen2MLP).
     """
 
     name: str
@@ -92,6 +93,7 @@ class Linear:
     bf16: bool = False
     shared_expert: bool = False
     mtp: bool = False
+    activated: bool = False
 
 
 class Fuse(StrEnum):

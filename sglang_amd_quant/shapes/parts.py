@@ -116,12 +116,14 @@ def gated_delta_net(c: Config, blocks: Blocks, qkvz: Sequence[str], ba: Sequence
     ]
 
 
-def mlp(c: Config, name: str, intermediate: int, blocks: Blocks, *, shared_expert: bool = False) -> list[Layer]:
+def mlp(
+    c: Config, name: str, intermediate: int, blocks: Blocks, *, shared_expert: bool = False, activated: bool = False
+) -> list[Layer]:
     """Fused gate and up, and down."""
     h, what = c.whole("hidden_size"), "intermediate columns"
     parts = tuple(Dim(intermediate, 1, Split.EVEN, what, f"{name}.{p}_proj") for p in ("gate", "up"))
     layers = (
-        Linear(f"{name}.gate_up_proj", parts, Dim(h), blocks),
+        Linear(f"{name}.gate_up_proj", parts, Dim(h), blocks, activated=activated),
         row_parallel(f"{name}.down_proj", h, Dim(intermediate, 1, Split.EVEN, what), blocks),
     )
     return [replace(layer, shared_expert=shared_expert) for layer in layers]

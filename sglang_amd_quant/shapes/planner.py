@@ -38,6 +38,7 @@ class Gemm:
         shared: fused shared experts among E_local.
         blocks: indices of the decoder blocks; empty for one outside of them.
         parts: fused outputs, as (checkpoint module, rows).
+        activated: of `linear`, SGLang leaves silu behind it to the GEMM where that can.
     """
 
     op: str
@@ -56,6 +57,7 @@ class Gemm:
     shared: int = 0
     blocks: tuple[int, ...] = ()
     parts: tuple[tuple[str, int], ...] = ()
+    activated: bool = False
 
     @property
     def elements(self) -> int:
@@ -237,6 +239,7 @@ def _linear(facts: ModelFacts, layer: Linear, tp: int, recipe: Recipe) -> Iterat
             K_used=k,
             blocks=blocks,
             parts=tuple(zip(modules, rows, strict=True)),
+            activated=layer.activated,
         )
 
 

@@ -33,14 +33,14 @@ def bytes_moved(gemm: Gemm, m: int) -> float:
     """Bytes that must cross the memory bus at least once for m tokens on this rank's group.
 
     Weights and scales of the active experts, the activations in (quantized as the scheme says) and bf16 out. Gate and
-    up are taken as fused with the activation function, so half of N is written.
+    up are taken as fused with the activation function where kernels may do that, so half of N is written.
     """
     moe = gemm.op != "linear"
     weights = gemm.bytes * (active_experts(gemm, m) / gemm.E_local if moe else 1.0)
     local = (gemm.E_local - gemm.shared) / max(1, gemm.E_total - gemm.shared)
     rows = m * ((gemm.top_k - gemm.shared) * local + gemm.shared) if moe else float(m)
     rows_in = rows if gemm.op == "moe_down" else min(rows, float(m))
-    columns_out = gemm.N // 2 if gemm.op == "moe_gate_up" else gemm.N
+    columns_out = gemm.N // 2 if gemm.op == "moe_gate_up" or gemm.activated else gemm.N
     return weights + rows_in * gemm.K * _act_bytes(gemm.scheme) + rows * columns_out * 2
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from sglang_amd_quant import shapes
 from sglang_amd_quant.selection import SOURCES, GemmProblem, Selector, shipped
+from sglang_amd_quant.selection.choose import REFERENCE
 from sglang_amd_quant.selection.coverage import coverage, problem_of, recorded
 from sglang_amd_quant.selection.explain import explain
 from sglang_amd_quant.selection.heatmap import COLOURS, LETTERS, MEANING, html
@@ -43,6 +44,20 @@ def test_figures_follow_from_the_cells(report):
     rest = len(report.choices) - decode
     assert here.totals() == {**dict.fromkeys(SOURCES, 0), "rule": decode, "heuristic": rest}
     assert here.without_binary == 0
+
+
+@pytest.mark.parametrize("arch", ["gfx950", "gfx942", "gfx1100", "sm_90"])
+def test_a_dense_gate_up_is_one_gemm_with_silu_where_kernels_do_it(arch):
+    def of(layer, selector=None):
+        report = coverage(shapes.load("Llama-3.1-8B"), arch, 1, 1, "w4a8", MS, selector)
+        return next(row for row in report.rows if layer in row.layers)
+
+    gate_up = of("mlp.gate_up_proj")
+    assert gate_up.problem.epilogue.activation == "silu"
+    assert gate_up.label.endswith(" + silu")
+    assert all("activation" not in choice.unfused for choice in gate_up.choices.values())
+    assert of("mlp.down_proj").problem.epilogue.activation is None
+    assert of("mlp.gate_up_proj", Selector(available=frozenset({REFERENCE}))).problem.epilogue.activation is None
 
 
 def test_a_report_without_cells_is_fully_tuned():

@@ -156,8 +156,8 @@ def _hf_config(folder: Path, architecture: str) -> Any:
 
 
 def main() -> None:
-    """Write {"architecture variant TP EP": {parameter: shape}}, and the plugin's default recipes as
-    {"default_recipes": {arch: recipe}}, to the file named as first argument."""
+    """Write {"architecture variant TP EP": {parameter: shape}} to the file named as first argument, and those modules
+    whose GEMM may do silu as well, as {"activated": {architecture: modules}}."""
     import torch
     from sglang.srt.configs.shared_experts import SharedExpertsConfig
     from sglang.srt.model_loader.loader import set_default_torch_dtype
@@ -187,6 +187,8 @@ def main() -> None:
                 quant = AmdMxConfig(recipe, None, hf_config) if recipe else None
                 model = model_class(hf_config, quant)
             built[f"{architecture} {variant} {tp} {ep}"] = {n: list(p.shape) for n, p in model.named_parameters()}
+            asking = [f"{n}.gate_up_proj" for n, m in model.named_modules() if hasattr(m, "dual_gemm")]
+            built.setdefault("activated", {})[architecture] = asking
     Path(sys.argv[1]).write_text(json.dumps(built))
 
 

@@ -82,3 +82,10 @@ def test_parameters_have_the_planned_shapes(
     if "lm_head" not in theirs:  # tied
         theirs["lm_head"] = tuple(parameters["model.embed_tokens.weight"])
     assert ours == theirs
+
+
+@pytest.mark.parametrize("architecture", sglang_parameters.CONFIGS)
+def test_gemms_that_may_activate_are_those_that_sglang_asks(built: dict[str, Any], architecture: str) -> None:
+    facts = ModelFacts.from_config(sglang_parameters.config_of(architecture))
+    ours = [facts.block.format(i) + g.layer for g in shapes.plan(facts) for i in g.blocks if g.activated]
+    assert sorted(ours) == sorted(built["activated"][architecture])
