@@ -114,7 +114,6 @@ template <int M>
 struct WideSums {
     static constexpr int TOGETHER = 8;  // columns that `each` hands on, if any of them is wanted
 
-
     float sum[M / 8][4];
 
     DEVICE WideSums() {
