@@ -118,14 +118,15 @@ class Report:
         """A header, then one row a cell."""
         yield [
             "op", "scheme", "arch", "out_dtype", "N", "K", "E_local", "E_total", "top_k", "count", "M", "source",
-            "kernel", "layout", "config", "in_build", "layers",
+            "kernel", "layout", "config", "in_build", "activation", "layers",
         ]  # fmt: skip
         for row in self.rows:
             p = row.problem
             for m, choice in row.choices.items():
                 yield [
                     p.op, p.scheme, p.arch, p.out_dtype, p.n, p.k, p.e_local, p.e_total, p.top_k, row.count, m,
-                    choice.source, choice.kernel, choice.layout, choice.config, choice.in_build, " ".join(row.layers),
+                    choice.source, choice.kernel, choice.layout, choice.config, choice.in_build,
+                    p.epilogue.activation or "", " ".join(row.layers),
                 ]  # fmt: skip
 
 
