@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import json
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from sglang_amd_quant.cli.arguments import whole
 
@@ -37,6 +39,28 @@ def file(text: str) -> Path:
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"{text}: no such file")
     return path
+
+
+def earlier(heads: Collection[str], row_heads: Collection[str]) -> Callable[[str], dict[str, Any]]:
+    """Reads what an earlier run wrote: a JSON object of `heads` and `rows`, each of which has `row_heads`."""
+
+    def read(text: str) -> dict[str, Any]:
+        try:
+            result = json.loads(file(text).read_text())
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: no JSON; name the report that --out wrote") from None
+        rows = result.get("rows") if isinstance(result, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            missing = ["rows"]
+        else:
+            missing = [head for head in heads if head not in result]
+            missing += [head for head in row_heads if any(head not in row for row in rows)]
+        if missing:
+            why = f"has no {missing[0]}, so it is no report of this bench"
+            raise argparse.ArgumentTypeError(f"{text}: {why}; name one that --out wrote")
+        return result
+
+    return read
 
 
 def command(module: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:

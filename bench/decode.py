@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from bench.arguments import command, file, matrices, names
+from bench.arguments import command, earlier, matrices, names
 from bench.decode_ours import load, measure
 from bench.decode_peers import PEERS, measure_peers
 from bench.decode_problem import NAMES, Problem
@@ -43,6 +43,9 @@ from sglang_amd_quant.runtime.device import gpu
 
 SEED_SHAPES = "6144x2304,2048x6144,6144x1536,1536x6144"
 """K x N of aiter #3783: qkv, o_proj, gate_up and mlp_down of MiniMax-M3 at TP4."""
+
+ROW = ("scheme", "K", "N", "M", "us", "alone", "floor_us", "of_floor", "peers")
+"""What every row of a report has."""
 
 
 def table(result: dict[str, Any]) -> str:
@@ -131,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, help="write decode.json and decode.png into this folder")
     made.add_argument(
         "--show",
-        type=file,
+        type=earlier(("device", "torch", "read_bandwidth_GB_s"), ROW),
         metavar="JSON",
         help="measure nothing (no GPU needed): the table and plot of an earlier run, with --peers against these only",
     )
@@ -166,9 +169,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def earlier(file: Path, peers: list[str] | None) -> dict[str, Any]:
-    """What an earlier run wrote, with some of its peers."""
-    result: dict[str, Any] = json.loads(file.read_text())
+def beside(peers: list[str] | None, result: dict[str, Any]) -> dict[str, Any]:
+    """An earlier run's report, with some of its peers."""
     for row in result["rows"]:
         row["peers"] = {name: peer for name, peer in row["peers"].items() if peers is None or name in peers}
     return result
@@ -180,7 +182,7 @@ def main() -> int:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     if args.show:
-        result = earlier(args.show, args.peers)
+        result = beside(args.peers, args.show)
     else:
         args.peers = ["cublas_bf16"] if args.peers is None else args.peers
         if args.warm_up:

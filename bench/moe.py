@@ -20,7 +20,6 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import torch
 import triton
 
 from bench import moe_dense
-from bench.arguments import command, names
+from bench.arguments import command, earlier, names
 from bench.moe_jobs import Job, Row, run_jobs
 from bench.moe_measure import measure
 from bench.moe_ours import SCHEMES
@@ -42,6 +41,12 @@ from sglang_amd_quant.cli.ending import exit_code
 from sglang_amd_quant.runtime.device import gpu
 
 PEER_PACKAGES = ("humming-kernels", "sglang", "sglang-kernel")
+ORDER = [*SHAPES, moe_dense.NAME]
+"""What may be measured, as a report has it."""
+
+HEADS = ("device", "torch", "triton", "date", "read_bandwidth_GB_s", "errors", "left_out")
+ROW = ("shape", "kernel", "M", "active", "us", "floor_us", "of_floor", "TB/s", "TFLOP/s")
+"""What a report has, and every row of it."""
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
@@ -99,7 +104,7 @@ def line(r: Row) -> str:
     )
 
 
-def plot(result: dict[str, Any], file: Path) -> None:
+def plot(result: dict[str, Any], to: Path) -> None:
     """Microseconds over M, one panel a shape."""
     import matplotlib
 
@@ -119,7 +124,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
         axis.legend(fontsize=7)
     figure.suptitle(f"{result['device']}, measured {result['date']}")
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    figure.savefig(to, dpi=110)
 
 
 def _version(package: str) -> str:
@@ -129,45 +134,48 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def main() -> int:
-    """Check, measure, print. Returns 0, or 1 on a wrong result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes = [*SHAPES, moe_dense.NAME]
-    parser.add_argument("--shapes", type=names(shapes), default=",".join(shapes), help="of " + ", ".join(shapes))
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """The command's."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--shapes", type=names(ORDER), default=",".join(ORDER), help="of " + ", ".join(ORDER))
+    made.add_argument(
         "--schemes", type=names(SCHEMES), default="w4a8,w4a16,mxfp8", help="of " + ", ".join(SCHEMES) + ", or none"
     )
-    parser.add_argument("--m", type=wholes, default="1,4,16,64,256,1024,8192", help="tokens, comma-separated")
-    parser.add_argument(
+    made.add_argument("--m", type=wholes, default="1,4,16,64,256,1024,8192", help="tokens, comma-separated")
+    made.add_argument(
         "--peers", type=names(PEERS), default=",".join(PEERS), help="of " + ", ".join(PEERS) + ", or none"
     )
-    parser.add_argument("--tune", action="store_true", help="search configs, by the time of the whole MoE")
-    parser.add_argument("--no-check", action="store_true", help="skip the comparison with fp64")
-    parser.add_argument("--date", default="", help="for the report")
-    parser.add_argument("--out", type=Path, help="folder for moe.json, moe.png, pack entries and logs")
-    args = parser.parse_args()
+    made.add_argument("--tune", action="store_true", help="search configs, by the time of the whole MoE")
+    made.add_argument("--no-check", action="store_true", help="skip the comparison with fp64")
+    made.add_argument("--date", default="", help="for the report")
+    made.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    made.add_argument("--out", type=Path, help="folder for moe.json, moe.png, pack entries and logs")
+    made.add_argument(
+        "--show", type=earlier(HEADS, ROW), metavar="JSON",
+        help="measure nothing (no GPU needed): the table, and with --out the plot and pack entries, of an earlier run",
+    )  # fmt: skip
+    return made
 
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything measured; written after each row, so that a run that is cut short leaves what it has."""
     gpu(0)  # says so where there is none
     bandwidth = read_bandwidth()
     torch.cuda.empty_cache()
     result: dict[str, Any] = {
-        "command": command("bench.moe", args, parser),
+        "command": command("bench.moe", args, parser()),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__, "triton": triton.__version__, "peers": {p: _version(p) for p in PEER_PACKAGES},
-        "date": args.date, "read_bandwidth_GB_s": bandwidth / 1e9, "errors": {}, "left_out": [], "rows": [],
+        "date": args.date, "read_bandwidth_GB_s": bandwidth / 1e9,
+        "errors": {}, "left_out": [], "wrong": [], "rows": [],
     }  # fmt: skip
-    print(
-        f"{result['device']}, torch {torch.__version__}, triton {triton.__version__}, {bandwidth / 1e9:.0f} GB/s read"
-    )
     rows: list[Row] = []
-    wrong: list[Row] = []
-    write = _writer(result, args.out)
     with tempfile.TemporaryDirectory() as scratch:
         for row in run_jobs(jobs(args), measure, (args.out or Path(scratch)) / "logs"):
             if "errors" in row:
                 result["errors"][f"{row['shape']} {row['scheme']} M={row['M']}"] = row["errors"]
             elif "wrong" in row:
-                wrong.append(row)
+                result["wrong"].append(row)
                 print("WRONG", row, file=sys.stderr, flush=True)
             elif "why" in row:
                 row["kernel"] = PEERS[row["kernel"]].name if row["kernel"] in PEERS else row["kernel"]
@@ -177,29 +185,42 @@ def main() -> int:
                 rows.append(row)
                 result["rows"] = report(rows, bandwidth)
                 print(f"{row['shape']} {row['kernel']} M={row['M']}: {row['us']:.1f} us", file=sys.stderr, flush=True)
-                write()  # after each row, so that a run that is cut short leaves what it has
+                _write(result, args.out)
+    result["rows"].sort(
+        key=lambda r: (ORDER.index(r["shape"]), not r["kernel"].startswith("ours"), r["kernel"], r["M"])
+    )
+    _write(result, args.out)
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """A report as text: what measured it, the largest errors, the rows, and what was left out."""
+    lines = [
+        f"{result['device']}, torch {result['torch']}, triton {result['triton']}, "
+        f"{result['read_bandwidth_GB_s']:.0f} GB/s read"
+    ]
     for (name, scheme), e in _worst(result["errors"]).items():
-        print(f"{name} {scheme}: " + ", ".join(f"{stage} {value:.2e}" for stage, value in e.items()))
-    order = {name: i for i, name in enumerate(shapes)}
-    result["rows"].sort(key=lambda r: (order[r["shape"]], not r["kernel"].startswith("ours"), r["kernel"], r["M"]))
-    write()
-    print(HEAD)
-    for row in [*result["rows"], *result["left_out"]]:
-        print(line(row))
-    if args.out and any(r["shape"] in SHAPES for r in rows):
+        lines.append(f"{name} {scheme}: " + ", ".join(f"{stage} {value:.2e}" for stage, value in e.items()))
+    return "\n".join([*lines, HEAD, *map(line, [*result["rows"], *result["left_out"]])])
+
+
+def main() -> int:
+    """Check, measure, print. Returns 0, or 1 on a wrong result."""
+    args = parser().parse_args()
+    result: dict[str, Any] = args.show or run(args)
+    print(json.dumps(result, indent=1) if args.json else table(result))
+    if args.out and any(r["shape"] in SHAPES for r in result["rows"]):
+        args.out.mkdir(parents=True, exist_ok=True)
         plot(result, args.out / "moe.png")
-        for file, text in pack_entries(result, SHAPES).items():
-            (args.out / file).write_text(text)
-    return int(bool(wrong))
+        for name, text in pack_entries(result, SHAPES).items():
+            (args.out / name).write_text(text)
+    return int(bool(result.get("wrong")))
 
 
-def _writer(result: dict[str, Any], out: Path | None) -> Callable[[], None]:
-    def write() -> None:
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "moe.json").write_text(json.dumps(result, indent=1))
-
-    return write
+def _write(result: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "moe.json").write_text(json.dumps(result, indent=1))
 
 
 def _worst(errors: dict[str, dict[str, float]]) -> dict[tuple[str, str], dict[str, float]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.arguments import command, file, matrices, names
+from bench.arguments import command, earlier, file, matrices, names
 from sglang_amd_quant.cli.arguments import wholes
 
 read = names(["w4a8", "w4a16", "mxfp8"])
@@ -24,6 +24,29 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         read("w4a8,fp4")
     with pytest.raises(argparse.ArgumentTypeError, match=r"gone[.]json: no such file"):
         file(str(tmp_path / "gone.json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("# no JSON", "no JSON; name the report that --out wrote"),
+        ("[]", "has no rows, so it is no report of this bench"),
+        ('{"device": "x"}', "has no rows"), ('{"rows": [{"us": 1}]}', "has no device"),
+        ('{"device": "x", "rows": [{"M": 1}]}', "has no us"), ('{"device": "x", "rows": [1]}', "has no rows"),
+        ('{"device": "x", "rows": 7}', "has no rows"),
+    ],
+)  # fmt: skip
+def test_what_no_bench_wrote_is_refused(tmp_path: Path, text: str, why: str) -> None:
+    report = tmp_path / "report.json"
+    report.write_text(text)
+    with pytest.raises(argparse.ArgumentTypeError, match=why):
+        earlier(("device",), ("us",))(str(report))
+
+
+def test_a_report_of_a_bench_is_read(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    report.write_text('{"device": "x", "rows": [{"us": 1}]}')
+    assert earlier(("device",), ("us",))(str(report))["rows"] == [{"us": 1}]
 
 
 def test_a_report_says_what_measures_it_again() -> None:

@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 from sglang_amd_quant.kernels.hip.manifest import find
 from sglang_amd_quant.kernels.triton.group_gemm import group_gemm_torch
 
-from bench.decode import earlier, names, parser, table
+from bench.arguments import names
+from bench.decode import beside, parser, table
 from bench.decode_peers import FOR, PEERS, _for_humming
 from bench.decode_problem import NAMES, Problem, Reference
 from bench.decode_warm_up import OURS, Task, tasks
@@ -169,5 +170,6 @@ def test_the_report_says_which_peers_have_no_time(tmp_path: Path) -> None:
     assert lines[-2].endswith("humming_bf16      4.00   2.00")
     file = tmp_path / "decode.json"
     file.write_text(json.dumps(result))
-    assert earlier(file, None) == result
-    assert table(earlier(file, ["gemlite_int4"])).splitlines()[-2].rstrip().endswith("50")
+    shown = parser().parse_args(["--show", str(file)]).show
+    assert beside(None, shown) == result
+    assert table(beside(["gemlite_int4"], shown)).splitlines()[-2].rstrip().endswith("50")
