@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from sglang_amd_quant.kernels.triton.hopper import HopperConfig
 
+from bench import moe
 from bench.moe_pack import pack_entries
 from bench.moe_problem import SHAPES
 from bench.moe_tune import candidates, tune
@@ -56,3 +60,48 @@ def test_measured_configs_become_pack_entries_that_lint(tmp_path: Path) -> None:
     assert pack_entries(result, SHAPES) == {name: text}
     row["configs"] = "default"  # nobody searched: no entry
     assert pack_entries(result, SHAPES) == {}
+
+
+def measured(kernel: str, us: float, m: int) -> dict[str, Any]:
+    return {
+        "shape": "gpt-oss-120b-tp8", "kernel": kernel, "M": m, "scheme": "w4a8", "active": 4.0, "us": us,
+        "weight_bytes": 1e6, "flops": 1e9, "error": 1e-3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_run_is_written_printed_and_shown_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path, wrong: bool
+) -> None:
+    def run_jobs(jobs, measure, logs):
+        yield {"shape": "gpt-oss-120b-tp8", "kernel": "humming", "M": None, "why": "it crashed"}
+        yield measured("a peer x bf16", 30.0, 4)
+        yield {"shape": "gpt-oss-120b-tp8", "scheme": "w4a8", "M": 4, "errors": {"gate_up": 1e-3, "whole": 2e-3}}
+        yield measured("ours w4a8", 10.0, 4)
+        if wrong:
+            yield {"shape": "gpt-oss-120b-tp8", "scheme": "w4a8", "M": 4, "wrong": "down: 7 x bound"}
+
+    monkeypatch.setattr(moe, "run_jobs", run_jobs)
+    monkeypatch.setattr(moe, "gpu", lambda ordinal: None)
+    monkeypatch.setattr(moe, "read_bandwidth", lambda: 3e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["bench.moe", *words])
+        return moe.main(), capsys.readouterr().out
+
+    asked = ("--shapes", "gpt-oss-120b-tp8", "--schemes", "w4a8", "--m", "4")
+    code, out = run(*asked, "--json", "--out", str(tmp_path))
+    report = json.loads(out)
+    assert code == int(wrong)
+    assert report == json.loads((tmp_path / "moe.json").read_text())
+    assert report["command"] == " ".join(["python -m bench.moe", *asked])
+    assert [row["kernel"] for row in report["rows"]] == ["ours w4a8", "a peer x bf16"]
+    assert report["rows"][0]["x_best_peer"] == 3.0
+    assert (tmp_path / "moe.png").stat().st_size > 0
+    code, table = run("--show", str(tmp_path / "moe.json"))
+    assert code == int(wrong)
+    assert table == run(*asked)[1]
+    assert table.startswith("a GPU, ")
+    assert "it crashed" in table
