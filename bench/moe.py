@@ -104,7 +104,7 @@ def line(r: Row) -> str:
     )
 
 
-def plot(result: dict[str, Any], to: Path) -> None:
+def plot(result: dict[str, Any], file: Path) -> None:
     """Microseconds over M, one panel a shape."""
     import matplotlib
 
@@ -124,7 +124,7 @@ def plot(result: dict[str, Any], to: Path) -> None:
         axis.legend(fontsize=7)
     figure.suptitle(f"{result['device']}, measured {result['date']}")
     figure.tight_layout()
-    figure.savefig(to, dpi=110)
+    figure.savefig(file, dpi=110)
 
 
 def _version(package: str) -> str:
@@ -194,11 +194,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A report as text: what measured it, the largest errors, the rows, and what was left out."""
+    """A report as text: what measured it, what was wrong, the largest errors, the rows, and what was left out."""
     lines = [
         f"{result['device']}, torch {result['torch']}, triton {result['triton']}, "
         f"{result['read_bandwidth_GB_s']:.0f} GB/s read"
     ]
+    lines += [f"WRONG {row}" for row in result.get("wrong", ())]
     for (name, scheme), e in _worst(result["errors"]).items():
         lines.append(f"{name} {scheme}: " + ", ".join(f"{stage} {value:.2e}" for stage, value in e.items()))
     return "\n".join([*lines, HEAD, *map(line, [*result["rows"], *result["left_out"]])])

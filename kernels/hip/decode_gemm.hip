@@ -46,6 +46,7 @@ DEVICE void finish_group(const DecodeArgs& a, const Share& s, const Rows<Grouped
 template <Weight W, Act A, int M, bool Grouped>
 DEVICE void decode_gemm(const DecodeArgs& a) {
     using X = Activations<W, A, M>;
+    constexpr bool AHEAD = TARGET_SM90 && M >= 16;  // registers are free for `output` while x comes
     allow_next_launch();
     const Share s(a, Tile<W>::K, share_rank(a));
     uint64_t* barriers = own_barriers();
@@ -65,7 +66,7 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     if constexpr (is_wide(W, M)) {
         x.stage(a, s, rows, [&] {
             stream.begin(a.depth);
-            if constexpr (M >= 16) output = sums.output().kept();
+            if constexpr (AHEAD) output = sums.output().kept();
         });
         stream.begin(a.depth);
     } else {
@@ -91,7 +92,7 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
         totals.join(x);
         const bool last = group + s.groups >= s.row_groups;
         sums.hand_over(totals, rows.count, group == s.first_group, last);
-        if constexpr (M < 16 || TARGET_AMD) output = sums.output();
+        if constexpr (!AHEAD) output = sums.output();
         finish_group<W, A>(a, s, rows, sums, output, group);
         if (!last) {
             sums.done();
@@ -156,7 +157,7 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     uint8_t* rings = dynamic_lds() + barrier_bytes((2 + waves) * a.depth);  // of x two, of what has arrived and what has been read
     Stream<W, M> stream(a, s, 0, rings + XRing<W, M>::bytes(a) + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + (2 + wave_index()) * a.depth);
     XRing<W, M> x(a, s, rings, barriers + OWN_BARRIERS);
-    auto sums = MetSums<M>::over(a, s, rings, XRing<W, M>::bytes(a) + waves * Stream<W, M>::bytes(a), barriers);
+    auto sums = MetSums<M>::behind(a, s, rings, XRing<W, M>::bytes(a) + waves * Stream<W, M>::bytes(a), barriers, true);
     sums.template look_ahead<W, A, M>(0, group);
     const bool shares_x = cluster_blocks() > 1 && a.split == 1;
     if (shares_x) cluster_arrive();

@@ -12,7 +12,6 @@ from sglang_amd_quant.selection import GemmProblem, KernelChoice, Selector, choo
 from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS
 from sglang_amd_quant.selection.arch import member
 from sglang_amd_quant.selection.choose import REFERENCE, process_selector
-from sglang_amd_quant.selection.layout_choice import SAMPLE_MS
 from sglang_amd_quant.tensor import MxTensor
 
 
@@ -67,7 +66,7 @@ def _paired(gate_up: GemmProblem, down: GemmProblem, layouts: list[TensorLayout]
         return Selector(available=available).decide(problem)
 
     first, second = (replace(p, layout=layout.name) for p, layout in zip((gate_up, down), layouts, strict=True))
-    pairs = (moe.decide(replace(first, m=m), replace(second, m=m), here, choose) for m in SAMPLE_MS)
+    pairs = (moe.decide(replace(first, m=m), replace(second, m=m), here, choose) for m in layout_choice.SAMPLE_MS)
     return all(pair.kernels in moe.KERNELS for pair in pairs)
 
 

@@ -15,6 +15,7 @@ from sglang_amd_quant.kernels.hip.manifest import EARLY_M
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.selection.hopper_decode import (
     DECODE_WEIGHTS,
+    MET_ROWS,
     TILE_K,
     TILE_ROWS,
     DecodeWeights,
@@ -87,6 +88,7 @@ def prepared_bytes(scheme: str, plan: DecodePlan, m: int, k: int) -> int:
     return rows * (-(-k // TILE_K) * TILE_K * w.x_bytes + factors) if plan.share else 0
 
 
+@cache  # asked at every launch
 def lds_of(scheme: str, plan: DecodePlan, n: int, k: int) -> int:
     """Bytes of shared memory that a block of a plan whose x does not stream needs, which are more where it has several
     row groups."""
@@ -279,7 +281,7 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
         # Rings that hold all, or half, or a quarter of a wave's share of a row tile, in one chunk, two or four
         for depth, ring in itertools.product((1, 2, 4), (1, 2, 4)):
             chunk = ring_chunk(mine, depth, ring)
-            for once in (True, False):
+            for once in (True, False) if rows >= MET_ROWS else (False,):
                 lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, once=once)
                 places = _in_clusters(cu_count, split) * _resident(w, lds, rows, waves)
                 groups = min(row_groups, max(1, places // (split * row_blocks)))

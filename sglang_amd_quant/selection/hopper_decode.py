@@ -63,8 +63,15 @@ DECODE_WEIGHTS |= dict.fromkeys(("w4a8", "mxfp4", "w4a8_static"), _ROW_E2M1)
 DECODE_WEIGHTS |= {f"{scheme}_g{group}": _INT4[group] for scheme in INT4_SCHEMES for group in INT4_GROUPS}
 
 
+OWN_BARRIERS = 5
+"""Of a block, besides those of rings: `decode.h`."""
+
+MET_ROWS = 64
+"""Of x, from which on sums of waves meet in their block: where rings and activations were, if it has one row group."""
+
+
 def _barriers(of_rings: int) -> int:
-    return -(-(5 + of_rings) * 8 // 128) * 128
+    return -(-(OWN_BARRIERS + of_rings) * 8 // 128) * 128
 
 
 def lds_bytes(
@@ -81,8 +88,7 @@ def lds_bytes(
     once: bool = False,
 ) -> int:
     """Shared memory of a block: barriers, rings, activations with their factors, row factors and partial sums. `early`:
-    rings have room for e2m1 as e4m3. `once`: a block has one row group, so that 64 columns of sums meet where rings and
-    activations were."""
+    rings have room for e2m1 as e4m3. `once`: a block has one row group (`MET_ROWS`)."""
     waves, most = waves_k * waves_n, -(-tiles // split)
     of_rows = 4 * waves_n * TILE_ROWS  # bytes of a column of sums
     barriers = _barriers(waves * depth)
@@ -94,7 +100,7 @@ def lds_bytes(
     else:
         activations = 1024 + most * w.tile_k * 2 * rows
     factors, used = 2 * of_rows // split, ring + activations
-    if rows == 64:
+    if rows >= MET_ROWS:
         met = waves_k * of_rows * rows
         return barriers + (max(used, met) if once else used + met) + factors + (of_rows * rows if split > 1 else 0)
     return barriers + used + factors + waves_k * of_rows * (rows if rows < 16 else rows + 4)

@@ -105,3 +105,4 @@ def test_a_run_is_written_printed_and_shown_again(
     assert table == run(*asked)[1]
     assert table.startswith("a GPU, ")
     assert "it crashed" in table
+    assert ("down: 7 x bound" in table) == wrong

@@ -165,12 +165,9 @@ class MetSums : public GroupSums {
     DEVICE MetSums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier, float* of_waves, bool busy)
         : GroupSums(a, s, lds, barrier), of_waves(of_waves), busy(busy) {}
 
-    /// Behind `used` bytes of rings and activations, where waves' sums meet if nobody wants these any more: after the block's only group.
-    DEVICE static MetSums over(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barrier) {
-        return {a, s, rings + larger(used, met_bytes(a)), barrier, reinterpret_cast<float*>(rings), true};
-    }
-    DEVICE static MetSums behind(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barrier) {
-        const bool once = s.groups >= s.row_groups;
+    /// Behind `used` bytes of rings and activations. `once`: the block has one row group, so that nobody wants these any more when it
+    /// is summed up, and waves' sums meet there.
+    DEVICE static MetSums behind(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barrier, bool once) {
         const int from = once ? 0 : used;
         return {a, s, rings + larger(used, from + met_bytes(a)), barrier, reinterpret_cast<float*>(rings + from), once};
     }
@@ -268,7 +265,7 @@ class MetSums : public GroupSums {
 template <int Room>
 DEVICE auto sums_of_block(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barriers) {
     if constexpr (Room >= 64)
-        return MetSums<Room>::behind(a, s, rings, used, barriers);
+        return MetSums<Room>::behind(a, s, rings, used, barriers, s.groups >= s.row_groups);
     else
         return Sums<Room>(a, s, rings + used, barriers);
 }
