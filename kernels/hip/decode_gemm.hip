@@ -19,12 +19,24 @@
 #include "decode_int4.h"
 #endif
 
-/// What this block finishes of a row group.
+/// What this block finishes of a row group. `plain`: where it goes if nothing else is to be done (`plain_results`).
 template <Weight W, Act A, bool Grouped, typename AllSums>
-DEVICE void finish_group(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, const AllSums& sums, const Output& output, int group) {
+DEVICE void finish_group(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, const AllSums& sums, const Output& output, int group,
+                         uint16_t* plain) {
     constexpr int COLUMNS = AllSums::COLUMNS;
     const int first = group * s.waves_n * TILE_ROWS + sums.first;
     if (first + output.row >= a.n) return;
+    if (plain != nullptr) {  // few instructions, each of which is fetched and waited for
+        for (int column = output.first_column; column < rows.count; column += output.step) {
+            float value[COLUMNS];
+            sums.sum(output.row, column, value);
+            finish<W, A>(a, s, rows.expert, first + output.row, value);
+#pragma unroll
+            for (int c = 0; c < COLUMNS; c++)
+                if (column + c < rows.count) plain[(column + c) * a.y_stride] = bf16_from_float(value[c]);
+        }
+        return;
+    }
     for (int column = output.first_column; column < rows.count; column += output.step) {
         const auto& e = late(a);
         const bool paired = e.activation != NO_ACTIVATION;
@@ -59,8 +71,8 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     const int of_rings = a.waves_k * a.waves_n * Stream<W, M>::bytes(a);
     X x(a, s, rings + of_rings);
     auto sums = sums_of_block<X::ROOM>(a, s, rings, of_rings + X::bytes(a, s), barriers);
+    sums.ready();
     sums.template look_ahead<W, A, M>(rows.expert, s.first_group);
-    sums.meet();
     Output output;
     if (!Grouped) wait_for_previous_launch();
     if constexpr (is_wide(W, M)) {
@@ -93,9 +105,13 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
         const bool last = group + s.groups >= s.row_groups;
         sums.hand_over(totals, rows.count, group == s.first_group, last);
         if constexpr (!AHEAD) output = sums.output();
-        finish_group<W, A>(a, s, rows, sums, output, group);
+        uint16_t* plain = nullptr;
+#if TARGET_SM90
+        plain = plain_results(a, s, rows.first, sums, output, group);
+#endif
+        finish_group<W, A>(a, s, rows, sums, output, group, plain);
         if (!last) {
-            sums.done();
+            sums.ready();
             sums.template look_ahead<W, A, M>(rows.expert, group + s.groups);
         }
     }
@@ -103,44 +119,51 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
 }
 
 #if TARGET_SM90
-/// Dense, of e2m1 weights that become e4m3 before x is there, one row group a block. Waves of their own fetch x: only they wait for the
-/// launch in front, while the others decode.
-template <Act A, int M>
+/// Dense, of weights of which all are in shared memory before they are multiplied, one row group a block; e2m1 ones become e4m3 before x
+/// is there. Waves of their own fetch x: only they wait for the launch in front.
+template <Weight W, Act A, int M>
 DEVICE void decode_early(const DecodeArgs& a) {
-    constexpr Weight W = Weight::row_e2m1;
     using Weights = Stream<W, M, true>;
     using X = Activations<W, A, M>;
     allow_next_launch();
-    Share s(a, Tile<W>::K, share_rank(a));
-    const int waves = a.waves_k * a.waves_n;
-    const bool fetches_x = wave_index() >= waves;
-    if (fetches_x) s.wave_end = s.wave_first;
+    const Share s(a, Tile<W>::K, share_rank(a));
+    const int waves = a.waves_k * a.waves_n, wave = wave_index();
     const auto rows = Rows<false>::template of<M>(a);
-    uint64_t* barriers = own_barriers();
-    uint8_t* rings = dynamic_lds() + barrier_bytes(waves * a.depth);
-    Weights weights(a, s, 0, rings + wave_index() * Weights::bytes(a), barriers + OWN_BARRIERS + wave_index() * a.depth);
-    const int of_rings = waves * Weights::bytes(a);
-    X x(a, s, rings + of_rings, {s.threads, block_threads() - s.threads});
-    Sums<M> sums(a, s, rings + of_rings + X::bytes(a, s), barriers);
-    sums.template look_ahead<W, A, M>(0, s.first_group);
-    sums.meet();
-    Output output;
-    if (fetches_x) {
+    uint8_t *rings = dynamic_lds() + barrier_bytes(waves * a.depth), *of_x = rings + waves * Weights::bytes(a), *of_sums = of_x + X::bytes(a, s);
+    const Crew crew{s.threads, block_threads() - s.threads};
+    if (wave >= waves) {  // does nothing else before: a block that starts late has x to wait for
+        if (a.split > 1) cluster_arrive();
+        X x(a, s, of_x, crew);
         wait_for_previous_launch();
-        x.template stage<(A == Act::fp8_static ? 1 : M == 8 ? 4 : 6)>(a, s, rows, [] {});
-    } else {
-        weights.decode();
-        output = sums.output().kept();
+        x.template stage_by_rows<M / 8>(a, s, rows);
+        return block_barrier();
     }
+    uint64_t* barriers = own_barriers();
+    // Scales are where sums will be: these come when all blocks have decoded.
+    Weights weights(a, s, 0, rings + wave * Weights::bytes(a), barriers + OWN_BARRIERS + wave * a.depth,
+                    of_sums + Sums<M>::ahead_of_partial(a) + wave * Weights::scale_room(a));
+    X x(a, s, of_x, crew);
+    Sums<M> sums(a, s, of_sums, barriers);
+    sums.template look_ahead<W, A, M>(0, s.first_group);
+    weights.decode();
+    sums.ready();
+    const Output output = sums.output().kept();
+    typename Sums<M>::Way way = sums.way(row_by_fours());
+    way = {static_cast<uint32_t>(anew(way.to)), static_cast<uint32_t>(anew(way.barrier))};
+    uint16_t* plain = plain_results(a, s, rows.first, sums, output, s.first_group);
+    asm volatile("" : "+l"(plain));
     block_barrier();
 
     Totals<Weight::row_e4m3, A, M> totals;
-    weights.template each_tile<1>(
-        [] {}, [&](int tile, int number, auto) { totals.add(weights, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, Number<1>{}); },
-        [&](auto pending) { totals.settle(pending); });
+    if constexpr (W == Weight::row_e2m1)
+        totals.add_all(weights.decoded(), Weights::TILE, s.wave_end - s.wave_first, x, (s.wave_first - s.block_first) * Tile<W>::BLOCKS);
+    else
+        weights.template each_tile<1>(
+            [] {}, [&](int tile, int number, auto) { totals.add(weights, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, Number<1>{}); },
+            [&](auto pending) { totals.settle(pending); });
     totals.join(x);
-    sums.hand_over(totals, fetches_x ? 0 : rows.count, true, true);
-    if (!fetches_x) finish_group<W, A>(a, s, rows, sums, output, s.first_group);
+    sums.hand_over(totals, rows.count, true, [&](int) { return way; });
+    finish_group<W, A>(a, s, rows, sums, output, s.first_group, plain);
 }
 
 /// Dense, of an x that `prepare` has brought into order (decode_sm90_prepared.h), and that streams: one row group a block.
@@ -158,13 +181,13 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     Stream<W, M> stream(a, s, 0, rings + XRing<W, M>::bytes(a) + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + (2 + wave_index()) * a.depth);
     XRing<W, M> x(a, s, rings, barriers + OWN_BARRIERS);
     auto sums = MetSums<M>::behind(a, s, rings, XRing<W, M>::bytes(a) + waves * Stream<W, M>::bytes(a), barriers, true);
+    sums.ready();
     sums.template look_ahead<W, A, M>(0, group);
     const bool shares_x = cluster_blocks() > 1 && a.split == 1;
     if (shares_x) cluster_arrive();
     block_barrier();
     wait_for_previous_launch();
     if (shares_x) cluster_wait();
-    sums.meet();
     x.begin(rows.first / M);
     stream.begin(a.depth);
 
@@ -182,7 +205,8 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     block_barrier();  // factors of x are there for all
     totals.join(x);
     sums.hand_over(totals, rows.count, true, true);
-    finish_group<W, A>(a, s, rows, sums, sums.output(), group);
+    const Output output = sums.output();
+    finish_group<W, A>(a, s, rows, sums, output, group, plain_results(a, s, rows.first, sums, output, group));
     sums.leave();
 }
 #endif
@@ -211,7 +235,7 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
         prepare<W, A>(x, x_scale, prepared, x_stride, m, k, room, carry);                                                     \
     }
 #define DENSE(NAME, W, A, M, THREADS, BLOCKS) DECODE(decode_##NAME##_m##M, W, A, M, THREADS, BLOCKS, false)
-#define EARLY(NAME, A, M) ENTRY(decode_early_##NAME##_m##M, MANY + 256, 1, (decode_early<A, M>))
+#define EARLY(NAME, W, A, M) ENTRY(decode_early_##NAME##_m##M, MANY + 256, 1, (decode_early<W, A, M>))
 #define FROM_16(NAME, W, A)                     \
     PREPARE(prepare_##NAME, W, A)               \
     PREPARED(decode_prepared_##NAME##_m16, W, A, 16) \
@@ -225,8 +249,11 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
     DENSE(NAME, W, A, 4, FEW<W>, 2)   \
     DENSE(NAME, W, A, 8, FEW<W>, 2)   \
     FROM_16(NAME, W, A)
-#define QUANTIZED(NAME, W, A) DENSE(NAME, Weight::row_##W, A, 8, MANY, 2) FROM_16(NAME, Weight::row_##W, A)
-#define DECODED(NAME, A) QUANTIZED(NAME, e2m1, A) EARLY(NAME, A, 8) EARLY(NAME, A, 16)
+#define QUANTIZED(NAME, W, A)                     \
+    DENSE(NAME, Weight::row_##W, A, 8, MANY, 2)   \
+    FROM_16(NAME, Weight::row_##W, A)             \
+    EARLY(NAME, Weight::row_##W, A, 8)            \
+    EARLY(NAME, Weight::row_##W, A, 16)
 #else  // a matrix unit takes sixteen rows whatever M is: fewer sizes will do
 #define SCHEME(NAME, W, A)                                  \
     DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)   \
@@ -235,20 +262,19 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
     DECODE(moe_decode_##NAME##_m4, W, A, 4, MANY, 2, true)  \
     DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)
 #define QUANTIZED(NAME, W, A) SCHEME(NAME, Weight::W, A)
-#define DECODED(NAME, A) QUANTIZED(NAME, e2m1, A)
 #endif
 
 // One code object a scheme: they compile in parallel, and a server loads the one that it uses.
 #if defined(DECODE_MXFP8)
 QUANTIZED(mxfp8, e4m3, Act::e4m3)
 #elif defined(DECODE_W4A8)
-DECODED(w4a8, Act::e4m3)
+QUANTIZED(w4a8, e2m1, Act::e4m3)
 #elif defined(DECODE_W4A16)
 SCHEME(w4a16, Weight::e2m1, Act::bf16)
 #elif defined(DECODE_MXFP4)
-DECODED(mxfp4, Act::e2m1)
+QUANTIZED(mxfp4, e2m1, Act::e2m1)
 #elif defined(DECODE_W4A8_STATIC)
-DECODED(w4a8_static, Act::fp8_static)
+QUANTIZED(w4a8_static, e2m1, Act::fp8_static)
 #elif defined(DECODE_MXFP8_STATIC)
 QUANTIZED(mxfp8_static, e4m3, Act::fp8_static)
 #elif defined(DECODE_W8A16)

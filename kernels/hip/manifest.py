@@ -134,10 +134,7 @@ CODE_OBJECTS = (
             for m in (1, 2, 4)
         ),
     ),
-    *(
-        _decode(scheme, ("sm_90",), QUANTIZED_M, prepared=PREPARED_M, early=EARLY_M if "4" in scheme else ())
-        for scheme in QUANTIZED_SCHEMES
-    ),
+    *(_decode(scheme, ("sm_90",), QUANTIZED_M, prepared=PREPARED_M, early=EARLY_M) for scheme in QUANTIZED_SCHEMES),
     *(_decode(scheme, ("sm_90",), DECODE_M, prepared=PREPARED_M) for scheme in BF16_SCHEMES),
     *(_decode(scheme, ("sm_90",), DECODE_M, prepared=PREPARED_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),
     *(_decode(scheme, AMD_ARCHS, AMD_DECODE_M, AMD_MOE_DECODE_M) for scheme in DECODE_SCHEMES),

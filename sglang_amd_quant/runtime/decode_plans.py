@@ -44,9 +44,8 @@ class DecodePlan:
         lds: bytes of shared memory a block.
         share: 0 where every block quantizes its part of x; else a launch in front does: RESIDENT where every block then
             fetches its part, or so many row groups whose blocks, a cluster, stream it together.
-        x_waves: more waves of a block, which fetch x while the others bring weights to e4m3 where they lie in shared
-            memory: one row group a block, and rings that hold all of K. 0 where weights are decoded as they are
-            multiplied.
+        x_waves: more waves of a block, which fetch x while the others wait for weights, and bring e2m1 to e4m3 where it
+            lies in shared memory: one row group a block, and rings that hold all of K. 0 where all waves fetch x.
     """
 
     rows: int
@@ -62,7 +61,7 @@ class DecodePlan:
 
     @property
     def early(self) -> bool:
-        """Whether weights are decoded before x is there."""
+        """Whether all weights of a block are in shared memory, and decoded, before they are multiplied."""
         return self.x_waves > 0
 
     @property
@@ -169,14 +168,18 @@ _WANTED_4096: dict[tuple[str, int], Shape] = {
 }
 """Likewise of K from 4096 to 6143 and more row tiles than multiprocessors: 30 plans each for 4096 -> 6144 and 4096."""
 
-_WANTED_EARLY: dict[tuple[str, int], tuple[Shape | None, Shape | None, Shape | None]] = {
-    ("row_e2m1", 2): ((8, 1, 16, 2, 6), (8, 1, 16, 2, 6), (2, 1, 12, 2, 8)),
-    ("row_e2m1", 4): ((8, 1, 16, 1, 12), (8, 1, 16, 2, 6), (2, 1, 12, 2, 8)),
-    ("row_e2m1", 8): ((8, 1, 16, 2, 6), (8, 1, 12, 2, 6), (4, 1, 8, 1, 8)),
-    ("row_e2m1", 16): ((8, 2, 4, 4, 2, -1), None, (1, 4, 4, 1, 6, -1)),
+_WANTED_EARLY: dict[tuple[str, int], tuple[Shape, ...]] = {
+    # kind, most rows of x: K from 6144 on with few row tiles, or more; K from 4096, from 2048 on; shorter
+    ("row_e2m1", 2): ((8, 1, 8, 4, 3), (8, 1, 4, 1, 12), (8, 1, 4, 2, 4), (2, 1, 12, 2, 8), (2, 1, 8, 2, 6)),
+    ("row_e2m1", 4): ((8, 1, 8, 4, 3), (8, 1, 4, 2, 6), (8, 1, 12, 2, 4), (2, 1, 12, 2, 8), (2, 1, 8, 2, 6)),
+    ("row_e2m1", 8): ((8, 1, 16, 2, 6), (8, 1, 8, 2, 6), (4, 1, 12, 2, 8), (2, 1, 12, 4, 4), (2, 1, 4, 2, 6)),
+    ("row_e2m1", 16): ((8, 1, 16, 2, 6), (8, 1, 16, 2, 6), (4, 1, 12, 2, 8), (2, 1, 12, 4, 4), (2, 1, 12, 4, 3)),
+    ("row_e4m3", 2): ((8, 2, 4, 2, 3), (8, 1, 16, 1, 12), (8, 1, 8, 1, 8), (4, 1, 4, 2, 4), (2, 1, 16, 1, 12)),
+    ("row_e4m3", 4): ((8, 1, 4, 2, 6), (8, 1, 16, 1, 12), (8, 1, 12, 1, 8), (2, 2, 4, 1, 8), (2, 1, 16, 1, 12)),
+    ("row_e4m3", 8): ((8, 1, 12, 1, 12), (8, 1, 8, 2, 6), (4, 1, 12, 2, 8), (4, 1, 8, 1, 8), (2, 1, 16, 2, 6)),
+    ("row_e4m3", 16): ((8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (4, 1, 12, 2, 8), (2, 2, 8, 1, 8), (2, 1, 12, 2, 6)),
 }
-"""The same of plans that decode early, which are preferred where there are any, but where it says None: long K with few
-row tiles, or more; short K."""
+"""The same of plans with waves of their own for x, which are preferred where there are any. Of up to 150 plans each."""
 
 
 def _large(row_tiles: int, cu_count: int) -> bool:
@@ -185,15 +188,16 @@ def _large(row_tiles: int, cu_count: int) -> bool:
 
 
 def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, early: bool) -> tuple[Shape, bool]:
-    """What is wanted, and whether it decodes early, which may be only if there is such a plan: `early`."""
+    """What is wanted, and whether it has waves for x, which may be only if there is such a plan: `early`."""
     most = next(most for most in (1, 2, 4, 8, 16, 32, 64) if m <= most and (kind, most) in _WANTED)
     if _large(row_tiles, cu_count):
         # Measured at K = 8192: a shorter one is shared by fewer, so that waves go on as long.
         split, *rest = _WANTED[kind, most][0]
         return (max(min(split, 2), split * min(tiles, 128) // 128), *rest), False
     which = 3 if tiles < 64 else 1 if row_tiles <= cu_count else 2
-    if early and (wanted_early := _WANTED_EARLY[kind, most][which - 1]):
-        return wanted_early, True
+    if early:
+        by_k = which - 1 if tiles >= 96 else 2 if tiles >= 64 else 3 if tiles >= 32 else 4
+        return _WANTED_EARLY[kind, most][by_k], True
     wanted = _WANTED[kind, most][which]
     return _WANTED_4096.get((kind, most), wanted) if which == 2 and tiles < 96 else wanted, False
 
@@ -289,15 +293,9 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
                     plan = DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds)
                     found += [plan, replace(plan, share=RESIDENT)] if rows >= max(8, w.wide_from) else [plan]
                     break
-            if (
-                w.kind == "row_e2m1"
-                and rows in EARLY_M
-                and depth * chunk >= most_tiles
-                and not _large(row_tiles, cu_count)
-            ):
+            if w.x_bytes == 1 and rows in EARLY_M and depth * chunk >= most_tiles and not _large(row_tiles, cu_count):
                 lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, early=True)
-                pieces = min(m, rows) * -(-tiles // split) * TILE_K // 8  # of x, each a thread's
-                x_waves = min(MOST_X_WAVES, -(-pieces // 32))
+                x_waves = min(MOST_X_WAVES, -(-min(m, rows) // (rows // 8)))  # a row each, or two
                 plan = DecodePlan(rows, split, waves_k, waves_n, row_groups, depth, chunk, lds, x_waves=x_waves)
                 both = plan, replace(plan, share=RESIDENT, x_waves=1)
                 # only what starts at once is decoded while others wait

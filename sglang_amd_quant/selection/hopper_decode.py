@@ -88,11 +88,12 @@ def lds_bytes(
     once: bool = False,
 ) -> int:
     """Shared memory of a block: barriers, rings, activations with their factors, row factors and partial sums. `early`:
-    rings have room for e2m1 as e4m3. `once`: a block has one row group (`MET_ROWS`)."""
+    rings have room for e2m1 as e4m3, and scales lie where sums will be. `once`: one row group a block (`MET_ROWS`)."""
     waves, most = waves_k * waves_n, -(-tiles // split)
     of_rows = 4 * waves_n * TILE_ROWS  # bytes of a column of sums
     barriers = _barriers(waves * depth)
-    ring = waves * depth * chunk * (w.tile_bytes + (512 if early else 0))
+    held = waves * depth * chunk
+    ring = held * (TILE_ROWS * TILE_K if early else w.tile_bytes)
     if w.x_bytes == 1:
         activations = 1024 + most * rows * TILE_K + 8 * rows
     elif rows < w.wide_from:
@@ -103,7 +104,9 @@ def lds_bytes(
     if rows >= MET_ROWS:
         met = waves_k * of_rows * rows
         return barriers + (max(used, met) if once else used + met) + factors + (of_rows * rows if split > 1 else 0)
-    return barriers + used + factors + waves_k * of_rows * (rows if rows < 16 else rows + 4)
+    sums = waves_k * of_rows * (rows if rows < 16 else rows + 4)
+    scales = held * (w.tile_bytes - TILE_ROWS * TILE_K // 2) if early and w.kind == "row_e2m1" else 0
+    return barriers + used + factors + max(sums, scales)
 
 
 def prepared_lds(w: DecodeWeights, rows: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int) -> int:

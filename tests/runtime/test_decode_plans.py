@@ -31,10 +31,10 @@ def problems(draw: st.DrawFn, schemes: tuple[str, ...], rows: int, n: int, k: in
     return scheme, m, columns, group * draw(st.integers(1, k // group)), pairs
 
 
-EARLY_SCHEMES = tuple(scheme for scheme, w in DECODE_WEIGHTS.items() if w.kind == "row_e2m1")
+EARLY_SCHEMES = tuple(scheme for scheme, w in DECODE_WEIGHTS.items() if w.x_bytes == 1)
 ANY = problems(tuple(DECODE_WEIGHTS), 64, 40000, 16384)
 SMALL = problems(EARLY_SCHEMES, EARLY_M[-1], 8192, 8192)
-"""Every other one has plans that decode early; of any, one in a hundred."""
+"""Every other one has plans with waves for x; of any, one in a hundred."""
 
 
 def places(plan: DecodePlan) -> int:
@@ -91,13 +91,15 @@ def test_plans_are_the_same_whatever_was_asked_before(
     assert plans.__wrapped__(scheme, m, n, k, H100, pairs) == found
 
 
-def test_few_rows_of_small_weights_are_decoded_early() -> None:
+@pytest.mark.parametrize("scheme", ["w4a8", "mxfp8"])
+def test_small_weights_are_in_shared_memory_before_few_rows_of_x(scheme: str) -> None:
     for k, n in ((6144, 2304), (2048, 6144), (6144, 1536), (1536, 6144)):
-        assert all(plans("w4a8", m, n, k, H100)[0].early for m in (1, 2, 4, 8))
-        assert plans("w4a8", 16, n, k, H100)[0].early == (n != 2304)  # measured so
-        assert not plans("w4a8", 32, n, k, H100)[0].early  # rows that took longer than the weights' decoding
-        assert not plans("mxfp8", 1, n, k, H100)[0].early  # nothing to decode
-    assert not plans("w4a8", 1, 28672, 8192, H100)[0].early  # streams
+        for m in (1, 2, 4, 8, 16):
+            first = plans(scheme, m, n, k, H100)[0]
+            assert first.early
+            assert first.share == 0  # waves of its own quantize x
+        assert not plans(scheme, 32, n, k, H100)[0].early
+    assert not plans(scheme, 1, 28672, 8192, H100)[0].early  # streams
 
 
 def test_a_plan_whose_sums_meet_over_its_rings_has_one_row_group_a_block() -> None:

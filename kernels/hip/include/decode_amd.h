@@ -356,8 +356,7 @@ class Sums {
         if (owned == 0) output.first_column = 1 << 30;  // of the blocks that share K the last one finishes all
         return output;
     }
-    DEVICE void meet() const {}
-    DEVICE void done() const {}
+    DEVICE void ready() const {}
     DEVICE void leave() const {}
 
    private:

@@ -32,6 +32,7 @@ struct Totals;
 #include "decode_sm90_wide.h"
 #include "decode_sm90_many.h"
 #include "decode_sm90_groups.h"
+#include "decode_sm90_row_x.h"
 #include "decode_sm90_rows.h"
 #include "decode_sm90_sums.h"
 

@@ -39,7 +39,7 @@ struct Activations<W, A, M, Way::FEW> {
 
     Pieces<W> pieces;
 
-    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : zeros(lds), values(lds + 16), pieces(s, everybody(s)) {
+    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : zeros(lds), values(lds + 16), pieces(s) {
         factors = reinterpret_cast<float*>(values + s.most_tiles(a) * Tile<W>::BLOCKS * BLOCK_BYTES);
         blocks = a.k / MX_BLOCK - s.block_first * Tile<W>::BLOCKS;
     }

@@ -19,7 +19,7 @@ struct Activations<W, A, M, Way::MANY> {
     Arriving<M> arriving;
 
     DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds)
-        : values(matrix_aligned(lds)), crew(everybody(s)), pieces(s, crew), arriving(a, s) {
+        : values(matrix_aligned(lds)), crew{0, s.threads}, pieces(s), arriving(a, s) {
         block_barrier();
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::TILE_BYTES; }

@@ -37,6 +37,7 @@ DEVICE void prepare_row(const uint16_t* x, const float* x_scale, uint8_t* prepar
 #pragma unroll
     for (int u = 0; u < HELD; u++) mine = larger(mine, largest_of(held[u]));
     for (int piece = HELD * THREADS + thread_index(); piece < pieces; piece += THREADS) mine = larger(mine, largest_of(load(piece)));
+    saturate<A>(held, carry);
     mine = largest_in_wave(mine);
     const int wave = wave_index();
     if (lane_index() == 0) of_waves[wave] = mine;
@@ -56,7 +57,11 @@ DEVICE void prepare_row(const uint16_t* x, const float* x_scale, uint8_t* prepar
     };
 #pragma unroll
     for (int u = 0; u < HELD; u++) put(held[u], u * THREADS + thread_index());
-    for (int first = HELD * THREADS; first < pieces; first += THREADS) put(load(first + thread_index()), first + thread_index());
+    for (int first = HELD * THREADS; first < pieces; first += THREADS) {
+        Words more[1] = {load(first + thread_index())};
+        saturate<A>(more, carry);
+        put(more[0], first + thread_index());
+    }
     if (thread_index() == 0)
         reinterpret_cast<float*>(prepared + prepared_bytes<W>(m, k, room))[row] =
             A == Act::fp8_static ? static_scale : float_from_e8m0(exponent);

@@ -82,22 +82,30 @@ DEVICE Bf16x2 power_bf16x2(int exponent) { return (exponent < -126 ? 0x40u : sta
 /// `carry` from which on no element of a block is beyond e4m3's largest (formats/mx.py: ScaleMode.RCEIL).
 constexpr int NONE_BEYOND = 0x1fffff;
 
-/// Eight activations, of which four neighbouring lanes have a block, under the exponent of their row, which is no less than the block's.
+/// Activations of which four neighbouring lanes have a block, none of them beyond 448 times its scale any more, which is what e4m3 saturates
+/// to under the block's scale, but not under its row's.
+template <Act A, int COUNT>
+DEVICE void saturate(Words (&x)[COUNT], int carry) {
+    if (A != Act::e4m3 || carry >= NONE_BEYOND) return;
+#pragma unroll
+    for (int u = 0; u < COUNT; u++) {
+        const Bf16x2 most = times_bf16(power_bf16x2(exponent_of<A>(largest_of_block(x[u]), carry) - 127), 0x43e043e0u);
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[u].v[i] = clamp_bf16(x[u].v[i], most);
+    }
+}
+
+/// Eight activations, saturated, under the exponent of their row, which is no less than their block's.
 ///
 /// e4m3 is rounded once: an element keeps as many bits under either scale, but for those below 2^-6 of the row's.
 template <Act A>
 DEVICE Codes row_codes(const Words& x, int of_row, int carry, float static_scale) {
     if constexpr (A == Act::e4m3) {
-        Words v = x;
-        if (carry < NONE_BEYOND) {  // what is beyond 448 times its block's scale saturates
-            const Bf16x2 most = times_bf16(power_bf16x2(exponent_of<A>(largest_of_block(x), carry) - 127), 0x43e043e0u);
-#pragma unroll
-            for (int i = 0; i < 4; i++) v.v[i] = clamp_bf16(x.v[i], most);
-        }
+        Words v;
         const Bf16x2 up = power_bf16x2(127 - of_row);
         float scaled[8];
 #pragma unroll
-        for (int i = 0; i < 4; i++) v.v[i] = times_bf16(v.v[i], up);
+        for (int i = 0; i < 4; i++) v.v[i] = times_bf16(x.v[i], up);
         floats_from_words(v, scaled);
         return {e4m3_from_floats({scaled[0], scaled[1], scaled[2], scaled[3]}),
                 e4m3_from_floats({scaled[4], scaled[5], scaled[6], scaled[7]})};
@@ -123,16 +131,7 @@ DEVICE int block_threads() { return blockDim.x; }
 struct Crew {
     int first, threads;
     DEVICE int thread() const { return thread_index() - first; }
-    /// All threads of the crew arrive before any leaves.
-    DEVICE void barrier() const {
-        if (first == 0)
-            block_barrier();
-        else
-            asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory");
-    }
 };
-
-DEVICE Crew everybody(const Share& s) { return {0, s.threads}; }
 
 /// Which pieces of what a block multiplies of all rows a thread takes: from piece j of row i on, by steps. Known before x is.
 template <Weight W>
@@ -140,13 +139,12 @@ struct Pieces {
     int count, base, i, j, step_i, step_j;
     bool whole;  // a wave's pieces are of one row
 
-    DEVICE Pieces(const Share& s, const Crew& crew)
+    DEVICE explicit Pieces(const Share& s)
         : count(s.block_tiles * Tile<W>::K / 8), base(s.block_first * Tile<W>::K), i(1 << 30), j(0), step_i(0), step_j(0),
           whole(count % WAVE == 0) {
         if (count == 0) return;
-        if (crew.thread() < 0) return;
-        i = anew(quotient(crew.thread(), count)), j = crew.thread() - i * count;
-        step_i = anew(quotient(crew.threads, count)), step_j = crew.threads - step_i * count;
+        i = anew(quotient(thread_index(), count)), j = thread_index() - i * count;
+        step_i = anew(quotient(s.threads, count)), step_j = s.threads - step_i * count;
     }
 
     /// Whether a lane of the wave has any left.

@@ -6,82 +6,6 @@
 // added to others by float additions.
 #pragma once
 
-/// The block's activations in shared memory, tile by tile, every row under the largest scale of its blocks in this block's part of K.
-template <Weight W, Act A, int M>
-struct Activations<W, A, M, Way::ROWS> {
-    static constexpr int ROOM = M, TILES = 1;
-    static constexpr float UNLIFT = 1.0f;
-
-    uint8_t* values;
-    uint32_t* largest;  // magnitude in a row, as a float's bits
-    float* factors;     // of rows' sums
-    int carry;
-    float static_scale = 1;
-    Crew crew;
-    Pieces<W> pieces;
-    Arriving<M> arriving;
-
-    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds) : Activations(a, s, lds, everybody(s)) {}
-    DEVICE Activations(const DecodeArgs& a, const Share& s, uint8_t* lds, const Crew& crew)
-        : values(matrix_aligned(lds)), carry(a.carry), crew(crew), pieces(s, crew), arriving(a, s) {
-        largest = reinterpret_cast<uint32_t*>(values + s.most_tiles(a) * XTile<W, M>::BYTES);
-        factors = reinterpret_cast<float*>(largest + M);
-        if (thread_index() < M) largest[thread_index()] = 0;
-        block_barrier();
-    }
-    DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::BYTES + M * 8; }
-
-    /// All threads of the crew: quantizes the block's part of x. Visible to the block's matrix instructions after its next barrier, and
-    /// `arriving`'s.
-    /// Of what a thread takes, so many pieces are loaded once; others twice.
-    template <int HELD = A == Act::fp8_static ? 2 : M == 8 ? 2 : 4, bool Grouped, typename Meanwhile>
-    DEVICE void stage(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, Meanwhile meanwhile) {
-        if (arriving.expected) {
-            arriving.template fetch<W>(a, crew, rows.first, values);
-            if (const int lane = crew.thread(); lane < smaller(M, WAVE))
-#pragma unroll
-                for (int i = 0; i < M; i += WAVE) factors[i + lane] = prepared_factors<W>(a, a.workspace, M)[rows.first + i + lane];
-            meanwhile();
-            return arriving.wait_for_whole();
-        }
-        const auto look_at = [&](const Words& eight, int i, int, bool wanted) {
-            const uint32_t of_lane = largest_of(eight), of_all = pieces.whole ? largest_in_wave(of_lane) : max_lanes<4>(of_lane);
-            if (wanted && (lane_index() & (pieces.whole ? WAVE - 1 : 3)) == 0) atomicMax(largest + i, of_all);
-        };
-        const auto take = [&](const Words& eight, int i, int j, bool wanted) { keep(eight, i, j, wanted); };
-        const auto held = pieces.template next<HELD>(a, rows);
-        meanwhile();
-        if constexpr (A != Act::fp8_static) {
-            each_piece(held, rows, look_at);
-            for (Pieces<W> rest = pieces; rest.any(rows);) each_piece(rest.template next<1>(a, rows), rows, look_at);
-            crew.barrier();
-        } else {
-            static_scale = *a.x_scale;
-        }
-        if (const int row = crew.thread(); row < M)
-            factors[row] = A == Act::fp8_static ? static_scale : float_from_e8m0(exponent_of<A>(largest[row], carry));
-        each_piece(held, rows, take);
-#pragma unroll 1
-        while (pieces.any(rows)) each_piece(pieces.template next<1>(a, rows), rows, take);
-        show_to_async();
-    }
-
-    /// What step `step` of 32 of the tile that begins with MX block `block` multiplies.
-    DEVICE uint32_t at(int block, int step) const {
-        return matrix_in_lds(values) + block / 2 * (XTile<W, M>::BYTES / 16) + step * 2;
-    }
-
-    /// What sums of row `i` are to be multiplied by.
-    DEVICE float factor(int i) const { return factors[i]; }
-
-   private:
-    /// Eight values, piece `j` along K, of row `i`.
-    DEVICE void keep(const Words& x, int i, int j, bool wanted) {
-        const Codes codes = row_codes<A>(x, wanted ? exponent_of<A>(largest[i], carry) : 0, carry, static_scale);
-        if (wanted) *reinterpret_cast<Codes*>(values + j / 8 * XTile<W, M>::BYTES + XTile<W, M>::place(i, j % 8)) = codes;
-    }
-};
-
 /// What a wave sums up for one row tile: rows g and g + 8 (g = l / 4) times the columns 2 q and 2 q + 1 of every eight.
 template <Weight W, Act A, int M>
 struct Totals<W, A, M, Way::ROWS> : WideSums<M> {
@@ -121,6 +45,22 @@ struct Totals<W, A, M, Way::ROWS> : WideSums<M> {
         warpgroup_matrix_e4m3(fragments[1], x.at(block, 1), part, true);
         warpgroup_commit();
         begun = true;
+    }
+
+    /// Adds `count` tiles that lie in shared memory as the matrix unit reads them, `stride` bytes apart.
+    template <typename Columns>
+    DEVICE void add_all(const LeftMatrix& tiles, int stride, int count, const Columns& x, int block) {
+        constexpr int MOST = 12;  // that the matrix unit adds up
+        for (int first = 0; first < count; first += MOST) {
+            warpgroup_fence();
+#pragma unroll 4
+            for (int t = first; t < smaller(first + MOST, count); t++) {
+                warpgroup_matrix_e4m3(tiles, t * stride, x.at(block + 2 * t, 0), part, t > first);
+                warpgroup_matrix_e4m3(tiles, t * stride + 2 * LeftMatrix::CORE, x.at(block + 2 * t, 1), part, true);
+            }
+            warpgroup_commit();
+            settle(Number<0>{});
+        }
     }
 
     /// Waits until at most `Pending` tiles are under way; if none is, keeps what they have added up.

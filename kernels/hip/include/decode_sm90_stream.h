@@ -73,14 +73,15 @@ constexpr bool THROUGHOUT = is_row(W) && (M >= 16 || W == Weight::row_e4m3) && (
 /// A wave's weights, chunk by chunk, through a ring in shared memory. Of waves that multiply together (`is_wide`),
 /// those that have no row tile of their own read the last one again, because the others cannot multiply without them.
 ///
-/// `Early`, of row_e2m1: the ring holds all that the wave ever reads, as e4m3, into which it is decoded in place before x is there.
-/// Codes arrive in the second half of the room for that.
+/// `Early`: the ring holds all that the wave ever reads. row_e2m1 is decoded in place before x is there, into e4m3 as wgmma reads it from
+/// there: codes arrive in the second half of the room for that, scales where others want nothing before they are decoded.
 template <Weight W, int M, bool Early = false>
 class Stream {
    public:
-    /// `lds` is this wave's part, `bytes(a)` long. Starts fetching: weights depend on no launch before this one.
-    DEVICE Stream(const DecodeArgs& a, const Share& s, int expert, uint8_t* lds, uint64_t* barriers)
-        : a(a), s(s), ring(lds), barriers(barriers), expert(expert), group(s.first_group) {
+    /// `lds` is this wave's part, `bytes(a)` long, and early `scales_lds` that of scales, `scale_room(a)` long. Starts fetching: weights
+    /// depend on no launch before this one.
+    DEVICE Stream(const DecodeArgs& a, const Share& s, int expert, uint8_t* lds, uint64_t* barriers, uint8_t* scales_lds = nullptr)
+        : a(a), s(s), ring(lds), early_scales(scales_lds), barriers(barriers), expert(expert), group(s.first_group) {
         seek();
         if (lane_index() == 0 && group < s.row_groups) {
 #pragma unroll 1
@@ -98,7 +99,8 @@ class Stream {
         for (; begun < chunks; begun++) fetch();
     }
 
-    DEVICE static int bytes(const DecodeArgs& a) { return a.depth * a.chunk * (ROOM + Tile<W>::SCALES); }
+    DEVICE static int scale_room(const DecodeArgs& a) { return a.depth * a.chunk * Tile<W>::SCALES; }
+    DEVICE static int bytes(const DecodeArgs& a) { return a.depth * a.chunk * ROOM + (Early ? 0 : scale_room(a)); }
 
     /// `each(t, number along K, Number of tiles)` for all tiles of the next row group, one or `Together` at a time; t is the
     /// first one's place in its chunk. `begin()` when a chunk has come. `settle`: as in `by_turns`.
@@ -106,7 +108,7 @@ class Stream {
     DEVICE void each_tile(Begin begin, Each each, Settle settle) {
         for (int first = s.wave_first; first < s.wave_end; first += s.wave_step) {
             const int count = smaller(a.chunk, s.wave_end - first);
-            if constexpr (!Early) wait();
+            if constexpr (!Early || W == Weight::row_e4m3) wait();
             if constexpr (!is_wide(W, M)) {
                 int t = 0;
 #pragma unroll(M == 4 ? 2 : 1)
@@ -126,6 +128,7 @@ class Stream {
 
     /// Early: decodes all, as it arrives.
     DEVICE void decode() {
+        if constexpr (W == Weight::row_e4m3) return;
         const int tiles = s.wave_end - s.wave_first;
         for (int first = 0, i = 0; first < tiles; first += a.chunk, i++) {
             barrier_wait(barriers + i, 0);
@@ -133,19 +136,26 @@ class Stream {
             for (int t = first; t < smaller(first + a.chunk, tiles); t++) {
                 const Words words = load_words(arriving() + t * Tile<W>::BYTES + lane_index() * 16);
                 uint32_t fragments[2][4];
-                e4m3_from_e2m1(words, scales_in_ring()[t * (Tile<W>::SCALES / 4) + lane_index() / 4], fragments);
-                __syncwarp();  // what is stored here may lie where this tile's codes were
+                e4m3_from_e2m1(words, scales()[t * (Tile<W>::SCALES / 4) + lane_index() / 4], fragments);
+                __syncwarp();  // rows 8 to 15 go where this tile's codes were
 #pragma unroll
-                for (int b = 0; b < 2; b++) store_words(ring + t * ROOM + b * (ROOM / 2) + lane_index() * 16, Words{{fragments[b][0], fragments[b][1], fragments[b][2], fragments[b][3]}});
+                for (int i = 0; i < 8; i++) {
+                    uint8_t* core = ring + i % 2 * half() + t * (ROOM / 2) + i / 2 * LeftMatrix::CORE;
+                    reinterpret_cast<uint32_t*>(core)[lane_index()] = fragments[i / 4][i % 4];
+                }
             }
         }
+        show_to_async();
     }
+    /// Tile 0 of the four waves that multiply together, when all have decoded; others follow at TILE bytes.
+    DEVICE LeftMatrix decoded() const { return {ring - wave_index() % 4 * bytes(a), half()}; }
+    static constexpr int TILE = LeftMatrix::CORE * 4;
 
     /// Waits for the next chunk.
     DEVICE void wait() { barrier_wait(barriers + stage, parity); }
     /// Tile `t` of the chunk.
     DEVICE const uint8_t* codes(int t) const { return ring + (stage * a.chunk + t) * ROOM; }
-    DEVICE const uint32_t* scale_words(int t) const { return scales_in_ring() + (stage * a.chunk + t) * (Tile<W>::SCALES / 4); }
+    DEVICE const uint32_t* scale_words(int t) const { return scales() + (stage * a.chunk + t) * (Tile<W>::SCALES / 4); }
     /// Gives the chunk back and fetches into its place.
     DEVICE void release() {
         __syncwarp();
@@ -156,8 +166,9 @@ class Stream {
    private:
     static constexpr int ROOM = Tile<Early ? Weight::row_e4m3 : W>::BYTES;  // for a tile
 
+    DEVICE int half() const { return a.depth * a.chunk * (ROOM / 2); }
     DEVICE uint8_t* arriving() const { return ring + a.depth * a.chunk * (ROOM - Tile<W>::BYTES); }
-    DEVICE uint32_t* scales_in_ring() const { return reinterpret_cast<uint32_t*>(ring + a.depth * a.chunk * ROOM); }
+    DEVICE uint32_t* scales() const { return reinterpret_cast<uint32_t*>(Early ? early_scales : ring + a.depth * a.chunk * ROOM); }
 
     /// To the first tile of this wave's row tile in row group `group`, or beyond all groups if it has none.
     DEVICE void seek() {
@@ -183,7 +194,7 @@ class Stream {
             uint64_t* barrier = barriers + fetch_stage;
             barrier_expect(barrier, count * Tile<W>::BYTES + scale_bytes(count));
             bulk_copy(arriving() + at * Tile<W>::BYTES, codes_from, count * Tile<W>::BYTES, barrier);
-            if (Tile<W>::SCALES > 0) bulk_copy(scales_in_ring() + at * (Tile<W>::SCALES / 4), scales_from, scale_bytes(count), barrier);
+            if (Tile<W>::SCALES > 0) bulk_copy(scales() + at * (Tile<W>::SCALES / 4), scales_from, scale_bytes(count), barrier);
         }
         if (++fetch_stage == a.depth) fetch_stage = 0;
         tile += s.wave_step, codes_from += s.wave_step * Tile<W>::BYTES, scales_from += s.wave_step * Tile<W>::SCALES;
@@ -193,6 +204,7 @@ class Stream {
     const DecodeArgs& a;
     const Share& s;
     uint8_t* ring;
+    uint8_t* early_scales;
     uint64_t* barriers;
     const int expert;
     const uint8_t *codes_from, *scales_from;  // what is fetched next: of row group `group`, from `tile` on

@@ -59,6 +59,12 @@ class OwnedRows {
     float my_times = 1, my_plus = 0;
 };
 
+/// Where the results of a thread go if they are bf16 with nothing fused behind them, which is known before they are; else null.
+DEVICE uint16_t* plain_results(const DecodeArgs& a, const Share& s, int first_row, const OwnedRows& rows, const Output& output, int group) {
+    if (anew(a.out) != OUT_BF16 || a.activation != NO_ACTIVATION || a.row_weights != nullptr || a.residual != nullptr) return nullptr;
+    return static_cast<uint16_t*>(a.y) + anew(first_row) * a.y_stride + group * s.waves_n * TILE_ROWS + rows.first + output.number;
+}
+
 template <int Count>
 DEVICE void store_floats(float* to, const Floats<Count>& floats) { *reinterpret_cast<Floats<Count>*>(to) = floats; }
 
@@ -70,25 +76,18 @@ class GroupSums : public OwnedRows {
         : OwnedRows(a, s, lds), barrier(barrier), partial(plus + owned) {
         if (a.split == 1) return;
         if (thread_index() == 0) barrier_init(barrier), barriers_are_ready();
-        cluster_arrive();
     }
 
-    /// Waits until all blocks that share K have started.
-    DEVICE void meet() const {
-        if (a.split > 1) cluster_wait();
-    }
-
-    /// After the last `sum` of a group that another follows.
-    DEVICE void done() const {
+    /// All threads: others may send from here on, before the first group, and after the last `sum` of a group that another follows.
+    DEVICE void ready() const {
         if (a.split > 1) cluster_arrive();
     }
 
    protected:
-    /// All threads, before a group's sums are handed over, of which so many floats will come from other blocks: when nobody wants
-    /// those of the group before any more.
+    /// All threads, before a group's sums are handed over, of which so many floats will come from other blocks: when all are `ready`.
     DEVICE void expect(int floats, bool first_group) const {
         if (a.split > 1) {
-            if (!first_group) cluster_wait();  // all ranks are done
+            cluster_wait();
             if (thread_index() == 0) barrier_expect(barrier, floats * 4);
         } else if (!first_group) {
             block_barrier();
@@ -117,24 +116,40 @@ class Sums : public GroupSums {
     DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier)
         : GroupSums(a, s, lds, barrier), place(anew(s.rank * a.waves_k + s.wave_k)) {}
 
-    /// All threads: sums up, and tells every thread of the block what was loaded ahead.
-    template <typename T>
-    DEVICE void hand_over(const T& totals, int columns, bool first_group, bool) {
+    /// Bytes in front of the partial sums.
+    DEVICE static int ahead_of_partial(const DecodeArgs& a) { return shared_by(a.waves_n * TILE_ROWS, a.split) * 8; }
+
+    /// Where the first columns of row `row` of a wave's row tile go: into another block, whose barrier is told, or to `barrier` 0.
+    struct Way {
+        uint32_t to, barrier;
+    };
+    DEVICE Way way(int row) const {
+        row += s.wave_n * TILE_ROWS;
+        const int owner = of_owner.of(row);
+        float* to = partial + (place * owned + row - owner * owned) * PITCH;
+        if (owner == s.rank) return {shared_address(to), 0};
+        return {address_in(to, owner), address_in(barrier, owner)};
+    }
+
+    /// All threads that multiply: sums up, and tells them what was loaded ahead. `way_of(row)`: its `way`.
+    template <typename T, typename WayOf>
+    DEVICE void hand_over(const T& totals, int columns, bool first_group, WayOf way_of) {
         const int handed_on = ceil_div(smaller(columns, Room), T::TOGETHER) * T::TOGETHER;  // of a row
         expect((a.split - 1) * a.waves_k * owned * handed_on, first_group);
-        float* slot = partial + place * owned * PITCH;
         totals.each(columns, [&](int row, int column, const auto& values) {
-            row += s.wave_n * TILE_ROWS;
-            const int owner = of_owner.of(row);
-            float* to = slot + (row - owner * owned) * PITCH + column;
-            if (owner == s.rank)
-                store_floats(to, values);
+            const Way way = way_of(row);
+            if (way.barrier != 0)
+                cluster_store(way.to + column * 4, values, way.barrier);
             else
-                cluster_store(address_in(to, owner), values, address_in(barrier, owner));
+                store_floats(way.to + column * 4, values);
         });
         publish();
-        block_barrier();
+        everybody_has();
         wait();
+    }
+    template <typename T>
+    DEVICE void hand_over(const T& totals, int columns, bool first_group, bool) {
+        hand_over(totals, columns, first_group, [&](int row) { return way(row); });
     }
 
     DEVICE Output output() const { return {a, s, outputs, COLUMNS}; }
@@ -149,6 +164,9 @@ class Sums : public GroupSums {
     DEVICE void leave() const {}
 
    private:
+    /// A barrier of the threads that multiply; those that brought x have gone.
+    DEVICE void everybody_has() const { asm volatile("barrier.sync 1, %0;" ::"r"(s.threads) : "memory"); }
+
     const int place;  // of this wave's sums among those of their rows
 };
 
@@ -196,7 +214,7 @@ class MetSums : public GroupSums {
                 each_sum(columns, [&](int row, int column, const Floats<4>& sum) { send(row, column, sum); });
         }
         wait();
-        if (WHOLE && last_group) done();
+        if (WHOLE && last_group) ready();
     }
 
     DEVICE Output output() const { return {a, s, outputs, COLUMNS}; }

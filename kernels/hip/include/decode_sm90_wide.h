@@ -92,18 +92,22 @@ class Arriving {
     int shift;  // a piece is 1 << shift tiles
 };
 
+/// The row of sixteen of which a lane hands on sums by fours.
+DEVICE int row_by_fours() { return lane_index() / 4 + lane_index() % 2 * 8; }
+
 /// `store(row, column, values of four columns)` for all that this lane has of a sum of wgmma: rows g and g + 8 (g = l / 4), columns
-/// 2 q and 2 q + 1 of every eight, up to the eight that column `columns` begins. Neighbours trade rows for columns.
+/// 2 q and 2 q + 1 of every eight, up to the four that column `columns` is of. Neighbours trade rows for columns.
 template <int Sets, typename Store>
 DEVICE void each_by_fours(const float (&sum)[Sets][4], int columns, Store store) {
     const int lane = anew(lane_index()), q = lane % 4;
     const bool odd = q % 2;
-    const int row = lane / 4 + (odd ? 8 : 0);
+    const int row = row_by_fours();
 #pragma unroll
     for (int set = 0; set < Sets; set++) {
         if (8 * set >= columns) break;
         const float(&mine)[4] = sum[set];
         const float theirs[2] = {shuffle_xor(odd ? mine[0] : mine[2], 1), shuffle_xor(odd ? mine[1] : mine[3], 1)};
+        if (8 * set + q / 2 * 4 >= columns) continue;
         store(row, 8 * set + q / 2 * 4,
               Floats<4>{odd ? theirs[0] : mine[0], odd ? theirs[1] : mine[1], odd ? mine[2] : theirs[0], odd ? mine[3] : theirs[1]});
     }
@@ -112,7 +116,7 @@ DEVICE void each_by_fours(const float (&sum)[Sets][4], int columns, Store store)
 /// Sums of wgmma for one row tile: rows g and g + 8 (g = l / 4) times the columns 2 q and 2 q + 1 of every eight.
 template <int M>
 struct WideSums {
-    static constexpr int TOGETHER = 8;  // columns that `each` hands on, if any of them is wanted
+    static constexpr int TOGETHER = 4;  // columns that `each` hands on, if any of them is wanted
 
     float sum[M / 8][4];
 

@@ -108,6 +108,14 @@ DEVICE void cluster_store(uint32_t to, const Floats<4>& floats, uint32_t barrier
                  "f"(floats.v[0]), "f"(floats.v[1]), "f"(floats.v[2]), "f"(floats.v[3]), "r"(barrier)
                  : "memory");
 }
+DEVICE void store_floats(uint32_t shared, const Floats<2>& floats) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared), "f"(floats.v[0]), "f"(floats.v[1]) : "memory");
+}
+DEVICE void store_floats(uint32_t shared, const Floats<4>& floats) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "f"(floats.v[0]), "f"(floats.v[1]), "f"(floats.v[2]), "f"(floats.v[3])
+                 : "memory");
+}
+
 // ---- wgmma: the four waves of a warpgroup, of consecutive indices from a multiple of four, multiply together
 
 /// 64 of K of a matrix in shared memory as wgmma's right operand, in bf16 or halves (SWIZZLED_128: rows of 128 bytes) or e4m3
@@ -161,6 +169,27 @@ DEVICE void warpgroup_wait() {
 WARPGROUP_MATRICES(warpgroup_matrix_bf16, "k16", ".f32.bf16.bf16", ", 0", SWIZZLED_128)
 WARPGROUP_MATRICES(warpgroup_matrix_half, "k16", ".f32.f16.f16", ", 0", SWIZZLED_128)
 WARPGROUP_MATRICES(warpgroup_matrix_e4m3, "k32", ".f32.e4m3.e4m3", "", SWIZZLED_64)
+
+/// A matrix of 64 rows of e4m3 in shared memory as wgmma's left operand: eight rows of 16 bytes lie together, such cores one behind the
+/// other along K, and `stride` bytes apart along rows. A step along K, of 32, is two cores.
+struct LeftMatrix {
+    static constexpr int CORE = 8 * 16;
+    uint32_t low, high;
+    DEVICE LeftMatrix(const void* at, int stride) : low((shared_address(at) & 0x3ffff) >> 4 | (CORE >> 4) << 16), high(stride >> 4) {}
+    DEVICE uint32_t from(int bytes) const { return low + (bytes >> 4); }
+};
+
+/// The same of both operands in shared memory, A being `from` so many bytes on.
+#define WARPGROUP_MATRIX_IN_LDS(SETS, SHAPE, SUMS, A0, A1, LOW, HIGH, ADD)                                                          \
+    DEVICE void warpgroup_matrix_e4m3(const LeftMatrix& a, int bytes, uint32_t b, float (&sum)[SETS][4], bool add) {               \
+        asm volatile("{\n\t.reg .b64 a, b;\n\t.reg .pred p;\n\tmov.b64 a, {%" #A0 ", %" #A1 "};\n\tmov.b64 b, {%" #LOW ", %" #HIGH \
+                     "};\n\tsetp.ne.b32 p, %" #ADD ", 0;\n\twgmma.mma_async.sync.aligned." SHAPE "k32.f32.e4m3.e4m3 {" SUMS       \
+                     "}, a, b, p, 1, 1;\n\t}"                                                                                      \
+                     : SUMMED_##SETS(0)                                                                                          \
+                     : "r"(a.from(bytes)), "r"(a.high), "r"(b), "r"(SWIZZLED_64), "r"(static_cast<int>(add)));                   \
+    }
+WARPGROUP_MATRIX_IN_LDS(1, "m64n8", REGISTERS_1, 4, 5, 6, 7, 8)
+WARPGROUP_MATRIX_IN_LDS(2, "m64n16", REGISTERS_2, 8, 9, 10, 11, 12)
 #else
 DEVICE void wait_for_previous_launch() {}
 DEVICE void allow_next_launch() {}

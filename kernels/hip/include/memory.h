@@ -21,6 +21,20 @@ DEVICE uint8_t* dynamic_lds() {
 /// 16 bytes that the block will want again. `from` is 16-byte aligned.
 DEVICE Words load_words(const void* from) { return *static_cast<const Words*>(from); }
 
+#if TARGET_SM90
+/// The same of global memory if they are `wanted`, else zeros, without a branch: others may be asked for meanwhile.
+DEVICE Words load_words_if(bool wanted, const void* from) {
+    Words w;
+    asm volatile(
+        "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %5, 0;\n\tmov.b32 %0, 0;\n\tmov.b32 %1, 0;\n\tmov.b32 %2, 0;\n\tmov.b32 %3, 0;\n\t"
+        "@wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+        : "=&r"(w.v[0]), "=&r"(w.v[1]), "=&r"(w.v[2]), "=&r"(w.v[3])
+        : "l"(from), "r"(static_cast<int>(wanted))
+        : "memory");
+    return w;
+}
+#endif
+
 /// 16 bytes that nobody reads again in this launch: weights. Passes the caches without pushing others out.
 /// `from` is 16-byte aligned global memory that no one writes during the launch.
 DEVICE Words stream_words(const void* from) {
