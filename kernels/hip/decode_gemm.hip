@@ -73,6 +73,7 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     auto sums = sums_of_block<X::ROOM>(a, s, rings, of_rings + X::bytes(a, s), barriers);
     sums.ready();
     sums.template look_ahead<W, A, M>(rows.expert, s.first_group);
+    sums.meet();
     Output output;
     if (!Grouped) wait_for_previous_launch();
     if constexpr (is_wide(W, M)) {
@@ -125,6 +126,7 @@ template <Weight W, Act A, int M>
 DEVICE void decode_early(const DecodeArgs& a) {
     using Weights = Stream<W, M, true>;
     using X = Activations<W, A, M>;
+    using AllSums = Sums<M, 4>;
     allow_next_launch();
     const Share s(a, Tile<W>::K, share_rank(a));
     const int waves = a.waves_k * a.waves_n, wave = wave_index();
@@ -141,22 +143,24 @@ DEVICE void decode_early(const DecodeArgs& a) {
     uint64_t* barriers = own_barriers();
     // Scales are where sums will be: these come when all blocks have decoded.
     Weights weights(a, s, 0, rings + wave * Weights::bytes(a), barriers + OWN_BARRIERS + wave * a.depth,
-                    of_sums + Sums<M>::ahead_of_partial(a) + wave * Weights::scale_room(a));
+                    of_sums + AllSums::ahead_of_partial(a) + wave * Weights::scale_room(a));
     X x(a, s, of_x, crew);
-    Sums<M> sums(a, s, of_sums, barriers);
+    AllSums sums(a, s, of_sums, barriers);
     sums.template look_ahead<W, A, M>(0, s.first_group);
     weights.decode();
     sums.ready();
     const Output output = sums.output().kept();
-    typename Sums<M>::Way way = sums.way(row_by_fours());
-    way = {static_cast<uint32_t>(anew(way.to)), static_cast<uint32_t>(anew(way.barrier))};
+    const auto way = sums.way(row_by_fours());
     uint16_t* plain = plain_results(a, s, rows.first, sums, output, s.first_group);
-    asm volatile("" : "+l"(plain));
+    const uint32_t first_x = x.at((s.wave_first - s.block_first) * Tile<W>::BLOCKS, 0);
+    const LeftMatrix decoded = weights.decoded();
+    sums.meet();
+    asm volatile("" ::"r"(way.to), "r"(way.barrier), "l"(plain), "r"(first_x), "r"(decoded.low), "r"(decoded.high) : "memory");  // not later
     block_barrier();
 
     Totals<Weight::row_e4m3, A, M> totals;
     if constexpr (W == Weight::row_e2m1)
-        totals.add_all(weights.decoded(), Weights::TILE, s.wave_end - s.wave_first, x, (s.wave_first - s.block_first) * Tile<W>::BLOCKS);
+        totals.add_all(decoded, Weights::TILE, s.wave_end - s.wave_first, first_x);
     else
         weights.template each_tile<1>(
             [] {}, [&](int tile, int number, auto) { totals.add(weights, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, Number<1>{}); },
@@ -188,6 +192,7 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     block_barrier();
     wait_for_previous_launch();
     if (shares_x) cluster_wait();
+    sums.meet();
     x.begin(rows.first / M);
     stream.begin(a.depth);
 

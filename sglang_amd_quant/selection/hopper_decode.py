@@ -104,7 +104,7 @@ def lds_bytes(
     if rows >= MET_ROWS:
         met = waves_k * of_rows * rows
         return barriers + (max(used, met) if once else used + met) + factors + (of_rows * rows if split > 1 else 0)
-    sums = waves_k * of_rows * (rows if rows < 16 else rows + 4)
+    sums = waves_k * of_rows * rows
     scales = held * (w.tile_bytes - TILE_ROWS * TILE_K // 2) if early and w.kind == "row_e2m1" else 0
     return barriers + used + factors + max(sums, scales)
 

@@ -357,6 +357,7 @@ class Sums {
         return output;
     }
     DEVICE void ready() const {}
+    DEVICE void meet() const {}
     DEVICE void leave() const {}
 
    private:

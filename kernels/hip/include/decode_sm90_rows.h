@@ -47,17 +47,20 @@ struct Totals<W, A, M, Way::ROWS> : WideSums<M> {
         begun = true;
     }
 
-    /// Adds `count` tiles that lie in shared memory as the matrix unit reads them, `stride` bytes apart.
-    template <typename Columns>
-    DEVICE void add_all(const LeftMatrix& tiles, int stride, int count, const Columns& x, int block) {
+    /// Adds `count` tiles that lie in shared memory as the matrix unit reads them, `stride` bytes apart, times `x` (`at`) from the first on.
+    /// The unit takes both addresses from registers of a slow kind: they are added to, and nothing else.
+    DEVICE void add_all(LeftMatrix tiles, int stride, int count, uint32_t x) {
         constexpr int MOST = 12;  // that the matrix unit adds up
+#pragma unroll 1
         for (int first = 0; first < count; first += MOST) {
+            const auto second_half = [&] {
+                warpgroup_matrix_e4m3<true>(tiles.low + (2 * LeftMatrix::CORE >> 4), tiles.high, x + 2, part);
+                tiles.low += stride >> 4, x += XTile<W, M>::BYTES >> 4;
+            };
             warpgroup_fence();
+            warpgroup_matrix_e4m3<false>(tiles.low, tiles.high, x, part), second_half();
 #pragma unroll 4
-            for (int t = first; t < smaller(first + MOST, count); t++) {
-                warpgroup_matrix_e4m3(tiles, t * stride, x.at(block + 2 * t, 0), part, t > first);
-                warpgroup_matrix_e4m3(tiles, t * stride + 2 * LeftMatrix::CORE, x.at(block + 2 * t, 1), part, true);
-            }
+            for (int t = smaller(MOST, count - first) - 1; t > 0; t--) warpgroup_matrix_e4m3<true>(tiles.low, tiles.high, x, part), second_half();
             warpgroup_commit();
             settle(Number<0>{});
         }

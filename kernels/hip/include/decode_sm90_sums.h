@@ -82,12 +82,17 @@ class GroupSums : public OwnedRows {
     DEVICE void ready() const {
         if (a.split > 1) cluster_arrive();
     }
+    /// All threads that are to send, before the first group: waits until all blocks that share K are `ready`.
+    DEVICE void meet() const {
+        if (a.split > 1) cluster_wait();
+    }
 
    protected:
-    /// All threads, before a group's sums are handed over, of which so many floats will come from other blocks: when all are `ready`.
+    /// All threads, before a group's sums are handed over, of which so many floats will come from other blocks: when nobody wants
+    /// those of the group before any more.
     DEVICE void expect(int floats, bool first_group) const {
         if (a.split > 1) {
-            cluster_wait();
+            if (!first_group) cluster_wait();
             if (thread_index() == 0) barrier_expect(barrier, floats * 4);
         } else if (!first_group) {
             block_barrier();
@@ -106,12 +111,10 @@ class GroupSums : public OwnedRows {
 };
 
 /// Of few rows of x each wave's travel by st.async: [rank][wave_k][owned row][column].
-template <int Room>
+template <int Room, int Columns = Room < 16 ? 1 : 4>
 class Sums : public GroupSums {
-    static constexpr int PITCH = Room < 16 ? Room : Room + 4;  // floats from row to row: stores and loads meet in few banks
-
    public:
-    static constexpr int COLUMNS = Room < 16 ? 1 : 4;  // that one thread finishes together
+    static constexpr int COLUMNS = Columns;  // that one thread finishes together
 
     DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier)
         : GroupSums(a, s, lds, barrier), place(anew(s.rank * a.waves_k + s.wave_k)) {}
@@ -119,16 +122,17 @@ class Sums : public GroupSums {
     /// Bytes in front of the partial sums.
     DEVICE static int ahead_of_partial(const DecodeArgs& a) { return shared_by(a.waves_n * TILE_ROWS, a.split) * 8; }
 
-    /// Where the first columns of row `row` of a wave's row tile go: into another block, whose barrier is told, or to `barrier` 0.
+    /// Where a row of a wave's row tile goes: into another block, whose barrier is told, or to `barrier` 0; and by what its columns are turned.
     struct Way {
-        uint32_t to, barrier;
+        uint32_t to, barrier, turn;
+        DEVICE uint32_t at(int column) const { return to + turned(column, turn) * 4; }
     };
     DEVICE Way way(int row) const {
         row += s.wave_n * TILE_ROWS;
-        const int owner = of_owner.of(row);
-        float* to = partial + (place * owned + row - owner * owned) * PITCH;
-        if (owner == s.rank) return {shared_address(to), 0};
-        return {address_in(to, owner), address_in(barrier, owner)};
+        const int owner = of_owner.of(row), own_row = row - owner * owned;
+        float* to = partial + (place * owned + own_row) * Room;
+        if (owner == s.rank) return {shared_address(to), 0, turn_of(own_row)};
+        return {address_in(to, owner), address_in(barrier, owner), turn_of(own_row)};
     }
 
     /// All threads that multiply: sums up, and tells them what was loaded ahead. `way_of(row)`: its `way`.
@@ -139,9 +143,9 @@ class Sums : public GroupSums {
         totals.each(columns, [&](int row, int column, const auto& values) {
             const Way way = way_of(row);
             if (way.barrier != 0)
-                cluster_store(way.to + column * 4, values, way.barrier);
+                cluster_store(way.at(column), values, way.barrier);
             else
-                store_floats(way.to + column * 4, values);
+                store_floats(way.at(column), values);
         });
         publish();
         everybody_has();
@@ -156,14 +160,18 @@ class Sums : public GroupSums {
 
     /// The finished sums of an owned row, columns `column` ... , in an order that never changes.
     DEVICE void sum(int row, int column, float (&total)[COLUMNS]) const {
-        const float* from = partial + row * PITCH + column;
-        sum_up(a.split * a.waves_k, [&](int i) { return from + i * owned * PITCH; }, row, total);
+        const float* from = partial + row * Room + turned(column, turn_of(row));
+        sum_up(a.split * a.waves_k, [&](int i) { return from + i * owned * Room; }, row, total);
     }
 
     /// All threads, at the end.
     DEVICE void leave() const {}
 
    private:
+    /// Columns of a row are turned by fours, so that the same ones of eight rows lie in all banks.
+    DEVICE static uint32_t turn_of(int row) { return Room < 8 ? 0 : row / (32 / Room) % (Room / 4); }
+    DEVICE static uint32_t turned(int column, uint32_t turn) { return (column / 4 ^ turn) * 4 + column % 4; }
+
     /// A barrier of the threads that multiply; those that brought x have gone.
     DEVICE void everybody_has() const { asm volatile("barrier.sync 1, %0;" ::"r"(s.threads) : "memory"); }
 

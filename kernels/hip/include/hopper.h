@@ -174,19 +174,19 @@ WARPGROUP_MATRICES(warpgroup_matrix_e4m3, "k32", ".f32.e4m3.e4m3", "", SWIZZLED_
 /// other along K, and `stride` bytes apart along rows. A step along K, of 32, is two cores.
 struct LeftMatrix {
     static constexpr int CORE = 8 * 16;
-    uint32_t low, high;
+    uint32_t low, high;  // `low` in units of 16 bytes, as `matrix_in_lds`
     DEVICE LeftMatrix(const void* at, int stride) : low((shared_address(at) & 0x3ffff) >> 4 | (CORE >> 4) << 16), high(stride >> 4) {}
-    DEVICE uint32_t from(int bytes) const { return low + (bytes >> 4); }
 };
 
-/// The same of both operands in shared memory, A being `from` so many bytes on.
-#define WARPGROUP_MATRIX_IN_LDS(SETS, SHAPE, SUMS, A0, A1, LOW, HIGH, ADD)                                                          \
-    DEVICE void warpgroup_matrix_e4m3(const LeftMatrix& a, int bytes, uint32_t b, float (&sum)[SETS][4], bool add) {               \
-        asm volatile("{\n\t.reg .b64 a, b;\n\t.reg .pred p;\n\tmov.b64 a, {%" #A0 ", %" #A1 "};\n\tmov.b64 b, {%" #LOW ", %" #HIGH \
-                     "};\n\tsetp.ne.b32 p, %" #ADD ", 0;\n\twgmma.mma_async.sync.aligned." SHAPE "k32.f32.e4m3.e4m3 {" SUMS       \
-                     "}, a, b, p, 1, 1;\n\t}"                                                                                      \
-                     : SUMMED_##SETS(0)                                                                                          \
-                     : "r"(a.from(bytes)), "r"(a.high), "r"(b), "r"(SWIZZLED_64), "r"(static_cast<int>(add)));                   \
+/// sum = A B, or sum += A B if `Add`, of both operands in shared memory, A being that of `high` at `low`.
+#define WARPGROUP_MATRIX_IN_LDS(SETS, SHAPE, SUMS, A0, A1, LOW, HIGH, ADD)                                                             \
+    template <bool Add>                                                                                                               \
+    DEVICE void warpgroup_matrix_e4m3(uint32_t low, uint32_t high, uint32_t b, float (&sum)[SETS][4]) {                               \
+        asm volatile("{\n\t.reg .b64 a, b;\n\t.reg .pred p;\n\tmov.b64 a, {%" #A0 ", %" #A1 "};\n\tmov.b64 b, {%" #LOW ", %" #HIGH    \
+                     "};\n\tsetp.ne.b32 p, %" #ADD ", 0;\n\twgmma.mma_async.sync.aligned." SHAPE "k32.f32.e4m3.e4m3 {" SUMS          \
+                     "}, a, b, p, 1, 1;\n\t}"                                                                                         \
+                     : SUMMED_##SETS(0)                                                                                           \
+                     : "r"(low), "r"(high), "r"(b), "r"(SWIZZLED_64), "n"(Add));                                                  \
     }
 WARPGROUP_MATRIX_IN_LDS(1, "m64n8", REGISTERS_1, 4, 5, 6, 7, 8)
 WARPGROUP_MATRIX_IN_LDS(2, "m64n16", REGISTERS_2, 8, 9, 10, 11, 12)
