@@ -150,12 +150,12 @@ DEVICE void decode_early(const DecodeArgs& a) {
     weights.decode();
     sums.ready();
     const Output output = sums.output().kept();
-    const auto way = sums.way(row_by_fours());
+    const auto destination = sums.destination(row_by_fours());
     uint16_t* plain = plain_results(a, s, rows.first, sums, output, s.first_group);
     const uint32_t first_x = x.at((s.wave_first - s.block_first) * Tile<W>::BLOCKS, 0);
     const LeftMatrix decoded = weights.decoded();
     sums.meet();
-    asm volatile("" ::"r"(way.to), "r"(way.barrier), "l"(plain), "r"(first_x), "r"(decoded.low), "r"(decoded.high) : "memory");  // not later
+    asm volatile("" ::"r"(destination.to), "r"(destination.barrier), "l"(plain), "r"(first_x), "r"(decoded.low), "r"(decoded.high) : "memory");  // not later
     block_barrier();
 
     Totals<Weight::row_e4m3, A, M> totals;
@@ -166,7 +166,7 @@ DEVICE void decode_early(const DecodeArgs& a) {
             [] {}, [&](int tile, int number, auto) { totals.add(weights, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, Number<1>{}); },
             [&](auto pending) { totals.settle(pending); });
     totals.join(x);
-    sums.hand_over(totals, rows.count, true, [&](int) { return way; });
+    sums.hand_over(totals, rows.count, true, [&](int) { return destination; });
     finish_group<W, A>(a, s, rows, sums, output, s.first_group, plain);
 }
 

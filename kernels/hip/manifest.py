@@ -84,8 +84,7 @@ FEW_M, PREPARED_M = (2, 4, 8), (16, 32, 64)
 DECODE_M = FEW_M + PREPARED_M
 QUANTIZED_M, EARLY_M = (8, *PREPARED_M), (8, 16)
 """Rows of activations that the decode kernels are instantiated for on sm_90: few of bf16 and fp16, those of an x that a
-launch has prepared, of bf16 and fp16, of quantized activations, of those with e2m1 weights that are decoded before x is
-there ..."""
+launch has prepared, of bf16 and fp16, of quantized activations, of those with waves for x while weights come ..."""
 AMD_DECODE_M = (4, 16, 32)
 AMD_MOE_DECODE_M = (4, 16)
 """... and on AMD, whose matrix units take sixteen rows at a time; grouped by expert only there (`hopper_moe.py`)."""

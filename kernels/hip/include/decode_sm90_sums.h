@@ -123,11 +123,11 @@ class Sums : public GroupSums {
     DEVICE static int ahead_of_partial(const DecodeArgs& a) { return shared_by(a.waves_n * TILE_ROWS, a.split) * 8; }
 
     /// Where a row of a wave's row tile goes: into another block, whose barrier is told, or to `barrier` 0; and by what its columns are turned.
-    struct Way {
+    struct Destination {
         uint32_t to, barrier, turn;
         DEVICE uint32_t at(int column) const { return to + turned(column, turn) * 4; }
     };
-    DEVICE Way way(int row) const {
+    DEVICE Destination destination(int row) const {
         row += s.wave_n * TILE_ROWS;
         const int owner = of_owner.of(row), own_row = row - owner * owned;
         float* to = partial + (place * owned + own_row) * Room;
@@ -135,17 +135,17 @@ class Sums : public GroupSums {
         return {address_in(to, owner), address_in(barrier, owner), turn_of(own_row)};
     }
 
-    /// All threads that multiply: sums up, and tells them what was loaded ahead. `way_of(row)`: its `way`.
-    template <typename T, typename WayOf>
-    DEVICE void hand_over(const T& totals, int columns, bool first_group, WayOf way_of) {
+    /// All threads that multiply: sums up, and tells them what was loaded ahead. `destination_of(row)`: its `destination`.
+    template <typename T, typename DestinationOf>
+    DEVICE void hand_over(const T& totals, int columns, bool first_group, DestinationOf destination_of) {
         const int handed_on = ceil_div(smaller(columns, Room), T::TOGETHER) * T::TOGETHER;  // of a row
         expect((a.split - 1) * a.waves_k * owned * handed_on, first_group);
         totals.each(columns, [&](int row, int column, const auto& values) {
-            const Way way = way_of(row);
-            if (way.barrier != 0)
-                cluster_store(way.at(column), values, way.barrier);
+            const Destination there = destination_of(row);
+            if (there.barrier != 0)
+                cluster_store(there.at(column), values, there.barrier);
             else
-                store_floats(way.at(column), values);
+                store_floats(there.at(column), values);
         });
         publish();
         everybody_has();
@@ -153,7 +153,7 @@ class Sums : public GroupSums {
     }
     template <typename T>
     DEVICE void hand_over(const T& totals, int columns, bool first_group, bool) {
-        hand_over(totals, columns, first_group, [&](int row) { return way(row); });
+        hand_over(totals, columns, first_group, [&](int row) { return destination(row); });
     }
 
     DEVICE Output output() const { return {a, s, outputs, COLUMNS}; }
