@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -44,15 +45,24 @@ OUR_ERROR = re.compile(r"sglang_amd_quant\.errors\.\w+: (.+)")
 ANY_ERROR = re.compile(r"^(?:\S+: )?((?:[\w.]*(?:Error|Exception|Interrupt)|error): .+)")
 
 
+BIND_ERROR = "error while attempting to bind on address"
+
+
 class ServerError(AmdMxError, RuntimeError):
     """A server that did not start, died or does not answer."""
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on at the moment."""
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
+    """A TCP port that nobody listens on at the moment.
+
+    A server binds it seconds later, so it is none of those that Linux gives to any connection meanwhile (from 32768
+    on), nor of those where SGLang looks for its own (from 22000 on).
+    """
+    for port in random.SystemRandom().sample(range(10000, 20000), 100):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind((HOST, port))
+            return port
+    raise ServerError("ports 10000 to 19999", "100 of them are taken", "name one")
 
 
 def port_taken(port: int) -> bool:
@@ -164,6 +174,9 @@ class Server:
             progress(next((stage for mark, stage in reversed(STAGES) if mark in text), "importing SGLang"))
             if "fired up and ready to roll" in text and self.answers():
                 return self
+            if BIND_ERROR in text:  # after which SGLang goes on without serving anybody
+                self.stop()
+                raise ServerError(f"port {self.port}", "another program has taken it meanwhile", "name another one")
             time.sleep(0.5)
         last = (self.log_text().splitlines() or ["nothing"])[-1]
         self.stop()

@@ -77,6 +77,22 @@ def test_a_port_that_another_sglang_holds(stub, capsys):
     server.stop()  # twice does nothing
 
 
+def test_a_port_that_is_taken_before_the_server_binds_it(stub):
+    server = Server.start("model", Path("beaten.log")).wait()
+    with server.log.open("a") as log:  # as uvicorn says it, of a server that goes on
+        log.write(
+            "ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 1): address already in use\n"
+        )
+    server.answers = lambda: False
+    with pytest.raises(ServerError, match=rf"port {server.port}: another program has taken it meanwhile"):
+        server.wait()
+    assert server.process.poll() is not None
+
+
+def test_free_ports_are_given_to_no_connection():
+    assert all(10000 <= free_port() < 20000 for _ in range(50))
+
+
 def test_a_server_that_is_not_ready_in_time(stub):
     server = Server.start("model", Path("late.log"))
     with pytest.raises(ServerError, match=r"not ready after 0 s"):
