@@ -192,8 +192,11 @@ def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, early:
     most = next(most for most in (1, 2, 4, 8, 16, 32, 64) if m <= most and (kind, most) in _WANTED)
     if _large(row_tiles, cu_count):
         # Measured at K = 8192: a shorter one is shared by fewer, so that waves go on as long.
-        split, *rest = _WANTED[kind, most][0]
-        return (max(min(split, 2), split * min(tiles, 128) // 128), *rest), False
+        split, waves_k, *rest = _WANTED[kind, most][0]
+        fewer = max(min(split, 2), split * min(tiles, 128) // 128)
+        if kind == "row_e2m1":  # measured at K = 4096 too
+            waves_k = max(1, min(waves_k, split * waves_k * min(tiles, 128) // (128 * fewer)))
+        return (fewer, waves_k, *rest), False
     which = 3 if tiles < 64 else 1 if row_tiles <= cu_count else 2
     if early:
         by_k = which - 1 if tiles >= 96 else 2 if tiles >= 64 else 3 if tiles >= 32 else 4
