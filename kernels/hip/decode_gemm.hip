@@ -106,11 +106,7 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
         const bool last = group + s.groups >= s.row_groups;
         sums.hand_over(totals, rows.count, group == s.first_group, last);
         if constexpr (!AHEAD) output = sums.output();
-        uint16_t* plain = nullptr;
-#if TARGET_SM90
-        plain = plain_results(a, s, rows.first, sums, output, group);
-#endif
-        finish_group<W, A>(a, s, rows, sums, output, group, plain);
+        finish_group<W, A>(a, s, rows, sums, output, group, plain_results(a, s, rows.first, sums, output, group));
         if (!last) {
             sums.ready();
             sums.template look_ahead<W, A, M>(rows.expert, group + s.groups);

@@ -298,7 +298,7 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
                     break
             if w.x_bytes == 1 and rows in EARLY_M and depth * chunk >= most_tiles and not _large(row_tiles, cu_count):
                 lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, early=True)
-                x_waves = min(MOST_X_WAVES, -(-min(m, rows) // (rows // 8)))  # a row each, or two
+                x_waves = -(-min(m, rows) // (rows // MOST_X_WAVES))  # a row each, or two
                 plan = DecodePlan(rows, split, waves_k, waves_n, row_groups, depth, chunk, lds, x_waves=x_waves)
                 both = plan, replace(plan, share=RESIDENT, x_waves=1)
                 # only what starts at once is decoded while others wait

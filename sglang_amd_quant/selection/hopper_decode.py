@@ -102,11 +102,17 @@ def lds_bytes(
         activations = 1024 + most * w.tile_k * 2 * rows
     factors, used = 2 * of_rows // split, ring + activations
     if rows >= MET_ROWS:
-        met = waves_k * of_rows * rows
-        return barriers + (max(used, met) if once else used + met) + factors + (of_rows * rows if split > 1 else 0)
+        return barriers + _with_met_sums(used, of_rows, rows, split, waves_k, once)
     sums = waves_k * of_rows * rows
     scales = held * (w.tile_bytes - TILE_ROWS * TILE_K // 2) if early and w.kind == "row_e2m1" else 0
     return barriers + used + factors + max(sums, scales)
+
+
+def _with_met_sums(used: int, of_rows: int, rows: int, split: int, waves_k: int, once: bool) -> int:
+    """Rings and activations, and the row factors and sums behind them: those of waves, where the former were if `once`,
+    and those of the blocks that share K (`MetSums::behind`)."""
+    met = waves_k * of_rows * rows
+    return (max(used, met) if once else used + met) + 2 * of_rows // split + (of_rows * rows if split > 1 else 0)
 
 
 def prepared_lds(w: DecodeWeights, rows: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int) -> int:
@@ -116,7 +122,7 @@ def prepared_lds(w: DecodeWeights, rows: int, split: int, waves_k: int, waves_n:
     barriers = _barriers((2 + waves_k * waves_n) * depth)
     rings = 1024 + depth * waves_k * chunk * (w.tile_k * w.x_bytes * rows + waves_n * w.tile_bytes)
     used = rings + (4 * rows if w.x_bytes == 1 else 0)
-    return barriers + max(used, waves_k * of_rows * rows) + 2 * of_rows // split + (of_rows * rows if split > 1 else 0)
+    return barriers + _with_met_sums(used, of_rows, rows, split, waves_k, once=True)
 
 
 def least_lds(scheme: str, m: int, k: int) -> int:

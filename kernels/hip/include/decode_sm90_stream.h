@@ -108,7 +108,7 @@ class Stream {
     DEVICE void each_tile(Begin begin, Each each, Settle settle) {
         for (int first = s.wave_first; first < s.wave_end; first += s.wave_step) {
             const int count = smaller(a.chunk, s.wave_end - first);
-            if constexpr (!Early || W == Weight::row_e4m3) wait();
+            wait();
             if constexpr (!is_wide(W, M)) {
                 int t = 0;
 #pragma unroll(M == 4 ? 2 : 1)
@@ -116,7 +116,7 @@ class Stream {
                 if (Together > 1 && t < count) each(t, first + t, Number<1>{});
             } else {
                 begin();
-                by_turns<THROUGHOUT<W, M, false> || (Early && M == 8), WAITS<W, M>>(
+                by_turns<THROUGHOUT<W, M, false>, WAITS<W, M>>(
                     count, [&](int t) { each(t, first + t, Number<1>{}); }, settle);
             }
             if constexpr (Early)
@@ -140,7 +140,7 @@ class Stream {
                 __syncwarp();  // rows 8 to 15 go where this tile's codes were
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
-                    uint8_t* core = ring + i % 2 * half() + t * (ROOM / 2) + i / 2 * LeftMatrix::CORE;
+                    uint8_t* core = ring + i % 2 * half() + t * TILE + i / 2 * LeftMatrix::CORE;
                     reinterpret_cast<uint32_t*>(core)[lane_index()] = fragments[i / 4][i % 4];
                 }
             }
@@ -166,7 +166,7 @@ class Stream {
    private:
     static constexpr int ROOM = Tile<Early ? Weight::row_e4m3 : W>::BYTES;  // for a tile
 
-    DEVICE int half() const { return a.depth * a.chunk * (ROOM / 2); }
+    DEVICE int half() const { return a.depth * a.chunk * TILE; }
     DEVICE uint8_t* arriving() const { return ring + a.depth * a.chunk * (ROOM - Tile<W>::BYTES); }
     DEVICE uint32_t* scales() const { return reinterpret_cast<uint32_t*>(Early ? early_scales : ring + a.depth * a.chunk * ROOM); }
 
