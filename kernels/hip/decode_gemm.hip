@@ -7,6 +7,7 @@
 // tiles a wave at any time, and never loaded twice. The order of every sum is fixed: same input, same bits.
 #include "decode.h"
 #if TARGET_SM90
+#include <type_traits>
 #include "decode_sm90.h"
 #elif TARGET_GFX950
 #include "decode_gfx950.h"
@@ -122,48 +123,62 @@ template <Weight W, Act A, int M>
 DEVICE void decode_early(const DecodeArgs& a) {
     using Weights = Stream<W, M, true>;
     using X = Activations<W, A, M>;
-    using AllSums = Sums<M, 4>;
+    constexpr bool PREPARED = M >= 32;  // x is, always
+    using AllSums = std::conditional_t<PREPARED, HalfSums<M>, Sums<M, 4>>;
     allow_next_launch();
     const Share s(a, Tile<W>::K, share_rank(a));
     const int waves = a.waves_k * a.waves_n, wave = wave_index();
     const auto rows = Rows<false>::template of<M>(a);
-    uint8_t *rings = dynamic_lds() + barrier_bytes(waves * a.depth), *of_x = rings + waves * Weights::bytes(a), *of_sums = of_x + X::bytes(a, s);
+    uint8_t *rings = dynamic_lds() + barrier_bytes(waves * a.depth), *of_x = rings + waves * Weights::bytes(a);
+    const int used = waves * Weights::bytes(a) + X::bytes(a, s);
     const Crew crew{s.threads, block_threads() - s.threads};
     if (wave >= waves) {  // does nothing else before: a block that starts late has x to wait for
         if (a.split > 1) cluster_arrive();
         X x(a, s, of_x, crew);
         wait_for_previous_launch();
-        x.template stage_by_rows<M / 8>(a, s, rows);
+        if constexpr (PREPARED)
+            x.fetch_prepared(a, rows);
+        else
+            x.template stage_by_rows<M / 8>(a, s, rows);
         return block_barrier();
     }
     uint64_t* barriers = own_barriers();
     // Scales are where sums will be: these come when all blocks have decoded.
     Weights weights(a, s, 0, rings + wave * Weights::bytes(a), barriers + OWN_BARRIERS + wave * a.depth,
-                    of_sums + AllSums::ahead_of_partial(a) + wave * Weights::scale_room(a));
+                    rings + AllSums::behind(a, used) + AllSums::ahead_of_partial(a) + wave * Weights::scale_room(a));
     X x(a, s, of_x, crew);
-    AllSums sums(a, s, of_sums, barriers);
-    sums.template look_ahead<W, A, M>(0, s.first_group);
+    AllSums sums(a, s, rings, used, barriers, x.factors);
+    if constexpr (!PREPARED) sums.template look_ahead<W, A, M>(0, s.first_group);
     weights.decode();
+    if constexpr (PREPARED) sums.template look_ahead<W, A, M>(0, s.first_group);  // registers do not hold what it asks for meanwhile
     sums.ready();
     const Output output = sums.output().kept();
-    const auto destination = sums.destination(row_by_fours());
     uint16_t* plain = plain_results(a, s, rows.first, sums, output, s.first_group);
     const uint32_t first_x = x.at((s.wave_first - s.block_first) * Tile<W>::BLOCKS, 0);
     const LeftMatrix decoded = weights.decoded();
     sums.meet();
-    asm volatile("" ::"r"(destination.to), "r"(destination.barrier), "l"(plain), "r"(first_x), "r"(decoded.low), "r"(decoded.high) : "memory");  // not later
-    block_barrier();
-
     Totals<Weight::row_e4m3, A, M> totals;
-    if constexpr (W == Weight::row_e2m1)
+    if constexpr (PREPARED) {
+        asm volatile("" ::"l"(plain), "r"(first_x), "r"(decoded.low), "r"(decoded.high) : "memory");  // not later
+        block_barrier();
         totals.add_all(decoded, Weights::TILE, s.wave_end - s.wave_first, first_x);
-    else
-        weights.template each_tile<1>(
-            [] {}, [&](int tile, int number, auto) { totals.add(weights, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, Number<1>{}); },
-            [&](auto pending) { totals.settle(pending); });
-    totals.join(x);
-    sums.hand_over(totals, rows.count, true, [&](int) { return destination; });
+        sums.hand_over(totals, rows.count);
+    } else {
+        const auto destination = sums.destination(row_by_fours());
+        asm volatile("" ::"r"(destination.to), "r"(destination.barrier), "l"(plain), "r"(first_x), "r"(decoded.low), "r"(decoded.high) : "memory");
+        block_barrier();
+        if constexpr (Weights::DECODED) {
+            totals.add_all(decoded, Weights::TILE, s.wave_end - s.wave_first, first_x);
+        } else {
+            weights.template each_tile<1>(
+                [] {}, [&](int tile, int number, auto) { totals.add(weights, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, Number<1>{}); },
+                [&](auto pending) { totals.settle(pending); });
+        }
+        totals.join(x);
+        sums.hand_over(totals, rows.count, true, [&](int) { return destination; });
+    }
     finish_group<W, A>(a, s, rows, sums, output, s.first_group, plain);
+    sums.leave();
 }
 
 /// Dense, of an x that `prepare` has brought into order (decode_sm90_prepared.h), and that streams: one row group a block.
@@ -254,7 +269,9 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
     DENSE(NAME, Weight::row_##W, A, 8, MANY, 2)   \
     FROM_16(NAME, Weight::row_##W, A)             \
     EARLY(NAME, Weight::row_##W, A, 8)            \
-    EARLY(NAME, Weight::row_##W, A, 16)
+    EARLY(NAME, Weight::row_##W, A, 16)           \
+    EARLY(NAME, Weight::row_##W, A, 32)           \
+    EARLY(NAME, Weight::row_##W, A, 64)
 #else  // a matrix unit takes sixteen rows whatever M is: fewer sizes will do
 #define SCHEME(NAME, W, A)                                  \
     DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)   \

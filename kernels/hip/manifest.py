@@ -82,7 +82,7 @@ INT4_GROUPS = (32, 64, 128)
 """int4 with bf16 or fp16 activations: a scheme's entry points for groups of 128 are those of `int4_w4a16_g128`."""
 FEW_M, PREPARED_M = (2, 4, 8), (16, 32, 64)
 DECODE_M = FEW_M + PREPARED_M
-QUANTIZED_M, EARLY_M = (8, *PREPARED_M), (8, 16)
+QUANTIZED_M, EARLY_M = (8, *PREPARED_M), (8, *PREPARED_M)
 """Rows of activations that the decode kernels are instantiated for on sm_90: few of bf16 and fp16, those of an x that a
 launch has prepared, of bf16 and fp16, of quantized activations, of those with waves for x while weights come ..."""
 AMD_DECODE_M = (4, 16, 32)

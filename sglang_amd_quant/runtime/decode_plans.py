@@ -15,7 +15,9 @@ from sglang_amd_quant.kernels.hip.manifest import EARLY_M
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.selection.hopper_decode import (
     DECODE_WEIGHTS,
+    EARLY_PREPARED,
     MET_ROWS,
+    MOST_ADDED,
     TILE_K,
     TILE_ROWS,
     DecodeWeights,
@@ -25,7 +27,7 @@ from sglang_amd_quant.selection.hopper_decode import (
 )
 
 MOST_X_WAVES = 8
-_EARLY_WAVES = {8: 32, 16: 28}
+_EARLY_WAVES = {8: 32, 16: 28, 32: 24, 64: 24}
 """Waves that find registers on a multiprocessor, of kernels that have waves for x."""
 RESIDENT = -1
 """`DecodePlan.share` of an x that is prepared, and then held as a whole by the blocks that multiply it."""
@@ -44,8 +46,9 @@ class DecodePlan:
         lds: bytes of shared memory a block.
         share: 0 where every block quantizes its part of x; else a launch in front does: RESIDENT where every block then
             fetches its part, or so many row groups whose blocks, a cluster, stream it together.
-        x_waves: more waves of a block, which fetch x while the others wait for weights, and bring e2m1 to e4m3 where it
-            lies in shared memory: one row group a block, and rings that hold all of K. 0 where all waves fetch x.
+        x_waves: more waves of a block, which fetch x while the others wait for weights and bring them into the order in
+            which the matrix unit takes them from shared memory (few rows of x by e4m3: as they are): one row group a
+            block, and rings that hold all of K. 0 where all waves fetch x.
     """
 
     rows: int
@@ -168,18 +171,23 @@ _WANTED_4096: dict[tuple[str, int], Shape] = {
 }
 """Likewise of K from 4096 to 6143 and more row tiles than multiprocessors: 30 plans each for 4096 -> 6144 and 4096."""
 
-_WANTED_EARLY: dict[tuple[str, int], tuple[Shape, ...]] = {
+_WANTED_EARLY: dict[tuple[str, int], tuple[Shape | None, ...]] = {
     # kind, most rows of x: K from 6144 on with few row tiles, or more; K from 4096, from 2048 on; shorter
     ("row_e2m1", 2): ((8, 1, 8, 4, 3), (8, 1, 4, 1, 12), (8, 1, 4, 2, 4), (2, 1, 12, 2, 8), (2, 1, 8, 2, 6)),
     ("row_e2m1", 4): ((8, 1, 8, 4, 3), (8, 1, 4, 2, 6), (8, 1, 12, 2, 4), (2, 1, 12, 2, 8), (2, 1, 8, 2, 6)),
     ("row_e2m1", 8): ((8, 1, 16, 2, 6), (8, 1, 8, 2, 6), (4, 1, 12, 2, 8), (2, 1, 12, 4, 4), (2, 1, 8, 2, 6)),
     ("row_e2m1", 16): ((8, 1, 16, 2, 6), (8, 1, 16, 2, 6), (4, 1, 12, 2, 8), (2, 1, 12, 4, 4), (2, 1, 12, 4, 3)),
+    ("row_e2m1", 32): ((8, 1, 4, 4, 3), (8, 1, 12, 4, 3), None, (1, 4, 4, 4, 2), (1, 2, 4, 4, 3)),
+    ("row_e2m1", 64): ((8, 1, 4, 4, 3), (8, 1, 12, 4, 3), None, None, (1, 2, 4, 4, 3)),
     ("row_e4m3", 2): ((8, 2, 4, 2, 3), (8, 1, 16, 1, 12), (8, 1, 8, 1, 8), (4, 1, 4, 2, 4), (2, 1, 16, 1, 12)),
     ("row_e4m3", 4): ((8, 1, 4, 2, 6), (8, 1, 16, 1, 12), (8, 1, 12, 1, 8), (2, 2, 4, 1, 8), (2, 1, 16, 1, 12)),
     ("row_e4m3", 8): ((8, 1, 12, 1, 12), (8, 1, 8, 2, 6), (4, 1, 12, 2, 8), (4, 1, 8, 1, 8), (2, 1, 16, 2, 6)),
     ("row_e4m3", 16): ((8, 1, 16, 1, 12), (8, 1, 16, 4, 3), (4, 1, 12, 2, 8), (2, 2, 8, 1, 8), (2, 1, 16, 1, 12)),
+    ("row_e4m3", 32): ((8, 1, 4, 4, 3), (8, 1, 12, 4, 3), None, (1, 4, 4, 4, 2), (1, 2, 4, 4, 3)),
+    ("row_e4m3", 64): ((8, 1, 4, 4, 3), (8, 1, 12, 4, 3), None, None, (1, 2, 4, 4, 3)),
 }
-"""The same of plans with waves of their own for x, which are preferred where there are any. Of up to 150 plans each."""
+"""The same of plans with waves of their own for x, which are preferred where there are any, but for None. Of up to 150
+plans each."""
 
 
 def _large(row_tiles: int, cu_count: int) -> bool:
@@ -198,9 +206,9 @@ def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, early:
             waves_k = max(1, min(waves_k, split * waves_k * min(tiles, 128) // (128 * fewer)))
         return (fewer, waves_k, *rest), False
     which = 3 if tiles < 64 else 1 if row_tiles <= cu_count else 2
-    if early:
-        by_k = which - 1 if tiles >= 96 else 2 if tiles >= 64 else 3 if tiles >= 32 else 4
-        return _WANTED_EARLY[kind, most][by_k], True
+    by_k = which - 1 if tiles >= 96 else 2 if tiles >= 64 else 3 if tiles >= 32 else 4
+    if early and (in_time := _WANTED_EARLY[kind, most][by_k]):
+        return in_time, True
     wanted = _WANTED[kind, most][which]
     return _WANTED_4096.get((kind, most), wanted) if which == 2 and tiles < 96 else wanted, False
 
@@ -296,13 +304,14 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
                     plan = DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds)
                     found += [plan, replace(plan, share=RESIDENT)] if rows >= max(8, w.wide_from) else [plan]
                     break
-            if w.x_bytes == 1 and rows in EARLY_M and depth * chunk >= most_tiles and not _large(row_tiles, cu_count):
+            held = min(depth * chunk, MOST_ADDED) if rows >= EARLY_PREPARED else depth * chunk
+            if w.x_bytes == 1 and rows in EARLY_M and held >= most_tiles and not _large(row_tiles, cu_count):
                 lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, early=True)
                 x_waves = -(-min(m, rows) // (rows // MOST_X_WAVES))  # a row each, or two
                 plan = DecodePlan(rows, split, waves_k, waves_n, row_groups, depth, chunk, lds, x_waves=x_waves)
                 both = plan, replace(plan, share=RESIDENT, x_waves=1)
                 # only what starts at once is decoded while others wait
-                found += [p for p in both if row_blocks * p.blocks <= _places(w, p, cu_count)]
+                found += [p for p in both[rows >= EARLY_PREPARED :] if row_blocks * p.blocks <= _places(w, p, cu_count)]
     return list(dict.fromkeys(found))
 
 

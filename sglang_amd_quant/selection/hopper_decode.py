@@ -69,6 +69,10 @@ OWN_BARRIERS = 5
 MET_ROWS = 64
 """Of x, from which on sums of waves meet in their block: where rings and activations were, if it has one row group."""
 
+EARLY_PREPARED, MOST_ADDED = 32, 12
+"""Rows of x from which on plans with waves for x have it prepared, and sums travel as halves (`HalfSums`); tiles of a
+wave, at most, then: what the matrix unit adds up (`Totals::add_all`)."""
+
 
 def _barriers(of_rings: int) -> int:
     return -(-(OWN_BARRIERS + of_rings) * 8 // 128) * 128
@@ -101,11 +105,13 @@ def lds_bytes(
     else:
         activations = 1024 + most * w.tile_k * 2 * rows
     factors, used = 2 * of_rows // split, ring + activations
+    scales = held * (w.tile_bytes - TILE_ROWS * TILE_K // 2) if early and w.kind == "row_e2m1" else 0
+    if early and rows >= EARLY_PREPARED:
+        halves = of_rows * rows // 2 if split > 1 else 0
+        return barriers + max(used, waves_k * of_rows * rows + halves) + 4 * rows + factors + max(halves, scales)
     if rows >= MET_ROWS:
         return barriers + _with_met_sums(used, of_rows, rows, split, waves_k, once)
-    sums = waves_k * of_rows * rows
-    scales = held * (w.tile_bytes - TILE_ROWS * TILE_K // 2) if early and w.kind == "row_e2m1" else 0
-    return barriers + used + factors + max(sums, scales)
+    return barriers + used + factors + max(waves_k * of_rows * rows, scales)
 
 
 def _with_met_sums(used: int, of_rows: int, rows: int, split: int, waves_k: int, once: bool) -> int:

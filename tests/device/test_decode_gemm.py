@@ -19,7 +19,7 @@ from sglang_amd_quant.ops.hip import carry
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.runtime.decode_gemm import Epilogue, decode_gemm
-from sglang_amd_quant.runtime.decode_plans import RESIDENT, lds_of, plans, prepared_bytes
+from sglang_amd_quant.runtime.decode_plans import lds_of, plans, prepared_bytes
 from sglang_amd_quant.runtime.device import gpu
 from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.tensor import MxTensor
@@ -114,10 +114,31 @@ def test_the_same_bits_each_time(device):
 
 
 def every_way(scheme, m, n, k, cu_count, pairs=False):
-    """A plan that quantizes x in every block; where a launch does, also one that holds x and one that streams it."""
-    found = plans(scheme, m, n, k, cu_count, pairs)
-    ways = [[p for p in found if p.share == 0], [p for p in found if p.share == RESIDENT]]
-    return [way[0] for way in (*ways, [p for p in found if p.share > 0]) if way]
+    """A plan that quantizes x in every block; where a launch does, also one that holds x and one that streams it; of
+    each, one with weights that are there before x, and one without."""
+    ways = {(min(p.share, 1), p.early): p for p in reversed(plans(scheme, m, n, k, cu_count, pairs))}
+    return list(ways.values())
+
+
+@pytest.mark.parametrize("m", [32, 64])
+def test_sums_that_travel_as_halves_hold_the_largest_codes(device, m):
+    """1536 products of 448 by 448 in each of eight blocks rise to 18816 times 2^14; of both signs."""
+    gpu, n, k = device("mxfp8"), 256, 12288
+    problem = Problem("mxfp8", k, n, 5, sets=1)
+    w = problem.weights[0]
+    w.data.view(torch.uint8).fill_(0x7E)[1::2] = 0xFE
+    w.scales.fill_(127)
+    problem.packed = [pack(w)]
+    x = torch.full((m, k), 448.0, device="cuda").bfloat16()
+    exact, values = x.double(), problem.values(0).double()
+    found = [p for p in plans("mxfp8", m, n, k, gpu.cu_count) if p.early]
+    assert found
+    for plan in found:
+        y = torch.empty(m, n, device="cuda")
+        launch(gpu, problem, 0, x, y, plan)
+        error = (y - exact @ values.T).abs()
+        assert (error <= bound(problem, exact, values)).all()  # of one sign, so all that is cut off adds up
+        assert torch.equal(y[:, 1::2], -y[:, ::2])
 
 
 @pytest.mark.parametrize("m", [5, 17, 64])

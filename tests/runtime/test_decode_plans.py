@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.runtime.decode_gemm import decode_gemm
 from sglang_amd_quant.runtime.decode_plans import MOST_X_WAVES, RESIDENT, DecodePlan, lds_of, plans
-from sglang_amd_quant.selection.hopper_decode import DECODE_WEIGHTS, TILE_K, TILE_ROWS
+from sglang_amd_quant.selection.hopper_decode import DECODE_WEIGHTS, EARLY_PREPARED, MOST_ADDED, TILE_K, TILE_ROWS
 
 H100, IN_CLUSTERS = 132, 120
 """Multiprocessors, and those that clusters of more than two blocks find places on."""
@@ -65,6 +67,9 @@ def check(plan: DecodePlan, scheme: str, m: int, n: int, k: int, pairs: bool) ->
         assert plan.share in (0, RESIDENT)
         assert plan.depth * plan.chunk * plan.waves_k * plan.split * TILE_K >= k
         assert -(-m // plan.rows) * plan.blocks <= places(plan)  # all of them start at once
+        if plan.rows >= EARLY_PREPARED:
+            assert plan.share == RESIDENT
+            assert -(-tiles // (plan.split * plan.waves_k)) <= MOST_ADDED
 
 
 @settings(max_examples=60)
@@ -98,15 +103,28 @@ def test_small_weights_are_in_shared_memory_before_few_rows_of_x(scheme: str) ->
             first = plans(scheme, m, n, k, H100)[0]
             assert first.early
             assert first.share == 0  # waves of its own quantize x
-        assert not plans(scheme, 32, n, k, H100)[0].early
+        assert plans(scheme, 32, n, k, H100)[0].early
+        assert plans(scheme, 64, n, k, H100)[0].early == (k != 2048)
     assert not plans(scheme, 1, 28672, 8192, H100)[0].early  # streams
 
 
 def test_a_plan_whose_sums_meet_over_its_rings_has_one_row_group_a_block() -> None:
     """With 64 rows of x it takes less shared memory than where the rings are filled again meanwhile."""
-    few, many = plans("mxfp8", 64, 1024, 8192, H100)[0], 1024 * 132
-    assert few.share == RESIDENT
+    few = next(p for p in plans("mxfp8", 64, 1024, 8192, H100) if p.share == RESIDENT and not p.early)
+    many = 1024 * 132
     assert lds_of("mxfp8", few, many, 8192) > few.lds
     x, y = torch.empty(64, 8192, dtype=torch.bfloat16), torch.empty(64, many, dtype=torch.bfloat16)
     with pytest.raises(ShapeError, match="take a plan for this N"):
         decode_gemm(x, None, None, None, y, scheme="mxfp8", n=many, cu_count=H100, plan=few)
+
+
+def test_a_plan_with_waves_for_many_rows_of_x_wants_them_prepared_and_few_tiles_a_wave() -> None:
+    """The kernel neither quantizes them itself nor adds up more than the matrix unit does at once."""
+    plan = plans("mxfp8", 64, 1536, 6144, H100)[0]
+    assert plan.early
+    for other, k, match in (
+        (replace(plan, share=0), 6144, "have them prepared"), (replace(plan, chunk=12), 12288, "holds less"),
+    ):  # fmt: skip
+        x, y = torch.empty(64, k, dtype=torch.bfloat16), torch.empty(64, 1536, dtype=torch.bfloat16)
+        with pytest.raises(ShapeError, match=match):
+            decode_gemm(x, None, None, None, y, scheme="mxfp8", n=1536, cu_count=H100, plan=other)

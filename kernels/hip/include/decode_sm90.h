@@ -35,6 +35,7 @@ struct Totals;
 #include "decode_sm90_row_x.h"
 #include "decode_sm90_rows.h"
 #include "decode_sm90_sums.h"
+#include "decode_sm90_half_sums.h"
 
 /// Whether weight row `row` has a scale that is NaN. The factors of e2m1 know, so nobody asks; those of int4 are NaN themselves.
 template <Weight W>

@@ -27,44 +27,49 @@ template <Weight W, Act A>
 DEVICE void prepare_row(const uint16_t* x, const float* x_scale, uint8_t* prepared, int64_t x_stride, int m, int k, int room, int carry) {
     constexpr int THREADS = PREPARING_WAVES * WAVE, HELD = 4;  // pieces that a thread loads once only
     __shared__ uint32_t of_waves[PREPARING_WAVES];
-    const int row = block_index(), tiles = ceil_div(k, Tile<W>::K), pieces = tiles * (Tile<W>::K / 8);
-    const auto load = [&](int piece) { return 8 * piece < k ? load_words(x + row * x_stride + 8 * piece) : Words{}; };
-    wait_for_previous_launch();
-    Words held[HELD];
-    uint32_t mine = 0;
+    const int row = block_index(), tiles = ceil_div(k, Tile<W>::K), all = tiles * (Tile<W>::K / 8), wave = wave_index();
+    uint8_t* const to = prepared + static_cast<int64_t>(shared_by(row, room)) * tiles * room * XTile<W, 1>::BYTES;
+    // At first none of it, before the launch in front has ended: instructions have been fetched then.
+#pragma unroll 1
+    for (int turn = 0; turn < 2; turn++) {
+        const int pieces = anew(turn) == 0 ? 0 : all;
+        if (turn > 0) wait_for_previous_launch();
+        const auto load = [&](int piece) { return piece < pieces && 8 * piece < k ? load_words(x + row * x_stride + 8 * piece) : Words{}; };
+        Words held[HELD];
+        uint32_t mine = 0;
 #pragma unroll
-    for (int u = 0; u < HELD; u++) held[u] = load(u * THREADS + thread_index());
+        for (int u = 0; u < HELD; u++) held[u] = load(u * THREADS + thread_index());
 #pragma unroll
-    for (int u = 0; u < HELD; u++) mine = larger(mine, largest_of(held[u]));
-    for (int piece = HELD * THREADS + thread_index(); piece < pieces; piece += THREADS) mine = larger(mine, largest_of(load(piece)));
-    saturate<A>(held, carry);
-    mine = largest_in_wave(mine);
-    const int wave = wave_index();
-    if (lane_index() == 0) of_waves[wave] = mine;
-    block_barrier();
-    uint32_t largest = 0;
+        for (int u = 0; u < HELD; u++) mine = larger(mine, largest_of(held[u]));
+#pragma unroll 1
+        for (int piece = HELD * THREADS + thread_index(); piece < pieces; piece += THREADS) mine = larger(mine, largest_of(load(piece)));
+        saturate<A>(held, carry);
+        mine = largest_in_wave(mine);
+        if (lane_index() == 0) of_waves[wave] = mine;
+        block_barrier();
+        uint32_t largest = 0;
 #pragma unroll
-    for (int i = 0; i < PREPARING_WAVES; i++) largest = larger(largest, of_waves[i]);
-    const int exponent = exponent_of<A>(largest, carry);
-    const float static_scale = A == Act::fp8_static ? *x_scale : 1.0f;
-
-    uint8_t* to = prepared + static_cast<int64_t>(shared_by(row, room)) * tiles * room * XTile<W, 1>::BYTES;
-    const auto put = [&](const Words& eight, int piece) {
-        const Codes codes = row_codes<A>(eight, exponent, carry, static_scale);
-        if (piece >= pieces) return;
-        uint8_t* place = to + piece / 8 * room * XTile<W, 1>::BYTES + XTile<W, 1>::place(row & (room - 1), piece % 8);
-        *reinterpret_cast<Codes*>(place) = codes;
-    };
+        for (int i = 0; i < PREPARING_WAVES; i++) largest = larger(largest, of_waves[i]);
+        const int exponent = exponent_of<A>(largest, carry);
+        const float static_scale = A == Act::fp8_static && pieces > 0 ? *x_scale : 1.0f;
+        const auto put = [&](const Words& eight, int piece) {
+            const Codes codes = row_codes<A>(eight, exponent, carry, static_scale);
+            if (piece >= pieces) return;
+            uint8_t* place = to + piece / 8 * room * XTile<W, 1>::BYTES + XTile<W, 1>::place(row & (room - 1), piece % 8);
+            *reinterpret_cast<Codes*>(place) = codes;
+        };
 #pragma unroll
-    for (int u = 0; u < HELD; u++) put(held[u], u * THREADS + thread_index());
-    for (int first = HELD * THREADS; first < pieces; first += THREADS) {
-        Words more[1] = {load(first + thread_index())};
-        saturate<A>(more, carry);
-        put(more[0], first + thread_index());
+        for (int u = 0; u < HELD; u++) put(held[u], u * THREADS + thread_index());
+#pragma unroll 1
+        for (int first = HELD * THREADS; first < pieces; first += THREADS) {
+            Words more[1] = {load(first + thread_index())};
+            saturate<A>(more, carry);
+            put(more[0], first + thread_index());
+        }
+        if (thread_index() == 0 && pieces > 0)
+            reinterpret_cast<float*>(prepared + prepared_bytes<W>(m, k, room))[row] =
+                A == Act::fp8_static ? static_scale : float_from_e8m0(exponent);
     }
-    if (thread_index() == 0)
-        reinterpret_cast<float*>(prepared + prepared_bytes<W>(m, k, room))[row] =
-            A == Act::fp8_static ? static_scale : float_from_e8m0(exponent);
 }
 
 template <Weight W, Act A>

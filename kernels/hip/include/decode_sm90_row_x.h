@@ -116,6 +116,12 @@ struct Activations<W, A, M, Way::ROWS> {
         show_to_async();
     }
 
+    /// All threads of the crew: gets those that a launch in front has prepared.
+    DEVICE void fetch_prepared(const DecodeArgs& a, const Rows<false>& rows) {
+        ask_for_prepared(a, rows.first);
+        arriving.wait_for_all();
+    }
+
     /// What step `step` of 32 of the tile that begins with MX block `block` multiplies.
     DEVICE uint32_t at(int block, int step) const {
         return matrix_in_lds(values) + block / 2 * (XTile<W, M>::BYTES / 16) + step * 2;

@@ -47,10 +47,12 @@ struct Totals<W, A, M, Way::ROWS> : WideSums<M> {
         begun = true;
     }
 
-    /// Adds `count` tiles that lie in shared memory as the matrix unit reads them, `stride` bytes apart, times `x` (`at`) from the first on.
-    /// The unit takes both addresses from registers of a slow kind: they are added to, and nothing else.
+    static constexpr int MOST = 12;  // tiles that the matrix unit adds up
+
+    /// Adds `count` tiles that lie in shared memory as the matrix unit reads them, `stride` bytes apart, times `x` (`at`) from the first on; of
+    /// many rows of x MOST at most, as registers do not hold other sums. The unit takes both addresses from registers of a slow kind: they
+    /// are added to, and nothing else.
     DEVICE void add_all(LeftMatrix tiles, int stride, int count, uint32_t x) {
-        constexpr int MOST = 12;  // that the matrix unit adds up
 #pragma unroll 1
         for (int first = 0; first < count; first += MOST) {
             const auto second_half = [&] {
@@ -62,7 +64,18 @@ struct Totals<W, A, M, Way::ROWS> : WideSums<M> {
 #pragma unroll 4
             for (int t = smaller(MOST, count - first) - 1; t > 0; t--) warpgroup_matrix_e4m3<true>(tiles.low, tiles.high, x, part), second_half();
             warpgroup_commit();
+            if constexpr (M >= 32) return take();
             settle(Number<0>{});
+        }
+    }
+
+    /// Waits for all that is under way, of tiles that nothing else has been added to: MOST at most.
+    DEVICE void take() {
+        warpgroup_wait<0>();
+#pragma unroll
+        for (int i = 0; i < M / 2; i++) {
+            asm volatile("" : "+f"(part[i / 4][i % 4]));  // not before the wait
+            sum[i / 4][i % 4] = part[i / 4][i % 4];
         }
     }
 

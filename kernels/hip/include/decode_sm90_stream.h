@@ -78,10 +78,14 @@ constexpr bool THROUGHOUT = is_row(W) && (M >= 16 || W == Weight::row_e4m3) && (
 template <Weight W, int M, bool Early = false>
 class Stream {
    public:
+    /// Whether all becomes the matrix unit's left operand in shared memory; few rows of e4m3 are multiplied as they arrive.
+    static constexpr bool DECODED = Early && (W == Weight::row_e2m1 || M >= 32);
+    static constexpr int TILE = Early && W == Weight::row_e4m3 ? 4 * TILE_ROWS * 64 : LeftMatrix::CORE * 4;
+
     /// `lds` is this wave's part, `bytes(a)` long, and early `scales_lds` that of scales, `scale_room(a)` long. Starts fetching: weights
     /// depend on no launch before this one.
     DEVICE Stream(const DecodeArgs& a, const Share& s, int expert, uint8_t* lds, uint64_t* barriers, uint8_t* scales_lds = nullptr)
-        : a(a), s(s), ring(lds), early_scales(scales_lds), barriers(barriers), expert(expert), group(s.first_group) {
+        : a(a), s(s), ring(BY_TURNS ? lds - wave_index() % 4 * (bytes(a) - ROOM) : lds), early_scales(scales_lds), barriers(barriers), expert(expert), group(s.first_group) {
         seek();
         if (lane_index() == 0 && group < s.row_groups) {
 #pragma unroll 1
@@ -89,7 +93,7 @@ class Stream {
             barriers_are_ready();
         }
         __syncwarp();
-        begin(M >= 16 && !Early ? 1 : a.depth);
+        begin(Early ? at_once() : M >= 16 ? 1 : a.depth);
     }
 
     /// Makes sure that the first `chunks` have been asked for. Many rows of x are asked for behind the first chunk alone: behind
@@ -127,30 +131,34 @@ class Stream {
     }
 
     /// Early: decodes all, as it arrives.
+    /// Early: brings all into wgmma's order (`DECODED`), as it arrives, and asks for more in its stead.
     DEVICE void decode() {
-        if constexpr (W == Weight::row_e4m3) return;
+        if constexpr (!DECODED) return;
         const int tiles = s.wave_end - s.wave_first;
-        for (int first = 0, i = 0; first < tiles; first += a.chunk, i++) {
+#pragma unroll 1
+        for (int i = 0, first = 0; first < tiles; i++, first += a.chunk) {
             barrier_wait(barriers + i, 0);
+            begin(smaller(i + 1 + at_once(), a.depth));
 #pragma unroll 2
             for (int t = first; t < smaller(first + a.chunk, tiles); t++) {
-                const Words words = load_words(arriving() + t * Tile<W>::BYTES + lane_index() * 16);
                 uint32_t fragments[2][4];
-                e4m3_from_e2m1(words, scales()[t * (Tile<W>::SCALES / 4) + lane_index() / 4], fragments);
-                __syncwarp();  // rows 8 to 15 go where this tile's codes were
+                uint8_t* from = arriving() + t * (BY_TURNS ? TILE : Tile<W>::BYTES) + lane_index() * 16;
+                if constexpr (W == Weight::row_e2m1) {
+                    e4m3_from_e2m1(load_words(from), scales()[t * (Tile<W>::SCALES / 4) + lane_index() / 4], fragments);
+                } else {
+                    const Words words[2] = {load_words(from), load_words(from + TILE_ROWS * MX_BLOCK)};
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    uint8_t* core = ring + i % 2 * half() + t * TILE + i / 2 * LeftMatrix::CORE;
-                    reinterpret_cast<uint32_t*>(core)[lane_index()] = fragments[i / 4][i % 4];
+                    for (int i = 0; i < 8; i++) fragments[i / 4][i % 4] = words[i / 4].v[i % 4];
                 }
+                __syncwarp();  // what follows goes where this tile was
+#pragma unroll
+                for (int i = 0; i < 2; i++) store_cores(ring + i * half() + t * TILE, fragments[0][i], fragments[0][i + 2], fragments[1][i], fragments[1][i + 2]);
             }
         }
         show_to_async();
     }
     /// Tile 0 of the four waves that multiply together, when all have decoded; others follow at TILE bytes.
-    DEVICE LeftMatrix decoded() const { return {ring - wave_index() % 4 * bytes(a), half()}; }
-    static constexpr int TILE = LeftMatrix::CORE * 4;
-
+    DEVICE LeftMatrix decoded() const { return {ring - wave_index() % 4 * (BY_TURNS ? ROOM : bytes(a)), half()}; }
     /// Waits for the next chunk.
     DEVICE void wait() { barrier_wait(barriers + stage, parity); }
     /// Tile `t` of the chunk.
@@ -165,8 +173,14 @@ class Stream {
 
    private:
     static constexpr int ROOM = Tile<Early ? Weight::row_e4m3 : W>::BYTES;  // for a tile
+    /// Early: tiles of e4m3, which fill their room, take turns with those of the three waves that multiply with this one; so rows 0 to 7
+    /// and 8 to 15 of all are equally far apart. Of e2m1, all of the former lie in front of all of the latter.
+    static constexpr bool BY_TURNS = DECODED && W == Weight::row_e4m3;
 
-    DEVICE int half() const { return a.depth * a.chunk * TILE; }
+    /// Chunks that are asked for at once: what has been asked for all else waits behind.
+    DEVICE int at_once() const { return !DECODED || a.depth < 4 ? a.depth : a.depth / 2; }
+    /// From rows 0 to 7 of a tile to the others.
+    DEVICE int half() const { return BY_TURNS ? ROOM / 2 : a.depth * a.chunk * TILE; }
     DEVICE uint8_t* arriving() const { return ring + a.depth * a.chunk * (ROOM - Tile<W>::BYTES); }
     DEVICE uint32_t* scales() const { return reinterpret_cast<uint32_t*>(Early ? early_scales : ring + a.depth * a.chunk * ROOM); }
 
@@ -189,7 +203,15 @@ class Stream {
     }
 
     DEVICE void fetch() {
-        if (group < s.row_groups && lane_index() == 0) {
+        if constexpr (BY_TURNS) {
+            if (group < s.row_groups) {
+                const int count = smaller(a.chunk, s.wave_end - tile), lane = lane_index();
+                uint64_t* barrier = barriers + fetch_stage;
+                if (lane == 0) barrier_expect(barrier, count * ROOM);
+                __syncwarp();
+                if (lane < count) bulk_copy(ring + (fetch_stage * a.chunk + lane) * TILE, codes_from + lane * ROOM, ROOM, barrier);
+            }
+        } else if (group < s.row_groups && lane_index() == 0) {
             const int count = smaller(a.chunk, s.wave_end - tile), at = fetch_stage * a.chunk;
             uint64_t* barrier = barriers + fetch_stage;
             barrier_expect(barrier, count * Tile<W>::BYTES + scale_bytes(count));

@@ -16,6 +16,9 @@ class OwnedRows {
     int owned, first;     // rows of the group, from which on
     float *times, *plus;  // of every owned row: what its sums are multiplied by, and what is added then
 
+    /// Bytes in front of the partial sums.
+    DEVICE static int ahead_of_partial(const DecodeArgs& a) { return shared_by(a.waves_n * TILE_ROWS, a.split) * 8; }
+
     DEVICE OwnedRows(const DecodeArgs& a, const Share& s, uint8_t* lds)
         : owned(shared_by(a.waves_n * TILE_ROWS, a.split)), first(s.rank * owned), times(reinterpret_cast<float*>(lds)),
           plus(times + owned), a(a), s(s), of_owner(owned), outputs(outputs_of(a, owned)) {}
@@ -103,6 +106,9 @@ class GroupSums : public OwnedRows {
         if (a.split > 1) barrier_wait(barrier, parity), parity ^= 1;
     }
 
+    /// A barrier of the threads that multiply; those that brought x have gone.
+    DEVICE void everybody_has() const { asm volatile("barrier.sync 1, %0;" ::"r"(s.threads) : "memory"); }
+
     uint64_t* const barrier;
     float* const partial;
 
@@ -118,9 +124,9 @@ class Sums : public GroupSums {
 
     DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier)
         : GroupSums(a, s, lds, barrier), place(anew(s.rank * a.waves_k + s.wave_k)) {}
-
-    /// Bytes in front of the partial sums.
-    DEVICE static int ahead_of_partial(const DecodeArgs& a) { return shared_by(a.waves_n * TILE_ROWS, a.split) * 8; }
+    /// Behind `used` bytes of rings and activations, in a block with one row group.
+    DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barrier, const float*) : Sums(a, s, rings + used, barrier) {}
+    DEVICE static int behind(const DecodeArgs&, int used) { return used; }
 
     /// Where a row of a wave's row tile goes: into another block, whose barrier is told, or to `barrier` 0; and by what its columns are turned.
     struct Destination {
@@ -171,9 +177,6 @@ class Sums : public GroupSums {
     /// Columns of a row are turned by fours, so that the same ones of eight rows lie in all banks.
     DEVICE static uint32_t turn_of(int row) { return Room < 8 ? 0 : row / (32 / Room) % (Room / 4); }
     DEVICE static uint32_t turned(int column, uint32_t turn) { return (column / 4 ^ turn) * 4 + column % 4; }
-
-    /// A barrier of the threads that multiply; those that brought x have gone.
-    DEVICE void everybody_has() const { asm volatile("barrier.sync 1, %0;" ::"r"(s.threads) : "memory"); }
 
     const int place;  // of this wave's sums among those of their rows
 };
@@ -242,7 +245,7 @@ class MetSums : public GroupSums {
         if (WHOLE && a.split > 1) cluster_wait();
     }
 
-   private:
+   protected:
     DEVICE static int met_bytes(const DecodeArgs& a) { return a.waves_k * a.waves_n * TILE_ROWS * Room * 4; }
     DEVICE int rows() const { return a.waves_n * TILE_ROWS; }  // of a group
 

@@ -72,6 +72,11 @@ class Arriving {
     DEVICE void wait_for_whole() const {
         if (PIECES == 1) barrier_wait(barrier_of(0), 0);
     }
+    DEVICE void wait_for_all() const {
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+            if (PIECES == 1 || i << shift < s.block_tiles) barrier_wait(barrier_of(i), 0);
+    }
     /// Until the first of a wave's tiles is there, behind that barrier.
     DEVICE void begin() const {
         if (PIECES > 1 && expected && s.wave_first < s.wave_end) barrier_wait(barrier_of(s.wave_first - s.block_first >> shift), 0);

@@ -129,6 +129,13 @@ constexpr uint32_t SWIZZLED_128 = 8 * 128 >> 4 | 1u << 30, SWIZZLED_64 = 8 * 64 
 /// The first address from `p` on that a matrix may have; up to 1023 bytes on.
 DEVICE uint8_t* matrix_aligned(uint8_t* p) { return p + (-shared_address(p) & 1023); }
 
+/// All lanes of a wave: four cores (`LeftMatrix`) that lie together from `to` on, of each of which a lane has four bytes of row lane / 4.
+DEVICE void store_cores(uint8_t* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to) + lane_index() * 16), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
 /// All threads that wrote shared memory, before a barrier: makes it visible to matrix instructions and bulk copies behind that.
 DEVICE void show_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -190,6 +197,8 @@ struct LeftMatrix {
     }
 WARPGROUP_MATRIX_IN_LDS(1, "m64n8", REGISTERS_1, 4, 5, 6, 7, 8)
 WARPGROUP_MATRIX_IN_LDS(2, "m64n16", REGISTERS_2, 8, 9, 10, 11, 12)
+WARPGROUP_MATRIX_IN_LDS(4, "m64n32", REGISTERS_4, 16, 17, 18, 19, 20)
+WARPGROUP_MATRIX_IN_LDS(8, "m64n64", REGISTERS_8, 32, 33, 34, 35, 36)
 #else
 DEVICE void wait_for_previous_launch() {}
 DEVICE void allow_next_launch() {}
