@@ -54,7 +54,8 @@ _ON_H200 = "docs/decode.md: measured on an H200"
 _SM90_TILES: tuple[tuple[tuple[str, ...], Range, Range, Range], ...] = (
     # schemes, M, N, K: where tiles as high as M beat the decode kernel, which holds more of x in each block
     (("w4a8", "mxfp4"), (3, 64), (16384, None), (1, None)),
-    (("w4a8", "mxfp4"), (17, 32), (6144, None), (1, 4096)),
+    (("w4a8", "mxfp4"), (17, 32), (6144, None), (2049, 4096)),
+    (("w4a8", "mxfp4"), (17, 32), (8193, None), (1, 2048)),  # below, weights are there before x
     (("mxfp8",), (17, 64), (6144, None), (1, 4096)),
     (("mxfp8",), (33, 64), (16384, None), (1, None)),
 )

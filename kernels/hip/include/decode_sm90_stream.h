@@ -130,35 +130,37 @@ class Stream {
         }
     }
 
-    /// Early: decodes all, as it arrives.
-    /// Early: brings all into wgmma's order (`DECODED`), as it arrives, and asks for more in its stead.
+    /// Early: brings all into wgmma's order (`DECODED`), as it arrives, and asks for more in its stead; else until all has been asked for.
     DEVICE void decode() {
-        if constexpr (!DECODED) return;
         const int tiles = s.wave_end - s.wave_first;
 #pragma unroll 1
-        for (int i = 0, first = 0; first < tiles; i++, first += a.chunk) {
+        for (int i = 0, first = 0; first < tiles && (DECODED || begun < a.depth); i++, first += a.chunk) {
             barrier_wait(barriers + i, 0);
             begin(smaller(i + 1 + at_once(), a.depth));
+            if constexpr (DECODED) {
 #pragma unroll 2
-            for (int t = first; t < smaller(first + a.chunk, tiles); t++) {
-                uint32_t fragments[2][4];
-                uint8_t* from = arriving() + t * (BY_TURNS ? TILE : Tile<W>::BYTES) + lane_index() * 16;
-                if constexpr (W == Weight::row_e2m1) {
-                    e4m3_from_e2m1(load_words(from), scales()[t * (Tile<W>::SCALES / 4) + lane_index() / 4], fragments);
-                } else {
-                    const Words words[2] = {load_words(from), load_words(from + TILE_ROWS * MX_BLOCK)};
+                for (int t = first; t < smaller(first + a.chunk, tiles); t++) {
+                    uint32_t fragments[2][4];
+                    uint8_t* from = arriving() + t * (BY_TURNS ? TILE : Tile<W>::BYTES) + lane_index() * 16;
+                    if constexpr (W == Weight::row_e2m1) {
+                        e4m3_from_e2m1(load_words(from), scales()[t * (Tile<W>::SCALES / 4) + lane_index() / 4], fragments);
+                    } else {
+                        const Words words[2] = {load_words(from), load_words(from + TILE_ROWS * MX_BLOCK)};
 #pragma unroll
-                    for (int i = 0; i < 8; i++) fragments[i / 4][i % 4] = words[i / 4].v[i % 4];
+                        for (int i = 0; i < 8; i++) fragments[i / 4][i % 4] = words[i / 4].v[i % 4];
+                    }
+                    __syncwarp();  // what follows goes where this tile was
+#pragma unroll
+                    for (int i = 0; i < 2; i++) store_cores(ring + i * half() + t * TILE, fragments[0][i], fragments[0][i + 2], fragments[1][i], fragments[1][i + 2]);
                 }
-                __syncwarp();  // what follows goes where this tile was
-#pragma unroll
-                for (int i = 0; i < 2; i++) store_cores(ring + i * half() + t * TILE, fragments[0][i], fragments[0][i + 2], fragments[1][i], fragments[1][i + 2]);
             }
         }
-        show_to_async();
+        if constexpr (DECODED) show_to_async();
     }
+
     /// Tile 0 of the four waves that multiply together, when all have decoded; others follow at TILE bytes.
     DEVICE LeftMatrix decoded() const { return {ring - wave_index() % 4 * (BY_TURNS ? ROOM : bytes(a)), half()}; }
+
     /// Waits for the next chunk.
     DEVICE void wait() { barrier_wait(barriers + stage, parity); }
     /// Tile `t` of the chunk.
@@ -178,7 +180,7 @@ class Stream {
     static constexpr bool BY_TURNS = DECODED && W == Weight::row_e4m3;
 
     /// Chunks that are asked for at once: what has been asked for all else waits behind.
-    DEVICE int at_once() const { return !DECODED || a.depth < 4 ? a.depth : a.depth / 2; }
+    DEVICE int at_once() const { return a.depth < 4 ? a.depth : a.depth / 2; }
     /// From rows 0 to 7 of a tile to the others.
     DEVICE int half() const { return BY_TURNS ? ROOM / 2 : a.depth * a.chunk * TILE; }
     DEVICE uint8_t* arriving() const { return ring + a.depth * a.chunk * (ROOM - Tile<W>::BYTES); }
