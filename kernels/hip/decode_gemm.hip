@@ -123,7 +123,7 @@ template <Weight W, Act A, int M>
 DEVICE void decode_early(const DecodeArgs& a) {
     using Weights = Stream<W, M, true>;
     using X = Activations<W, A, M>;
-    constexpr bool PREPARED = M >= 32;  // x is, always
+    constexpr bool PREPARED = M >= EARLY_PREPARED;
     using AllSums = std::conditional_t<PREPARED, HalfSums<M>, Sums<M, 4>>;
     allow_next_launch();
     const Share s(a, Tile<W>::K, share_rank(a));

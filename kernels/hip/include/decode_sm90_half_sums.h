@@ -3,7 +3,7 @@
 
 /// Of a block with one row group and an x that a launch in front has prepared. Where blocks share K, what one of them sends are sums of
 /// codes times 2^-14, [row][column] as halves: of 4096 of K, none is beyond 448 * 448 * 4096 * 2^-14 < 65504, and one that is rounded
-/// moves by 2^-12 of itself, or 2^-11 where products of codes are below 1. A cluster moves 16 bytes a cycle, so that this saves half.
+/// moves by 2^-11 of itself at most, or by 2^-11 where products of codes are below 1. A cluster moves 16 bytes a cycle, so that this saves half.
 template <int Room>
 class HalfSums : public MetSums<Room> {
     using Base = MetSums<Room>;
@@ -19,7 +19,7 @@ class HalfSums : public MetSums<Room> {
     /// `factors`: of rows of x, where sums of waves will be.
     DEVICE HalfSums(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barrier, const float* factors)
         : Base(a, s, rings + behind(a, used) + Room * 4, barrier, reinterpret_cast<float*>(rings), true),
-          halves(reinterpret_cast<uint16_t*>(rings + Base::met_bytes(a))), others(reinterpret_cast<const uint16_t*>(Base::partial)),
+          halves(reinterpret_cast<uint16_t*>(rings + Base::met_bytes(a))), others(reinterpret_cast<uint16_t*>(Base::partial)),
           factors(factors), of_x(reinterpret_cast<float*>(rings + behind(a, used))) {}
 
     /// All threads that multiply: sums up, and tells them what was loaded ahead.
@@ -30,14 +30,14 @@ class HalfSums : public MetSums<Room> {
         everybody_has();
         const int row_of_wave = s.wave_n * TILE_ROWS;
         if (a.split > 1 && a.waves_k == 1) {
-            totals.each_pair(columns, [&](int row, int column, const Floats<2>& sums) { keep(row_of_wave + row, column, sums.v[0], sums.v[1]); });
+            totals.each_pair(columns, [&](int row, int column, const Floats<2>& sums) { halve(row_of_wave + row, column, sums.v[0], sums.v[1]); });
         } else {
             float* mine = of_waves + (s.wave_k * Base::rows() + row_of_wave) * Room;
             totals.each_pair(columns, [&](int row, int column, const auto& sums) { store_floats(mine + place(row, column), sums); });
             if (a.split > 1) {
                 everybody_has();
                 Base::each_sum(columns, [&](int row, int column, const Floats<4>& sum) {
-                    keep(row, column, sum.v[0], sum.v[1]), keep(row, column + 2, sum.v[2], sum.v[3]);
+                    halve(row, column, sum.v[0], sum.v[1]), halve(row, column + 2, sum.v[2], sum.v[3]);
                 });
             }
         }
@@ -45,7 +45,7 @@ class HalfSums : public MetSums<Room> {
         if (a.split > 1) show_to_async();
         everybody_has();
         if (a.split == 1) return;
-        send();
+        Base::send(halves, others);
         Base::wait();
         Base::ready();
     }
@@ -78,6 +78,11 @@ class HalfSums : public MetSums<Room> {
         for (int c = 0; c < COLUMNS; c++) total[c] = total[c] * times_x.v[c] * Base::times[row] + Base::plus[row];
     }
 
+    /// All threads, at the end: what this block has sent must have arrived before it goes.
+    DEVICE void leave() const {
+        if (a.split > 1) cluster_wait();
+    }
+
    private:
     static constexpr float DOWN = 0x1p-14f;
 
@@ -86,21 +91,11 @@ class HalfSums : public MetSums<Room> {
     /// Columns of a row are turned by it, so that pairs of columns of eight rows lie in all banks.
     DEVICE static int place_of_half(int row, int column) { return row * Room + (column ^ row % 8 / (64 / Room) * 8); }
 
-    DEVICE void keep(int row, int column, float first, float second) const {
+    DEVICE void halve(int row, int column, float first, float second) const {
         *reinterpret_cast<Half2*>(halves + place_of_half(row, column)) = half2_from_floats({first * DOWN, second * DOWN});
     }
 
-    /// To every other block what it owns, a wave each.
-    DEVICE void send() const {
-        for (int owner = wave_index(); owner < a.split; owner += s.threads / WAVE) {
-            if (owner == s.rank || lane_index() != 0) continue;
-            const int block = cluster_rank() - s.rank + owner;
-            bulk_send(address_in(others + s.rank * owned * Room, block), halves + owner * owned * Room, owned * Room * 2, address_in(Base::barrier, block));
-        }
-    }
-
-    uint16_t* const halves;
-    const uint16_t* const others;
+    uint16_t *const halves, *const others;
     const float* const factors;
     float* const of_x;
 };

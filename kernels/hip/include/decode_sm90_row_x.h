@@ -61,10 +61,7 @@ struct Activations<W, A, M, Way::ROWS> {
     /// instructions without branches: each is fetched, and waited for, but once.
     template <int TOGETHER>
     DEVICE void stage_by_rows(const DecodeArgs& a, const Share& s, const Rows<false>& rows) {
-        if (arriving.expected) {
-            ask_for_prepared(a, rows.first);
-            return arriving.wait_for_whole();
-        }
+        if (arriving.expected) return fetch_prepared(a, rows);
         constexpr int HELD = 4, AT_ONCE = HELD * WAVE;  // pieces of a row that a lane, and a wave, holds
         const int lane = lane_index(), waves = crew.threads / WAVE, base = s.block_first * Tile<W>::K;
         const int all = s.block_tiles * (Tile<W>::K / 8), known = smaller(all, (a.k - base) / 8);  // pieces of a row; zeros behind K

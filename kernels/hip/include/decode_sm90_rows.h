@@ -64,7 +64,7 @@ struct Totals<W, A, M, Way::ROWS> : WideSums<M> {
 #pragma unroll 4
             for (int t = smaller(MOST, count - first) - 1; t > 0; t--) warpgroup_matrix_e4m3<true>(tiles.low, tiles.high, x, part), second_half();
             warpgroup_commit();
-            if constexpr (M >= 32) return take();
+            if constexpr (M >= EARLY_PREPARED) return take();
             settle(Number<0>{});
         }
     }

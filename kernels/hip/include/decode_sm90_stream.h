@@ -70,6 +70,9 @@ DEVICE void by_turns(int count, Each each, Settle settle) {
 template <Weight W, int M, bool Streaming>
 constexpr bool THROUGHOUT = is_row(W) && (M >= 16 || W == Weight::row_e4m3) && (M < 64 || Streaming);
 
+/// Rows of x from which on `decode_early` has them prepared by a launch in front.
+constexpr int EARLY_PREPARED = 32;
+
 /// A wave's weights, chunk by chunk, through a ring in shared memory. Of waves that multiply together (`is_wide`),
 /// those that have no row tile of their own read the last one again, because the others cannot multiply without them.
 ///
@@ -79,7 +82,7 @@ template <Weight W, int M, bool Early = false>
 class Stream {
    public:
     /// Whether all becomes the matrix unit's left operand in shared memory; few rows of e4m3 are multiplied as they arrive.
-    static constexpr bool DECODED = Early && (W == Weight::row_e2m1 || M >= 32);
+    static constexpr bool DECODED = Early && (W == Weight::row_e2m1 || M >= EARLY_PREPARED);
     static constexpr int TILE = Early && W == Weight::row_e4m3 ? 4 * TILE_ROWS * 64 : LeftMatrix::CORE * 4;
 
     /// `lds` is this wave's part, `bytes(a)` long, and early `scales_lds` that of scales, `scale_room(a)` long. Starts fetching: weights

@@ -220,7 +220,7 @@ class MetSums : public GroupSums {
         block_barrier();
         if (a.split > 1) {
             if (WHOLE)
-                send();
+                send(of_waves, partial);
             else
                 each_sum(columns, [&](int row, int column, const Floats<4>& sum) { send(row, column, sum); });
         }
@@ -277,12 +277,13 @@ class MetSums : public GroupSums {
         cluster_store(address_in(to, block), sum, address_in(barrier, block));
     }
 
-    /// To every other block what it owns: a wave each, as one that sent several would send one after the other.
-    DEVICE void send() const {
+    /// To every other block what it owns of `rows`, into its `others`: a wave each, as one that sent several would send one after the other.
+    template <typename Number>
+    DEVICE void send(Number* rows, Number* others) const {
         for (int owner = wave_index(); owner < a.split; owner += s.threads / WAVE) {
             if (owner == s.rank || lane_index() != 0) continue;
             const int block = cluster_rank() - s.rank + owner;
-            bulk_send(address_in(partial + s.rank * owned * Room, block), of_waves + owner * owned * Room, owned * Room * 4, address_in(barrier, block));
+            bulk_send(address_in(others + s.rank * owned * Room, block), rows + owner * owned * Room, owned * Room * sizeof(Number), address_in(barrier, block));
         }
     }
 
