@@ -110,6 +110,7 @@ def bound(p: Problem, exact: torch.Tensor, values: torch.Tensor) -> torch.Tensor
     of 64) before sums are added as floats. Elements under a row's one scale are off by half of e4m3's least, 2^-10: of
     x, whose largest is at least 2^7 (e2m1: 2) of that, and of w. x in e4m3 is rounded once, under that scale, where
     `exact` was under its block's: if that is another, half of its least, which is half as much or less, comes on top.
+    Blocks that send each other halves, of 32 or 64 rows, add 2^-11 of the running sum, too little to count here.
     """
     absolute = exact.abs() @ values.abs().T
     if p.scheme.act == "bf16":
