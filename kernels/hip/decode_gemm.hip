@@ -117,8 +117,8 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
 }
 
 #if TARGET_SM90
-/// Dense, of weights of which all are in shared memory before they are multiplied, one row group a block; e2m1 ones become e4m3 before x
-/// is there. Waves of their own fetch x: only they wait for the launch in front.
+/// Dense, of weights of which all are in shared memory before they are multiplied, one row group a block, and in wgmma's order before x is there
+/// (`Stream::DECODED`). Waves of their own fetch x: only they wait for the launch in front.
 template <Weight W, Act A, int M>
 DEVICE void decode_early(const DecodeArgs& a) {
     using Weights = Stream<W, M, true>;

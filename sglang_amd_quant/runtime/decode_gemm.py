@@ -10,7 +10,7 @@ from sglang_amd_quant.kernels.hip.manifest import QUANTIZED_SCHEMES
 from sglang_amd_quant.runtime.decode_plans import RESIDENT, DecodePlan, lds_of, plans, prepared_bytes
 from sglang_amd_quant.runtime.launch import LaunchDescription
 from sglang_amd_quant.schemes import MX_BLOCK
-from sglang_amd_quant.selection.hopper_decode import EARLY_PREPARED, MET_ROWS, MOST_ADDED, TILE_K, TILE_ROWS
+from sglang_amd_quant.selection.hopper_decode import EARLY_PREPARED, MET_ROWS, TILE_K, TILE_ROWS, early_tiles
 
 OUTS = {"bf16": 0, "fp16": 1, "fp32": 2}
 ACTIVATIONS = {None: 0, "silu": 1, "swigluoai": 2}
@@ -86,11 +86,9 @@ def decode_gemm(
     if plan.one_group and plan.groups * plan.waves_n * TILE_ROWS < n:
         raise ShapeError(f"N={n}", f"{plan} has one row group a block", "take a plan for this N")
     if plan.early:
-        many = plan.rows >= EARLY_PREPARED
-        a_wave = min(plan.depth * plan.chunk, MOST_ADDED) if many else plan.depth * plan.chunk
-        if a_wave * plan.waves_k * plan.split * TILE_K < k:
+        if early_tiles(plan.rows, plan.depth, plan.chunk) * plan.waves_k * plan.split * TILE_K < k:
             raise ShapeError(f"K={k}", f"{plan} holds less", "take a plan for this K")
-        if many and plan.share != RESIDENT:
+        if plan.rows >= EARLY_PREPARED and plan.share != RESIDENT:
             raise ShapeError(f"{plan.rows} rows of x", f"{plan} quantizes them in every block", "have them prepared")
     if plan.rows >= MET_ROWS and plan.share <= 0 and (need := lds_of(scheme, plan, n, k)) > plan.lds:
         raise ShapeError(f"N={n} K={k}", f"{plan} needs {need} bytes of shared memory", "take a plan for this N and K")

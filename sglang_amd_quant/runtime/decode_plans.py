@@ -11,16 +11,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.kernels.hip.manifest import EARLY_M
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.selection.hopper_decode import (
     DECODE_WEIGHTS,
     EARLY_PREPARED,
     MET_ROWS,
-    MOST_ADDED,
     TILE_K,
     TILE_ROWS,
     DecodeWeights,
+    early_tiles,
     lds_bytes,
     prepared_lds,
     ring_chunk,
@@ -304,8 +303,7 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
                     plan = DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds)
                     found += [plan, replace(plan, share=RESIDENT)] if rows >= max(8, w.wide_from) else [plan]
                     break
-            held = min(depth * chunk, MOST_ADDED) if rows >= EARLY_PREPARED else depth * chunk
-            if w.x_bytes == 1 and rows in EARLY_M and held >= most_tiles and not _large(row_tiles, cu_count):
+            if w.x_bytes == 1 and early_tiles(rows, depth, chunk) >= most_tiles and not _large(row_tiles, cu_count):
                 lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, early=True)
                 x_waves = -(-min(m, rows) // (rows // MOST_X_WAVES))  # a row each, or two
                 plan = DecodePlan(rows, split, waves_k, waves_n, row_groups, depth, chunk, lds, x_waves=x_waves)

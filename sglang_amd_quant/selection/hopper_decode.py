@@ -74,6 +74,11 @@ EARLY_PREPARED, MOST_ADDED = 32, 12
 wave, at most, then: what the matrix unit adds up (`Totals::add_all`)."""
 
 
+def early_tiles(rows: int, depth: int, chunk: int) -> int:
+    """Tiles of a wave, at most, that a plan with waves for x takes."""
+    return min(depth * chunk, MOST_ADDED) if rows >= EARLY_PREPARED else depth * chunk
+
+
 def _barriers(of_rings: int) -> int:
     return -(-(OWN_BARRIERS + of_rings) * 8 // 128) * 128
 

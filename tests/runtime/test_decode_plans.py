@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang_amd_quant.kernels.hip.manifest import EARLY_M
+from sglang_amd_quant.kernels.hip.manifest import QUANTIZED_M
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.runtime.arch import arch_facts
@@ -35,7 +35,7 @@ def problems(draw: st.DrawFn, schemes: tuple[str, ...], rows: int, n: int, k: in
 
 EARLY_SCHEMES = tuple(scheme for scheme, w in DECODE_WEIGHTS.items() if w.x_bytes == 1)
 ANY = problems(tuple(DECODE_WEIGHTS), 64, 40000, 16384)
-SMALL = problems(EARLY_SCHEMES, EARLY_M[-1], 8192, 8192)
+SMALL = problems(EARLY_SCHEMES, QUANTIZED_M[-1], 8192, 8192)
 """Every other one has plans with waves for x; of any, one in a hundred."""
 
 
@@ -63,7 +63,7 @@ def check(plan: DecodePlan, scheme: str, m: int, n: int, k: int, pairs: bool) ->
     assert plan.groups * plan.waves_n * TILE_ROWS >= n or not plan.one_group
     assert plan.share > 0 or plan.lds == lds_of(scheme, plan, n, k)
     if plan.early:
-        assert plan.rows in EARLY_M
+        assert plan.rows in QUANTIZED_M
         assert plan.share in (0, RESIDENT)
         assert plan.depth * plan.chunk * plan.waves_k * plan.split * TILE_K >= k
         assert -(-m // plan.rows) * plan.blocks <= places(plan)  # all of them start at once

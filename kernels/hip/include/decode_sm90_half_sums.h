@@ -7,7 +7,7 @@
 template <int Room>
 class HalfSums : public MetSums<Room> {
     using Base = MetSums<Room>;
-    using Base::a, Base::s, Base::of_owner, Base::of_waves, Base::place, Base::everybody_has;
+    using Base::a, Base::s, Base::of_waves, Base::place, Base::everybody_has;
 
    public:
     using Base::COLUMNS, Base::owned, Base::first;
@@ -67,12 +67,7 @@ class HalfSums : public MetSums<Room> {
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++) total[c] *= 1 / DOWN;
         } else {
-#pragma unroll 4
-            for (int i = 0; i < a.waves_k; i++) {
-                const auto part = *reinterpret_cast<const Floats<4>*>(of_waves + i * Base::rows() * Room + place(row, column));
-#pragma unroll
-                for (int c = 0; c < COLUMNS; c++) total[c] += part.v[c];
-            }
+            Base::add_up(a.waves_k, [&](int i) { return of_waves + i * Base::rows() * Room + place(row, column); }, total);
         }
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) total[c] = total[c] * times_x.v[c] * Base::times[row] + Base::plus[row];

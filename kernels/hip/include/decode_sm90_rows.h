@@ -1,8 +1,8 @@
 // Rows of e4m3 under one power of two each, weights (layout `hopper_e4m3`) and activations alike, for any number of rows of x.
 //
-// As with many rows of bf16, four waves multiply together by wgmma and weights are the operand in registers, or, of e2m1 that was decoded before
-// x was there, in shared memory. e2m1 codes become e4m3 with their block's scale by a look into a table of eight, four codes an instruction; e4m3 codes are multiplied as they lie.
-// The matrix unit adds e4m3 products with fewer bits than a float has (13 below the largest), so after every few tiles its sums are
+// As with many rows of bf16, four waves multiply together by wgmma and weights are the operand in registers, or in shared memory if they were
+// brought into its order before x was there (`Stream::DECODED`). e2m1 codes become e4m3 with their block's scale by a look into a table of
+// eight, four codes an instruction; e4m3 codes are multiplied as they lie. The matrix unit adds e4m3 products with fewer bits than a float has (13 below the largest), so after every few tiles its sums are
 // added to others by float additions.
 #pragma once
 

@@ -76,19 +76,25 @@ constexpr int EARLY_PREPARED = 32;
 /// A wave's weights, chunk by chunk, through a ring in shared memory. Of waves that multiply together (`is_wide`),
 /// those that have no row tile of their own read the last one again, because the others cannot multiply without them.
 ///
-/// `Early`: the ring holds all that the wave ever reads. row_e2m1 is decoded in place before x is there, into e4m3 as wgmma reads it from
-/// there: codes arrive in the second half of the room for that, scales where others want nothing before they are decoded.
+/// `Early`: the ring holds all that the wave ever reads. It is brought in place, before x is there, into the order in which wgmma reads it
+/// from there (`DECODED`), row_e2m1 as e4m3: codes arrive in the second half of the room for that, scales where others want nothing before
+/// they are decoded.
 template <Weight W, int M, bool Early = false>
 class Stream {
    public:
-    /// Whether all becomes the matrix unit's left operand in shared memory; few rows of e4m3 are multiplied as they arrive.
+    /// Whether all becomes the matrix unit's left operand in shared memory; e4m3 is multiplied as it arrives if there are few rows of x.
     static constexpr bool DECODED = Early && (W == Weight::row_e2m1 || M >= EARLY_PREPARED);
-    static constexpr int TILE = Early && W == Weight::row_e4m3 ? 4 * TILE_ROWS * 64 : LeftMatrix::CORE * 4;
+    /// Tiles of decoded e4m3, which fill their room, take turns with those of the three waves that multiply with this one; so rows 0 to 7
+    /// and 8 to 15 of all are equally far apart. Of e2m1, all of the former lie in front of all of the latter.
+    static constexpr bool BY_TURNS = DECODED && W == Weight::row_e4m3;
+    static constexpr int ROOM = Tile<Early ? Weight::row_e4m3 : W>::BYTES;     // for a tile
+    static constexpr int TILE = BY_TURNS ? 4 * ROOM : LeftMatrix::CORE * 4;  // from one decoded to the next
 
     /// `lds` is this wave's part, `bytes(a)` long, and early `scales_lds` that of scales, `scale_room(a)` long. Starts fetching: weights
     /// depend on no launch before this one.
     DEVICE Stream(const DecodeArgs& a, const Share& s, int expert, uint8_t* lds, uint64_t* barriers, uint8_t* scales_lds = nullptr)
-        : a(a), s(s), ring(BY_TURNS ? lds - wave_index() % 4 * (bytes(a) - ROOM) : lds), early_scales(scales_lds), barriers(barriers), expert(expert), group(s.first_group) {
+        : a(a), s(s), ring(BY_TURNS ? lds - wave_index() % 4 * (bytes(a) - ROOM) : lds), early_scales(scales_lds), barriers(barriers), expert(expert),
+          group(s.first_group) {
         seek();
         if (lane_index() == 0 && group < s.row_groups) {
 #pragma unroll 1
@@ -177,11 +183,6 @@ class Stream {
     }
 
    private:
-    static constexpr int ROOM = Tile<Early ? Weight::row_e4m3 : W>::BYTES;  // for a tile
-    /// Early: tiles of e4m3, which fill their room, take turns with those of the three waves that multiply with this one; so rows 0 to 7
-    /// and 8 to 15 of all are equally far apart. Of e2m1, all of the former lie in front of all of the latter.
-    static constexpr bool BY_TURNS = DECODED && W == Weight::row_e4m3;
-
     /// Chunks that are asked for at once: what has been asked for all else waits behind.
     DEVICE int at_once() const { return a.depth < 4 ? a.depth : a.depth / 2; }
     /// From rows 0 to 7 of a tile to the others.

@@ -39,17 +39,23 @@ class OwnedRows {
         if (thread_index() < owned) times[thread_index()] = my_times, plus[thread_index()] = my_plus;
     }
 
-    /// `count` partial sums, in their order, of which `part(i)` says where they are, and what follows for owned row `row`.
+    /// Adds `count` partial sums, in their order, of which `part(i)` says where they are.
     template <int Columns, typename Part>
-    DEVICE void sum_up(int count, Part part, int row, float (&total)[Columns]) const {
-#pragma unroll
-        for (int c = 0; c < Columns; c++) total[c] = 0;
+    DEVICE static void add_up(int count, Part part, float (&total)[Columns]) {
 #pragma unroll 4
         for (int i = 0; i < count; i++) {
             const auto floats = *reinterpret_cast<const Floats<Columns>*>(part(i));
 #pragma unroll
             for (int c = 0; c < Columns; c++) total[c] += floats.v[c];
         }
+    }
+
+    /// Their sums, and what follows for owned row `row`.
+    template <int Columns, typename Part>
+    DEVICE void sum_up(int count, Part part, int row, float (&total)[Columns]) const {
+#pragma unroll
+        for (int c = 0; c < Columns; c++) total[c] = 0;
+        add_up(count, part, total);
 #pragma unroll
         for (int c = 0; c < Columns; c++) total[c] = total[c] * times[row] + plus[row];
     }

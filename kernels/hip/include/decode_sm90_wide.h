@@ -70,8 +70,9 @@ class Arriving {
 
     /// All threads of the crew, before the block's next barrier: until all is there, if it is one piece.
     DEVICE void wait_for_whole() const {
-        if (PIECES == 1) barrier_wait(barrier_of(0), 0);
+        if (PIECES == 1) wait_for_all();
     }
+    /// However many pieces it is.
     DEVICE void wait_for_all() const {
 #pragma unroll
         for (int i = 0; i < PIECES; i++)
