@@ -295,7 +295,7 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
         # Rings that hold all, or half, or a quarter of a wave's share of a row tile, in one chunk, two or four
         for depth, ring in itertools.product((1, 2, 4), (1, 2, 4)):
             chunk = ring_chunk(mine, depth, ring)
-            for once in (True, False) if rows >= MET_ROWS else (False,):
+            for once in (True, False):
                 lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, once=once)
                 places = _in_clusters(cu_count, split) * _resident(w, lds, rows, waves)
                 groups = min(row_groups, max(1, places // (split * row_blocks)))

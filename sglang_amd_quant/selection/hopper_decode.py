@@ -63,7 +63,7 @@ DECODE_WEIGHTS |= dict.fromkeys(("w4a8", "mxfp4", "w4a8_static"), _ROW_E2M1)
 DECODE_WEIGHTS |= {f"{scheme}_g{group}": _INT4[group] for scheme in INT4_SCHEMES for group in INT4_GROUPS}
 
 
-OWN_BARRIERS = 5
+OWN_BARRIERS = 6
 """Of a block, besides those of rings: `decode.h`."""
 
 MET_ROWS = 64
@@ -97,7 +97,8 @@ def lds_bytes(
     once: bool = False,
 ) -> int:
     """Shared memory of a block: barriers, rings, activations with their factors, row factors and partial sums. `early`:
-    rings have room for e2m1 as e4m3, and scales lie where sums will be. `once`: one row group a block (`MET_ROWS`)."""
+    rings have room for e2m1 as e4m3, and scales lie where sums will be. `once`: one row group a block; else sums of two
+    have a place (`SumsByTurns`), of many rows those of waves one of their own (`MET_ROWS`)."""
     waves, most = waves_k * waves_n, -(-tiles // split)
     of_rows = 4 * waves_n * TILE_ROWS  # bytes of a column of sums
     barriers = _barriers(waves * depth)
@@ -116,7 +117,8 @@ def lds_bytes(
         return barriers + max(used, waves_k * of_rows * rows + halves) + 4 * rows + factors + max(halves, scales)
     if rows >= MET_ROWS:
         return barriers + _with_met_sums(used, of_rows, rows, split, waves_k, once)
-    return barriers + used + factors + max(waves_k * of_rows * rows, scales)
+    sums = factors + max(waves_k * of_rows * rows, scales)
+    return barriers + used + (sums if once or early else 2 * sums)
 
 
 def _with_met_sums(used: int, of_rows: int, rows: int, split: int, waves_k: int, once: bool) -> int:

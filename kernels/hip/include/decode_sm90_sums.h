@@ -81,10 +81,12 @@ DEVICE void store_floats(float* to, const Floats<Count>& floats) { *reinterpret_
 /// rows / split rows. What comes from other blocks announces itself to a barrier, so that no fence is needed.
 class GroupSums : public OwnedRows {
    public:
-    DEVICE GroupSums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier)
+    /// `turns`: barriers, to each of which all waves of the block arrive too if there are several.
+    DEVICE GroupSums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier, int turns = 1)
         : OwnedRows(a, s, lds), barrier(barrier), partial(plus + owned) {
-        if (a.split == 1) return;
-        if (thread_index() == 0) barrier_init(barrier), barriers_are_ready();
+        if (thread_index() != 0 || (a.split == 1 && turns == 1)) return;
+        for (int i = 0; i < turns; i++) barrier_init(barrier + i, turns == 1 ? 1 : 1 + s.threads / WAVE);
+        barriers_are_ready();
     }
 
     /// All threads: others may send from here on, before the first group, and after the last `sum` of a group that another follows.
@@ -115,21 +117,21 @@ class GroupSums : public OwnedRows {
     /// A barrier of the threads that multiply; those that brought x have gone.
     DEVICE void everybody_has() const { asm volatile("barrier.sync 1, %0;" ::"r"(s.threads) : "memory"); }
 
-    uint64_t* const barrier;
-    float* const partial;
+    uint64_t* barrier;
+    float* partial;
 
    private:
     uint32_t parity = 0;
 };
 
-/// Of few rows of x each wave's travel by st.async: [rank][wave_k][owned row][column].
+/// Of few rows of x each wave's travel by st.async: [rank][wave_k][owned row][column]. Of a block with one row group.
 template <int Room, int Columns = Room < 16 ? 1 : 4>
 class Sums : public GroupSums {
    public:
     static constexpr int COLUMNS = Columns;  // that one thread finishes together
 
-    DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier)
-        : GroupSums(a, s, lds, barrier), place(anew(s.rank * a.waves_k + s.wave_k)) {}
+    DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier, int turns = 1)
+        : GroupSums(a, s, lds, barrier, turns), place(anew(s.rank * a.waves_k + s.wave_k)) {}
     /// Behind `used` bytes of rings and activations, in a block with one row group.
     DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barrier, const float*) : Sums(a, s, rings + used, barrier) {}
     DEVICE static int behind(const DecodeArgs&, int used) { return used; }
@@ -149,23 +151,12 @@ class Sums : public GroupSums {
 
     /// All threads that multiply: sums up, and tells them what was loaded ahead. `destination_of(row)`: its `destination`.
     template <typename T, typename DestinationOf>
-    DEVICE void hand_over(const T& totals, int columns, bool first_group, DestinationOf destination_of) {
-        const int handed_on = ceil_div(smaller(columns, Room), T::TOGETHER) * T::TOGETHER;  // of a row
-        expect((a.split - 1) * a.waves_k * owned * handed_on, first_group);
-        totals.each(columns, [&](int row, int column, const auto& values) {
-            const Destination there = destination_of(row);
-            if (there.barrier != 0)
-                cluster_store(there.at(column), values, there.barrier);
-            else
-                store_floats(there.at(column), values);
-        });
+    DEVICE void hand_over(const T& totals, int columns, DestinationOf destination_of) {
+        expect(to_come(totals, columns), true);
+        send(totals, columns, destination_of);
         publish();
         everybody_has();
         wait();
-    }
-    template <typename T>
-    DEVICE void hand_over(const T& totals, int columns, bool first_group, bool) {
-        hand_over(totals, columns, first_group, [&](int row) { return destination(row); });
     }
 
     DEVICE Output output() const { return {a, s, outputs, COLUMNS}; }
@@ -179,12 +170,73 @@ class Sums : public GroupSums {
     /// All threads, at the end.
     DEVICE void leave() const {}
 
+   protected:
+    /// Floats that come from other blocks.
+    template <typename T>
+    DEVICE int to_come(const T&, int columns) const {
+        return (a.split - 1) * a.waves_k * owned * ceil_div(smaller(columns, Room), T::TOGETHER) * T::TOGETHER;
+    }
+
+    template <typename T, typename DestinationOf>
+    DEVICE void send(const T& totals, int columns, DestinationOf destination_of) const {
+        totals.each(columns, [&](int row, int column, const auto& values) {
+            const Destination there = destination_of(row);
+            if (there.barrier != 0)
+                cluster_store(there.at(column), values, there.barrier);
+            else
+                store_floats(there.at(column), values);
+        });
+    }
+
    private:
     /// Columns of a row are turned by fours, so that the same ones of eight rows lie in all banks.
     DEVICE static uint32_t turn_of(int row) { return Room < 8 ? 0 : row / (32 / Room) % (Room / 4); }
     DEVICE static uint32_t turned(int column, uint32_t turn) { return (column / 4 ^ turn) * 4 + column % 4; }
 
     const int place;  // of this wave's sums among those of their rows
+};
+
+/// The same of a block that may have many row groups: sums of one travel while the next is multiplied, to two places by turns. Each has a
+/// barrier, to which the block's waves arrive as they hand over, and wait for one another no sooner than for what travels.
+template <int Room>
+class SumsByTurns : public Sums<Room> {
+    using Base = Sums<Room>;
+    using Base::a, Base::s, Base::barrier, Base::partial, Base::times, Base::plus;
+
+   public:
+    DEVICE SumsByTurns(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barriers) : Base(a, s, lds, barriers, 2), lds(lds), barriers(barriers) {}
+
+    /// All threads: sums up group `number` of the block, and tells them what was loaded ahead. From the third on when all are `ready`: they have
+    /// finished the last but one.
+    template <typename T>
+    DEVICE void hand_over(const T& totals, int columns, int number) {
+        if (number > 1) cluster_wait();
+        turn_to(number);
+        if (thread_index() == 0) barrier_expect(barrier, Base::to_come(totals, columns) * 4);
+        Base::send(totals, columns, [&](int row) { return Base::destination(row); });
+        Base::publish();
+        __syncwarp();
+        if (lane_index() == 0) barrier_arrive(barrier);
+    }
+
+    /// All threads: until the sums of group `number` are there; `sum` is of these then.
+    DEVICE void take(int number) {
+        turn_to(number);
+        barrier_wait(barrier, number / 2 % 2);
+    }
+
+    /// All threads, when they have finished a group and two more follow: others may send again.
+    DEVICE void ready_again() const { cluster_arrive(); }
+
+   private:
+    DEVICE void turn_to(int number) {
+        const int place = number % 2, bytes = Base::ahead_of_partial(a) + a.split * a.waves_k * Base::owned * Room * 4;
+        barrier = barriers + place;
+        times = reinterpret_cast<float*>(lds + place * bytes), plus = times + Base::owned, partial = plus + Base::owned;
+    }
+
+    uint8_t* const lds;
+    uint64_t* const barriers;
 };
 
 /// Of more rows, those of waves that share K meet in the block, [wave_k][row][column]; then what other blocks own travels:
@@ -303,5 +355,5 @@ DEVICE auto sums_of_block(const DecodeArgs& a, const Share& s, uint8_t* rings, i
     if constexpr (Room >= 64)
         return MetSums<Room>::behind(a, s, rings, used, barriers, s.groups >= s.row_groups);
     else
-        return Sums<Room>(a, s, rings + used, barriers);
+        return SumsByTurns<Room>(a, s, rings + used, barriers);
 }
