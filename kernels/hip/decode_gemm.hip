@@ -105,7 +105,6 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
         totals.join(x);
     };
     const auto finish_that = [&](int group) {
-        if constexpr (!AHEAD) output = sums.output();
         finish_group<W, A>(a, s, rows, sums, output, group, plain_results(a, s, rows.first, sums, output, group));
     };
     if constexpr (TARGET_SM90 && M < 64) {  // a group is finished when the next has been multiplied
@@ -120,6 +119,7 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
             }
             if (number > 0) {
                 sums.take(number - 1);
+                if constexpr (!AHEAD) output = sums.output();
                 finish_that(group - s.groups);
                 if (another) sums.ready_again();
             }
@@ -131,6 +131,7 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
             multiply(group, totals);
             const bool last = group + s.groups >= s.row_groups;
             sums.hand_over(totals, rows.count, group == s.first_group, last);
+            if constexpr (!AHEAD) output = sums.output();
             finish_that(group);
             if (!last) {
                 sums.ready();
@@ -235,7 +236,7 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     Totals<W, A, M> totals;
     for (int i = 0, first = s.wave_first; i < x.stages; i++, first += s.wave_step) {
         if (first < s.wave_end) {
-            stream.wait(), totals.look(stream, 0), x.wait();
+            stream.wait(), totals.look(stream, 0), x.wait(), x.refill();
             by_turns<THROUGHOUT<W, M, true>, WAITS<W, M>>(
                 smaller(a.chunk, s.wave_end - first), [&](int t) { totals.add(stream, t, x, t * Tile<W>::BLOCKS, Number<1>{}); },
                 [&](auto pending) { totals.settle(pending); });

@@ -84,7 +84,7 @@ DEVICE void prepare(const uint16_t* x, const float* x_scale, uint8_t* prepared, 
 
 /// x on its way through a block's shared memory, by stages: one chunk for each of the waves that share K.
 ///
-/// Wave 0 fetches, and is a stage behind in doing so: what it waits for, that all waves have read a stage, they mostly have then.
+/// Wave 0 fetches, in the middle of the stage behind: what it waits for, that all waves have read one, they mostly have then.
 template <Weight W, int M>
 class XRing {
    public:
@@ -112,17 +112,20 @@ class XRing {
     /// Waits for the next stage.
     DEVICE void wait() { barrier_wait(full + at_stage, parity); }
 
-    /// Gives the stage back, and has wave 0 fetch into the place of the one before.
+    /// Wave 0, in the midst of a stage: fetches into the place of the one before.
+    DEVICE void refill() {
+        if (wave != 0 || number == 0 || number - 1 + a.depth >= stages) return;
+        const int before = at_stage == 0 ? a.depth - 1 : at_stage - 1;
+        barrier_wait(empty + before, at_stage == 0 ? parity ^ 1 : parity);
+        fetch(number - 1 + a.depth, before);
+    }
+
+    /// Gives the stage back.
     DEVICE void release() {
         __syncwarp();
         // What nobody will fill again need not be given back, and the blocks that would be told may have ended.
         if (number + a.depth < stages && lane_index() < share)
             barrier_arrive_in(address_in(empty + at_stage, lane_index() * a.split + s.rank));
-        if (wave == 0 && number > 0 && number - 1 + a.depth < stages) {
-            const int before = at_stage == 0 ? a.depth - 1 : at_stage - 1;
-            barrier_wait(empty + before, at_stage == 0 ? parity ^ 1 : parity);
-            fetch(number - 1 + a.depth, before);
-        }
         if (++at_stage == a.depth) at_stage = 0, parity ^= 1;
         number++;
     }
@@ -149,7 +152,7 @@ class XRing {
 
     /// Wave 0: stage `i` into place `place`. This block's piece of it, for all that share it.
     DEVICE void fetch(int i, int place) {
-        if (lane_index() != 0) return;
+        if (!elected()) return;
         const int tiles = a.waves_k * a.chunk, bytes = smaller(tiles, s.block_tiles - i * tiles) * XTile<W, M>::TILE_BYTES;
         const int mine = shared_by(cluster_rank(), a.split) * shared_by(bytes, share), offset = place * tiles * XTile<W, M>::TILE_BYTES + mine;
         barrier_expect(full + place, bytes);

@@ -212,7 +212,7 @@ class SumsByTurns : public Sums<Room> {
     DEVICE void hand_over(const T& totals, int columns, int number) {
         if (number > 1) cluster_wait();
         turn_to(number);
-        if (thread_index() == 0) barrier_expect(barrier, Base::to_come(totals, columns) * 4);
+        if (thread_index() == 0) barrier_expect(barrier, Base::to_come(totals, anew(columns)) * 4);
         Base::send(totals, columns, [&](int row) { return Base::destination(row); });
         Base::publish();
         __syncwarp();
@@ -222,7 +222,7 @@ class SumsByTurns : public Sums<Room> {
     /// All threads: until the sums of group `number` are there; `sum` is of these then.
     DEVICE void take(int number) {
         turn_to(number);
-        barrier_wait(barrier, number / 2 % 2);
+        barrier_wait(barrier, number >> 1 & 1);
     }
 
     /// All threads, when they have finished a group and two more follow: others may send again.
@@ -230,7 +230,7 @@ class SumsByTurns : public Sums<Room> {
 
    private:
     DEVICE void turn_to(int number) {
-        const int place = number % 2, bytes = Base::ahead_of_partial(a) + a.split * a.waves_k * Base::owned * Room * 4;
+        const int place = number & 1, bytes = Base::ahead_of_partial(a) + a.split * a.waves_k * Base::owned * Room * 4;
         barrier = barriers + place;
         times = reinterpret_cast<float*>(lds + place * bytes), plus = times + Base::owned, partial = plus + Base::owned;
     }
@@ -339,7 +339,7 @@ class MetSums : public GroupSums {
     template <typename Number>
     DEVICE void send(Number* rows, Number* others) const {
         for (int owner = wave_index(); owner < a.split; owner += s.threads / WAVE) {
-            if (owner == s.rank || lane_index() != 0) continue;
+            if (owner == s.rank || !elected()) continue;
             const int block = cluster_rank() - s.rank + owner;
             bulk_send(address_in(others + s.rank * owned * Room, block), rows + owner * owned * Room, owned * Room * sizeof(Number), address_in(barrier, block));
         }

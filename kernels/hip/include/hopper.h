@@ -7,6 +7,13 @@
 #if TARGET_SM90
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+/// Whether this is the one lane of a wave, all of whose lanes ask, that does what one has to. The compiler knows that it is one.
+DEVICE bool elected() {
+    uint32_t is;
+    asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xffffffff;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(is));
+    return is;
+}
+
 /// One lane: the barrier waits for so many arrivals, and the bytes announced with them.
 DEVICE void barrier_init(uint64_t* barrier, int arrivals = 1) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
