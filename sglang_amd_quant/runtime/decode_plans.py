@@ -15,7 +15,6 @@ from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.selection.hopper_decode import (
     DECODE_WEIGHTS,
     EARLY_PREPARED,
-    MET_ROWS,
     TILE_K,
     TILE_ROWS,
     DecodeWeights,
