@@ -44,8 +44,10 @@ def _amd_moe(arch: str, weight: str, scheme: str) -> tuple[Rule, ...]:
 _MEASURED = "docs/decode.md: measured on an H100"
 _SM90_DECODE: tuple[tuple[int, Range, Range], ...] = (
     # largest M, N, K: what it wins against the prefill kernel, which shares no K between blocks, for few rows
-    (64, (1, 4095), (4096, None)),
-    (32, (1, 16383), (1, None)),
+    (64, (1, 16383), (2048, None)),
+    (64, (16384, None), (4096, 8191)),
+    (32, (1, 8191), (1, None)),
+    (16, (1, 16383), (1, None)),
     (8, (1, None), (1, None)),
 )
 
@@ -53,10 +55,12 @@ _SM90_DECODE: tuple[tuple[int, Range, Range], ...] = (
 _ON_H200 = "docs/decode.md: measured on an H200"
 _SM90_TILES: tuple[tuple[tuple[str, ...], Range, Range, Range], ...] = (
     # schemes, M, N, K: where tiles as high as M beat the decode kernel, which holds more of x in each block
-    (("w4a8", "mxfp4"), (3, 64), (16384, None), (1, None)),
-    (("w4a8", "mxfp4"), (17, 32), (6144, None), (2049, 4096)),
+    (("w4a8", "mxfp4"), (3, 32), (16384, None), (1, None)),
+    (("w4a8", "mxfp4"), (33, 64), (16384, None), (1, 2048)),
+    (("w4a8", "mxfp4"), (17, 32), (8193, None), (2049, 4096)),
     (("w4a8", "mxfp4"), (17, 32), (8193, None), (1, 2048)),  # below, weights are there before x
     (("mxfp8",), (17, 64), (6144, None), (1, 4096)),
+    (("mxfp8",), (33, 64), (4096, None), (1, 4096)),
     (("mxfp8",), (33, 64), (16384, None), (1, None)),
 )
 
@@ -85,7 +89,7 @@ RULES: tuple[Rule, ...] = (
     # Triton's kernel took several times as long as peers at 16 to 64 rows, 6144 -> 2304.
     *(
         Rule("hip_decode_int4", "sm_90", "linear", "int4_w4a16", _MEASURED, m=(1, m), n=n, k=k)
-        for m, n, k in (_SM90_DECODE[0], (32, (1, None), (1, None)))
+        for m, n, k in ((64, (1, 4095), (4096, None)), (32, (1, None), (1, None)))
     ),
     *(
         Rule(
