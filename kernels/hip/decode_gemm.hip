@@ -87,7 +87,6 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
         x.stage(a, s, rows);
     }
     block_barrier();
-    if constexpr (is_wide(W, M)) x.arriving.begin();
 
     const auto multiply = [&](int group, auto& totals) {
         if (is_wide(W, M) || group * s.waves_n + s.wave_n < s.row_tiles)
@@ -96,7 +95,6 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
                     if constexpr (is_wide(W, M)) totals.look(stream, 0);
                 },
                 [&](const auto& tile, int number, auto... tiles) {
-                    if constexpr (is_wide(W, M)) x.arriving.wait(number);
                     totals.add(stream, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, tiles...);
                 },
                 [&](auto pending) {
@@ -107,7 +105,7 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     const auto finish_that = [&](int group) {
         finish_group<W, A>(a, s, rows, sums, output, group, plain_results(a, s, rows.first, sums, output, group));
     };
-    if constexpr (TARGET_SM90 && M < 64) {  // a group is finished when the next has been multiplied
+    if constexpr (TARGET_SM90) {  // a group is finished when the next has been multiplied
 #pragma unroll 1
         for (int number = 0, group = s.first_group;; number++, group += s.groups) {
             const bool is_group = group < s.row_groups, another = group + s.groups < s.row_groups;
@@ -221,7 +219,7 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     uint8_t* rings = dynamic_lds() + barrier_bytes((2 + waves) * a.depth);  // of x two, of what has arrived and what has been read
     Stream<W, M> stream(a, s, 0, rings + XRing<W, M>::bytes(a) + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + (2 + wave_index()) * a.depth);
     XRing<W, M> x(a, s, rings, barriers + OWN_BARRIERS);
-    auto sums = MetSums<M>::behind(a, s, rings, XRing<W, M>::bytes(a) + waves * Stream<W, M>::bytes(a), barriers, true);
+    auto sums = MetSums<M>::behind(a, s, rings, XRing<W, M>::bytes(a) + waves * Stream<W, M>::bytes(a), barriers);
     sums.ready();
     sums.template look_ahead<W, A, M>(0, group);
     const bool shares_x = cluster_blocks() > 1 && a.split == 1;
@@ -246,7 +244,7 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     }
     block_barrier();  // factors of x are there for all
     totals.join(x);
-    sums.hand_over(totals, rows.count, true, true);
+    sums.hand_over(totals, rows.count);
     const Output output = sums.output();
     finish_group<W, A>(a, s, rows, sums, output, group, plain_results(a, s, rows.first, sums, output, group));
     sums.leave();
@@ -284,8 +282,7 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
     PREPARED(decode_prepared_##NAME##_m32, W, A, 32) \
     PREPARED(decode_prepared_##NAME##_m64, W, A, 64) \
     DENSE(NAME, W, A, 16, MANY, 1)              \
-    DENSE(NAME, W, A, 32, MANY, 1)              \
-    DENSE(NAME, W, A, 64, MANY, 1)
+    DENSE(NAME, W, A, 32, MANY, 1)
 #define SCHEME(NAME, W, A)            \
     DENSE(NAME, W, A, 2, FEW<W>, 2)   \
     DENSE(NAME, W, A, 4, FEW<W>, 2)   \

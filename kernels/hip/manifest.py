@@ -80,11 +80,12 @@ DECODE_SCHEMES = (*QUANTIZED_SCHEMES, *BF16_SCHEMES)
 INT4_SCHEMES = ("int4_w4a16", "int4_w4a16_fp16")
 INT4_GROUPS = (32, 64, 128)
 """int4 with bf16 or fp16 activations: a scheme's entry points for groups of 128 are those of `int4_w4a16_g128`."""
-FEW_M, PREPARED_M = (2, 4, 8), (16, 32, 64)
+FEW_M, MANY_M, PREPARED_M = (2, 4, 8), (16, 32), (16, 32, 64)
 DECODE_M = FEW_M + PREPARED_M
 QUANTIZED_M = (8, *PREPARED_M)
-"""Rows of activations that the decode kernels are instantiated for on sm_90: few of bf16 and fp16, those of an x that a
-launch has prepared, of bf16 and fp16, of quantized activations, with waves for x while weights come too ..."""
+"""Rows of activations that the decode kernels are instantiated for on sm_90: few of bf16 and fp16, more that blocks
+hold, those of an x that a launch has prepared and that streams; all of bf16 and fp16, and all of quantized ones, with
+waves for x while weights come too ..."""
 AMD_DECODE_M = (4, 16, 32)
 AMD_MOE_DECODE_M = (4, 16)
 """... and on AMD, whose matrix units take sixteen rows at a time; grouped by expert only there (`hopper_moe.py`)."""
@@ -133,9 +134,12 @@ CODE_OBJECTS = (
             for m in (1, 2, 4)
         ),
     ),
-    *(_decode(scheme, ("sm_90",), QUANTIZED_M, prepared=PREPARED_M, early=QUANTIZED_M) for scheme in QUANTIZED_SCHEMES),
-    *(_decode(scheme, ("sm_90",), DECODE_M, prepared=PREPARED_M) for scheme in BF16_SCHEMES),
-    *(_decode(scheme, ("sm_90",), DECODE_M, prepared=PREPARED_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),
+    *(
+        _decode(scheme, ("sm_90",), (8, *MANY_M), prepared=PREPARED_M, early=QUANTIZED_M)
+        for scheme in QUANTIZED_SCHEMES
+    ),
+    *(_decode(scheme, ("sm_90",), FEW_M + MANY_M, prepared=PREPARED_M) for scheme in BF16_SCHEMES),
+    *(_decode(scheme, ("sm_90",), FEW_M + MANY_M, prepared=PREPARED_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),
     *(_decode(scheme, AMD_ARCHS, AMD_DECODE_M, AMD_MOE_DECODE_M) for scheme in DECODE_SCHEMES),
     *(_decode(scheme, AMD_ARCHS, AMD_DECODE_M, AMD_MOE_DECODE_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),
 )

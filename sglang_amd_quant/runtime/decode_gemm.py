@@ -10,7 +10,7 @@ from sglang_amd_quant.kernels.hip.manifest import QUANTIZED_SCHEMES
 from sglang_amd_quant.runtime.decode_plans import RESIDENT, DecodePlan, lds_of, plans, prepared_bytes
 from sglang_amd_quant.runtime.launch import LaunchDescription
 from sglang_amd_quant.schemes import MX_BLOCK
-from sglang_amd_quant.selection.hopper_decode import EARLY_PREPARED, MET_ROWS, TILE_K, TILE_ROWS, early_tiles
+from sglang_amd_quant.selection.hopper_decode import EARLY_PREPARED, TILE_K, TILE_ROWS, early_tiles
 
 OUTS = {"bf16": 0, "fp16": 1, "fp32": 2}
 ACTIVATIONS = {None: 0, "silu": 1, "swigluoai": 2}
@@ -90,7 +90,7 @@ def decode_gemm(
             raise ShapeError(f"K={k}", f"{plan} holds less", "take a plan for this K")
         if plan.rows >= EARLY_PREPARED and plan.share != RESIDENT:
             raise ShapeError(f"{plan.rows} rows of x", f"{plan} quantizes them in every block", "have them prepared")
-    if plan.rows >= MET_ROWS and plan.share <= 0 and (need := lds_of(scheme, plan, n, k)) > plan.lds:
+    if plan.share <= 0 and (need := lds_of(scheme, plan, n, k)) > plan.lds:
         raise ShapeError(f"N={n} K={k}", f"{plan} needs {need} bytes of shared memory", "take a plan for this N and K")
     streamed, launches = plan.share > 0, []
     held = prepared if plan.share == RESIDENT else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.kernels.hip.manifest import MANY_M
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.selection.hopper_decode import (
     DECODE_WEIGHTS,
@@ -131,7 +132,7 @@ _WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
     ("int4", 8): ((8, 1, 8, 1, 16), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (4, 1, 8, 1, 8)),
     ("int4", 16): ((4, 1, 16, 2, 8, -1), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
     ("int4", 32): ((1, 1, 12, 2, 8, 1), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
-    ("int4", 64): ((1, 1, 12, 3, 4, 1), (8, 1, 8, 2, 4, -1), (8, 1, 12, 2, 4, -1), (1, 4, 4, 2, 2, 1)),
+    ("int4", 64): ((1, 1, 12, 3, 4, 1), (8, 1, 4, 2, 4, 1), (8, 1, 12, 3, 4, 1), (1, 4, 4, 2, 2, 1)),
     ("row_e2m1", 2): ((2, 4, 4, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
     ("row_e2m1", 4): ((4, 1, 16, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
     ("row_e2m1", 8): ((2, 4, 4, 2, 8, -1), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 4)),
@@ -143,7 +144,7 @@ _WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
     ("row_e4m3", 8): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 2)),
     ("row_e4m3", 16): ((8, 2, 8, 2, 4), (8, 2, 8, 2, 3), (8, 1, 12, 4, 2), (4, 1, 8, 2, 4)),
     ("row_e4m3", 32): ((4, 1, 12, 2, 4, -1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 2, 4, 1)),
-    ("row_e4m3", 64): ((1, 1, 12, 3, 4, 2), (4, 2, 4, 2, 6, -1), (4, 1, 12, 2, 4, 1), (1, 4, 4, 3, 2, 2)),
+    ("row_e4m3", 64): ((1, 1, 12, 3, 4, 2), (4, 2, 4, 2, 4, 1), (4, 1, 12, 2, 4, 1), (1, 4, 4, 3, 2, 2)),
 }
 """What measured best, or within a few percent, of 16 to 400 plans each for 70 dense problems (`python -m bench.decode
 --schemes w4a8,mxfp8 --explore 100`), on an H100; rows with many row groups on an H200 (docs/measured/decode_h200.json);
@@ -308,7 +309,7 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
         # Rings that hold all, or half, or a quarter of a wave's share of a row tile, in one chunk, two or four
         for depth, ring in itertools.product((1, 2, 4), (1, 2, 4)):
             chunk = ring_chunk(mine, depth, ring)
-            for once in (True, False):
+            for once in (True, False) if rows <= MANY_M[-1] else ():
                 lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, once=once)
                 places = _in_clusters(cu_count, split) * _resident(w, lds, rows, waves)
                 groups = min(row_groups, max(1, places // (split * row_blocks)))

@@ -66,9 +66,6 @@ DECODE_WEIGHTS |= {f"{scheme}_g{group}": _INT4[group] for scheme in INT4_SCHEMES
 OWN_BARRIERS = 6
 """Of a block, besides those of rings: `decode.h`."""
 
-MET_ROWS = 64
-"""Of x, from which on sums of waves meet in their block: where rings and activations were, if it has one row group."""
-
 EARLY_PREPARED, MOST_ADDED = 32, 12
 """Rows of x from which on plans with waves for x have it prepared, and sums travel as halves (`HalfSums`); tiles of a
 wave, at most, then: what the matrix unit adds up (`Totals::add_all`)."""
@@ -98,7 +95,7 @@ def lds_bytes(
 ) -> int:
     """Shared memory of a block: barriers, rings, activations with their factors, row factors and partial sums. `early`:
     rings have room for e2m1 as e4m3, and scales lie where sums will be. `once`: one row group a block; else sums of two
-    have a place (`SumsByTurns`), of many rows those of waves one of their own (`MET_ROWS`)."""
+    have a place (`SumsByTurns`)."""
     waves, most = waves_k * waves_n, -(-tiles // split)
     of_rows = 4 * waves_n * TILE_ROWS  # bytes of a column of sums
     barriers = _barriers(waves * depth)
@@ -115,17 +112,8 @@ def lds_bytes(
     if early and rows >= EARLY_PREPARED:
         halves = of_rows * rows // 2 if split > 1 else 0
         return barriers + max(used, waves_k * of_rows * rows + halves) + 4 * rows + factors + max(halves, scales)
-    if rows >= MET_ROWS:
-        return barriers + _with_met_sums(used, of_rows, rows, split, waves_k, once)
     sums = factors + max(waves_k * of_rows * rows, scales)
     return barriers + used + (sums if once or early else 2 * sums)
-
-
-def _with_met_sums(used: int, of_rows: int, rows: int, split: int, waves_k: int, once: bool) -> int:
-    """Rings and activations, and the row factors and sums behind them: those of waves, where the former were if `once`,
-    and those of the blocks that share K (`MetSums::behind`)."""
-    met = waves_k * of_rows * rows
-    return (max(used, met) if once else used + met) + 2 * of_rows // split + (of_rows * rows if split > 1 else 0)
 
 
 def prepared_lds(w: DecodeWeights, rows: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int) -> int:
@@ -135,7 +123,7 @@ def prepared_lds(w: DecodeWeights, rows: int, split: int, waves_k: int, waves_n:
     barriers = _barriers((2 + waves_k * waves_n) * depth)
     rings = 1024 + depth * waves_k * chunk * (w.tile_k * w.x_bytes * rows + waves_n * w.tile_bytes)
     used = rings + (4 * rows if w.x_bytes == 1 else 0)
-    return barriers + _with_met_sums(used, of_rows, rows, split, waves_k, once=True)
+    return barriers + max(used, waves_k * of_rows * rows) + 2 * of_rows // split + (of_rows * rows if split > 1 else 0)
 
 
 def least_lds(scheme: str, m: int, k: int) -> int:

@@ -108,14 +108,23 @@ def test_small_weights_are_in_shared_memory_before_few_rows_of_x(scheme: str) ->
     assert not plans(scheme, 1, 28672, 8192, H100)[0].early  # streams
 
 
-def test_a_plan_whose_sums_meet_over_its_rings_has_one_row_group_a_block() -> None:
-    """With 64 rows of x it takes less shared memory than where the rings are filled again meanwhile."""
-    few = next(p for p in plans("mxfp8", 64, 1024, 8192, H100) if p.share == RESIDENT and not p.early)
+@pytest.mark.parametrize("m", [1, 16, 32])
+@pytest.mark.parametrize("scheme", ["mxfp8", "w4a16", "int4_w4a16_g128"])
+def test_a_plan_of_one_row_group_a_block_has_room_for_the_sums_of_one(scheme: str, m: int) -> None:
+    """Where others follow, sums of two have a place: those of one travel while the next is multiplied."""
+    few = next(p for p in plans(scheme, m, 1024, 8192, H100) if p.share <= 0 and not p.early)
     many = 1024 * 132
-    assert lds_of("mxfp8", few, many, 8192) > few.lds
-    x, y = torch.empty(64, 8192, dtype=torch.bfloat16), torch.empty(64, many, dtype=torch.bfloat16)
+    assert lds_of(scheme, few, many, 8192) > few.lds
+    x, y = torch.empty(m, 8192, dtype=torch.bfloat16), torch.empty(m, many, dtype=torch.bfloat16)
     with pytest.raises(ShapeError, match="take a plan for this N"):
-        decode_gemm(x, None, None, None, y, scheme="mxfp8", n=many, cu_count=H100, plan=few)
+        decode_gemm(x, None, None, None, y, scheme=scheme, n=many, cu_count=H100, plan=few)
+
+
+@pytest.mark.parametrize("scheme", list(DECODE_WEIGHTS))
+def test_sixty_four_rows_of_x_stream_or_are_waited_for_by_weights(scheme: str) -> None:
+    """No kernel holds them while weights stream."""
+    for n, k in ((1536, 6144), (4096, 4096), (28672, 8192)):
+        assert all(p.share > 0 or p.early for p in plans(scheme, 64, n, k, H100))
 
 
 def test_a_plan_with_waves_for_many_rows_of_x_wants_them_prepared_and_few_tiles_a_wave() -> None:

@@ -18,14 +18,14 @@ class HalfSums : public MetSums<Room> {
 
     /// `factors`: of rows of x, where sums of waves will be.
     DEVICE HalfSums(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barrier, const float* factors)
-        : Base(a, s, rings + behind(a, used) + Room * 4, barrier, reinterpret_cast<float*>(rings), true),
+        : Base(a, s, rings + behind(a, used) + Room * 4, barrier, reinterpret_cast<float*>(rings)),
           halves(reinterpret_cast<uint16_t*>(rings + Base::met_bytes(a))), others(reinterpret_cast<uint16_t*>(Base::partial)),
           factors(factors), of_x(reinterpret_cast<float*>(rings + behind(a, used))) {}
 
     /// All threads that multiply: sums up, and tells them what was loaded ahead.
     template <typename T>
     DEVICE void hand_over(const T& totals, int columns) {
-        Base::expect((a.split - 1) * owned * (Room / 2), true);
+        Base::expect((a.split - 1) * owned * (Room / 2));
         if (thread_index() < Room) of_x[thread_index()] = factors[thread_index()];
         everybody_has();
         const int row_of_wave = s.wave_n * TILE_ROWS;

@@ -24,14 +24,13 @@ struct Activations<W, A, M, Way::MANY> {
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::TILE_BYTES; }
 
-    /// All threads: brings in the block's part of x. Visible to the block's matrix instructions after its next barrier, and
-    /// `arriving`'s.
+    /// All threads: brings in the block's part of x. Visible to the block's matrix instructions after its next barrier.
     template <bool Grouped, typename Meanwhile>
     DEVICE void stage(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, Meanwhile meanwhile) {
         if (arriving.expected) {
             arriving.template fetch<W>(a, crew, rows.first, values);
             meanwhile();
-            return arriving.wait_for_whole();
+            return arriving.wait();
         }
         stage_rows<M <= 16 ? 4 : 8>(*this, a, pieces, rows, meanwhile);
         show_to_async();

@@ -26,14 +26,14 @@ struct Activations<W, A, M, Way::ROWS> {
     }
     DEVICE static int bytes(const DecodeArgs& a, const Share& s) { return 1024 + s.most_tiles(a) * XTile<W, M>::BYTES + M * 8; }
 
-    /// All threads of the block: quantizes its part of x. Visible to the block's matrix instructions after its next barrier, and `arriving`'s.
+    /// All threads of the block: quantizes its part of x, or fetches it. Visible to the block's matrix instructions after its next barrier.
     /// Of what a thread takes, so many pieces are loaded once; others twice.
     template <int HELD = A == Act::fp8_static ? 2 : M == 8 ? 2 : 4, bool Grouped, typename Meanwhile>
     DEVICE void stage(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, Meanwhile meanwhile) {
         if (arriving.expected) {
             ask_for_prepared(a, rows.first);
             meanwhile();
-            return arriving.wait_for_whole();
+            return arriving.wait();
         }
         const auto look_at = [&](const Words& eight, int i, int, bool wanted) {
             const uint32_t of_lane = largest_of(eight), of_all = pieces.whole ? largest_in_wave(of_lane) : max_lanes<4>(of_lane);
@@ -116,7 +116,7 @@ struct Activations<W, A, M, Way::ROWS> {
     /// All threads of the crew: gets those that a launch in front has prepared.
     DEVICE void fetch_prepared(const DecodeArgs& a, const Rows<false>& rows) {
         ask_for_prepared(a, rows.first);
-        arriving.wait_for_all();
+        arriving.wait();
     }
 
     /// What step `step` of 32 of the tile that begins with MX block `block` multiplies.

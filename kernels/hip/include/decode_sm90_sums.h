@@ -89,25 +89,19 @@ class GroupSums : public OwnedRows {
         barriers_are_ready();
     }
 
-    /// All threads: others may send from here on, before the first group, and after the last `sum` of a group that another follows.
+    /// All threads: others may send from here on.
     DEVICE void ready() const {
         if (a.split > 1) cluster_arrive();
     }
-    /// All threads that are to send, before the first group: waits until all blocks that share K are `ready`.
+    /// All threads that are to send: waits until all blocks that share K are `ready`.
     DEVICE void meet() const {
         if (a.split > 1) cluster_wait();
     }
 
    protected:
-    /// All threads, before a group's sums are handed over, of which so many floats will come from other blocks: when nobody wants
-    /// those of the group before any more.
-    DEVICE void expect(int floats, bool first_group) const {
-        if (a.split > 1) {
-            if (!first_group) cluster_wait();
-            if (thread_index() == 0) barrier_expect(barrier, floats * 4);
-        } else if (!first_group) {
-            block_barrier();
-        }
+    /// All threads: so many floats will come from other blocks.
+    DEVICE void expect(int floats) const {
+        if (a.split > 1 && thread_index() == 0) barrier_expect(barrier, floats * 4);
     }
 
     DEVICE void wait() {
@@ -152,7 +146,7 @@ class Sums : public GroupSums {
     /// All threads that multiply: sums up, and tells them what was loaded ahead. `destination_of(row)`: its `destination`.
     template <typename T, typename DestinationOf>
     DEVICE void hand_over(const T& totals, int columns, DestinationOf destination_of) {
-        expect(to_come(totals, columns), true);
+        expect(to_come(totals, columns));
         send(totals, columns, destination_of);
         publish();
         everybody_has();
@@ -239,8 +233,8 @@ class SumsByTurns : public Sums<Room> {
     uint64_t* const barriers;
 };
 
-/// Of more rows, those of waves that share K meet in the block, [wave_k][row][column]; then what other blocks own travels:
-/// [rank][owned row][column], 64 columns copied whole, fewer by st.async.
+/// Of a block with one row group, for an x that streams: those of waves that share K meet where rings and x were, [wave_k][row][column]; then
+/// what other blocks own travels: [rank][owned row][column], 64 columns copied whole, fewer by st.async.
 template <int Room>
 class MetSums : public GroupSums {
     static constexpr bool WHOLE = Room >= 64;
@@ -248,23 +242,21 @@ class MetSums : public GroupSums {
    public:
     static constexpr int COLUMNS = 4;  // that one thread finishes together
 
-    /// `of_waves`: where those of waves meet. `busy`: waves may still read what was there.
-    DEVICE MetSums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier, float* of_waves, bool busy)
-        : GroupSums(a, s, lds, barrier), of_waves(of_waves), busy(busy) {}
+    /// `of_waves`: where those of waves meet, which may still read what was there.
+    DEVICE MetSums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier, float* of_waves)
+        : GroupSums(a, s, lds, barrier), of_waves(of_waves) {}
 
-    /// Behind `used` bytes of rings and activations. `once`: the block has one row group, so that nobody wants these any more when it
-    /// is summed up, and waves' sums meet there.
-    DEVICE static MetSums behind(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barrier, bool once) {
-        const int from = once ? 0 : used;
-        return {a, s, rings + larger(used, from + met_bytes(a)), barrier, reinterpret_cast<float*>(rings + from), once};
+    /// Behind `used` bytes of rings and activations.
+    DEVICE static MetSums behind(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barrier) {
+        return {a, s, rings + larger(used, met_bytes(a)), barrier, reinterpret_cast<float*>(rings)};
     }
 
     /// All threads: sums up, and tells every thread of the block what was loaded ahead.
     template <typename T>
-    DEVICE void hand_over(const T& totals, int columns, bool first_group, bool last_group) {
+    DEVICE void hand_over(const T& totals, int columns) {
         const int handed_on = WHOLE ? Room : ceil_div(smaller(columns, Room), 4) * 4;  // of a row
-        expect((WHOLE ? a.split - 1 : a.split) * owned * handed_on, first_group);
-        if (busy) block_barrier();
+        expect((WHOLE ? a.split - 1 : a.split) * owned * handed_on);
+        block_barrier();
         float* mine = of_waves + (s.wave_k * a.waves_n + s.wave_n) * TILE_ROWS * Room;
         totals.each_pair(columns, [&](int row, int column, const auto& values) { store_floats(mine + place(row, column), values); });
         publish();
@@ -283,7 +275,7 @@ class MetSums : public GroupSums {
                 each_sum(columns, [&](int row, int column, const Floats<4>& sum) { send(row, column, sum); });
         }
         wait();
-        if (WHOLE && last_group) ready();
+        if (WHOLE) ready();
     }
 
     DEVICE Output output() const { return {a, s, outputs, COLUMNS}; }
@@ -346,14 +338,10 @@ class MetSums : public GroupSums {
     }
 
     float* const of_waves;
-    const bool busy;
 };
 
 /// Those of a block that holds all of its x, behind `used` bytes of rings and activations.
 template <int Room>
-DEVICE auto sums_of_block(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barriers) {
-    if constexpr (Room >= 64)
-        return MetSums<Room>::behind(a, s, rings, used, barriers, s.groups >= s.row_groups);
-    else
-        return SumsByTurns<Room>(a, s, rings + used, barriers);
+DEVICE SumsByTurns<Room> sums_of_block(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barriers) {
+    return {a, s, rings + used, barriers};
 }

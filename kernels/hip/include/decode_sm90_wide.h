@@ -35,8 +35,7 @@ DEVICE const float* prepared_factors(const DecodeArgs& a, const void* prepared, 
     return reinterpret_cast<const float*>(static_cast<const uint8_t*>(prepared) + prepared_bytes<W>(a.m, a.k, room));
 }
 
-/// A block's part of an x that a launch in front has prepared, on its way into shared memory: many rows in pieces, so that the first is
-/// multiplied before the last is there.
+/// A block's part of an x that a launch in front has prepared, on its way into shared memory: 64 rows by several copies.
 template <int M>
 class Arriving {
    public:
@@ -68,24 +67,11 @@ class Arriving {
         }
     }
 
-    /// All threads of the crew, before the block's next barrier: until all is there, if it is one piece.
-    DEVICE void wait_for_whole() const {
-        if (PIECES == 1) wait_for_all();
-    }
-    /// However many pieces it is.
-    DEVICE void wait_for_all() const {
+    /// All threads of the crew, before the block's next barrier: until all is there.
+    DEVICE void wait() const {
 #pragma unroll
         for (int i = 0; i < PIECES; i++)
             if (PIECES == 1 || i << shift < s.block_tiles) barrier_wait(barrier_of(i), 0);
-    }
-    /// Until the first of a wave's tiles is there, behind that barrier.
-    DEVICE void begin() const {
-        if (PIECES > 1 && expected && s.wave_first < s.wave_end) barrier_wait(barrier_of(s.wave_first - s.block_first >> shift), 0);
-    }
-    /// Until tile `number` along K is there, for a wave that takes one after the other and has begun.
-    DEVICE void wait(int number) const {
-        const int tile = number - s.block_first;
-        if (PIECES > 1 && expected && (tile & (1 << shift) - 1) == 0) barrier_wait(barrier_of(tile >> shift), 0);
     }
 
     const bool expected;  // else there is nothing to wait for
