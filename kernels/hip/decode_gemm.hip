@@ -88,7 +88,8 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     }
     block_barrier();
 
-    const auto multiply = [&](int group, auto& totals) {
+    for (int group = s.first_group; group < s.row_groups; group += s.groups) {
+        Totals<W, A, M> totals;
         if (is_wide(W, M) || group * s.waves_n + s.wave_n < s.row_tiles)
             stream.template each_tile<X::TILES>(
                 [&] {
@@ -101,40 +102,13 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
                     if constexpr (is_wide(W, M)) totals.settle(pending);
                 });
         totals.join(x);
-    };
-    const auto finish_that = [&](int group) {
+        const bool last = group + s.groups >= s.row_groups;
+        sums.hand_over(totals, rows.count, group == s.first_group, last);
+        if constexpr (!AHEAD) output = sums.output();
         finish_group<W, A>(a, s, rows, sums, output, group, plain_results(a, s, rows.first, sums, output, group));
-    };
-    if constexpr (TARGET_SM90) {  // a group is finished when the next has been multiplied
-#pragma unroll 1
-        for (int number = 0, group = s.first_group;; number++, group += s.groups) {
-            const bool is_group = group < s.row_groups, another = group + s.groups < s.row_groups;
-            if (is_group) {
-                Totals<W, A, M> totals;
-                multiply(group, totals);
-                sums.hand_over(totals, rows.count, number);
-                if (another) sums.template look_ahead<W, A, M>(rows.expert, group + s.groups);
-            }
-            if (number > 0) {
-                sums.take(number - 1);
-                if constexpr (!AHEAD) output = sums.output();
-                finish_that(group - s.groups);
-                if (another) sums.ready_again();
-            }
-            if (!is_group) break;
-        }
-    } else {
-        for (int group = s.first_group; group < s.row_groups; group += s.groups) {
-            Totals<W, A, M> totals;
-            multiply(group, totals);
-            const bool last = group + s.groups >= s.row_groups;
-            sums.hand_over(totals, rows.count, group == s.first_group, last);
-            if constexpr (!AHEAD) output = sums.output();
-            finish_that(group);
-            if (!last) {
-                sums.ready();
-                sums.template look_ahead<W, A, M>(rows.expert, group + s.groups);
-            }
+        if (!last) {
+            sums.ready();
+            sums.template look_ahead<W, A, M>(rows.expert, group + s.groups);
         }
     }
     sums.leave();
@@ -199,7 +173,7 @@ DEVICE void decode_early(const DecodeArgs& a) {
                 [&](auto pending) { totals.settle(pending); });
         }
         totals.join(x);
-        sums.hand_over(totals, rows.count, [&](int) { return destination; });
+        sums.hand_over(totals, rows.count, true, [&](int) { return destination; });
     }
     finish_group<W, A>(a, s, rows, sums, output, s.first_group, plain);
     sums.leave();

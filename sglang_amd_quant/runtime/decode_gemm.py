@@ -90,8 +90,8 @@ def decode_gemm(
             raise ShapeError(f"K={k}", f"{plan} holds less", "take a plan for this K")
         if plan.rows >= EARLY_PREPARED and plan.share != RESIDENT:
             raise ShapeError(f"{plan.rows} rows of x", f"{plan} quantizes them in every block", "have them prepared")
-    if plan.share <= 0 and (need := lds_of(scheme, plan, n, k)) > plan.lds:
-        raise ShapeError(f"N={n} K={k}", f"{plan} needs {need} bytes of shared memory", "take a plan for this N and K")
+    if plan.share <= 0 and (need := lds_of(scheme, plan, k)) > plan.lds:
+        raise ShapeError(f"K={k}", f"{plan} needs {need} bytes of shared memory", "take a plan for this K")
     streamed, launches = plan.share > 0, []
     held = prepared if plan.share == RESIDENT else None
     if plan.share:

@@ -90,14 +90,12 @@ def prepared_bytes(scheme: str, plan: DecodePlan, m: int, k: int) -> int:
 
 
 @cache  # asked at every launch
-def lds_of(scheme: str, plan: DecodePlan, n: int, k: int) -> int:
-    """Bytes of shared memory that a block of a plan whose x does not stream needs, which are more where it has several
-    row groups."""
+def lds_of(scheme: str, plan: DecodePlan, k: int) -> int:
+    """Bytes of shared memory that a block of a plan whose x does not stream needs."""
     w = DECODE_WEIGHTS[scheme]
-    once = plan.groups * plan.waves_n * TILE_ROWS >= n
     return lds_bytes(
         w, plan.rows, -(-k // w.tile_k), plan.split, plan.waves_k, plan.waves_n, plan.depth, plan.chunk,
-        early=plan.early, once=once,
+        early=plan.early,
     )  # fmt: skip
 
 
@@ -309,14 +307,12 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
         # Rings that hold all, or half, or a quarter of a wave's share of a row tile, in one chunk, two or four
         for depth, ring in itertools.product((1, 2, 4), (1, 2, 4)):
             chunk = ring_chunk(mine, depth, ring)
-            for once in (True, False) if rows <= MANY_M[-1] else ():
-                lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, once=once)
-                places = _in_clusters(cu_count, split) * _resident(w, lds, rows, waves)
+            lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk)
+            places = _in_clusters(cu_count, split) * _resident(w, lds, rows, waves)
+            if places and rows <= MANY_M[-1]:
                 groups = min(row_groups, max(1, places // (split * row_blocks)))
-                if places and (groups == row_groups or not once):
-                    plan = DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds)
-                    found += [plan, replace(plan, share=RESIDENT)] if rows >= max(8, w.wide_from) else [plan]
-                    break
+                plan = DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds)
+                found += [plan, replace(plan, share=RESIDENT)] if rows >= max(8, w.wide_from) else [plan]
             if w.x_bytes == 1 and early_tiles(rows, depth, chunk) >= most_tiles and not _large(row_tiles, cu_count):
                 lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, early=True)
                 x_waves = -(-min(m, rows) // (rows // MOST_X_WAVES))  # a row each, or two

@@ -63,7 +63,7 @@ DECODE_WEIGHTS |= dict.fromkeys(("w4a8", "mxfp4", "w4a8_static"), _ROW_E2M1)
 DECODE_WEIGHTS |= {f"{scheme}_g{group}": _INT4[group] for scheme in INT4_SCHEMES for group in INT4_GROUPS}
 
 
-OWN_BARRIERS = 6
+OWN_BARRIERS = 5
 """Of a block, besides those of rings: `decode.h`."""
 
 EARLY_PREPARED, MOST_ADDED = 32, 12
@@ -91,11 +91,9 @@ def lds_bytes(
     chunk: int,
     *,
     early: bool = False,
-    once: bool = False,
 ) -> int:
     """Shared memory of a block: barriers, rings, activations with their factors, row factors and partial sums. `early`:
-    rings have room for e2m1 as e4m3, and scales lie where sums will be. `once`: one row group a block; else sums of two
-    have a place (`SumsByTurns`)."""
+    rings have room for e2m1 as e4m3, and scales lie where sums will be."""
     waves, most = waves_k * waves_n, -(-tiles // split)
     of_rows = 4 * waves_n * TILE_ROWS  # bytes of a column of sums
     barriers = _barriers(waves * depth)
@@ -112,8 +110,7 @@ def lds_bytes(
     if early and rows >= EARLY_PREPARED:
         halves = of_rows * rows // 2 if split > 1 else 0
         return barriers + max(used, waves_k * of_rows * rows + halves) + 4 * rows + factors + max(halves, scales)
-    sums = factors + max(waves_k * of_rows * rows, scales)
-    return barriers + used + (sums if once or early else 2 * sums)
+    return barriers + used + factors + max(waves_k * of_rows * rows, scales)
 
 
 def prepared_lds(w: DecodeWeights, rows: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int) -> int:

@@ -333,7 +333,8 @@ def test_int4_on_hopper_has_plans(group: int) -> None:
     for m in (1, 3, 8, 9, 16, 17, 64, 130):
         found = decode_plans.plans(scheme, m, 200, 640, 132)
         assert all(p.split <= tiles and p.lds <= arch_facts("sm_90").lds_bytes for p in found)
-        assert {bool(p.share) for p in found} == ({False} if m <= 8 else {False, True})
+        # few rows are held by blocks, more than 32 stream
+        assert {p.share > 0 for p in found} == ({False} if m <= 8 else {True} if m == 64 else {False, True})
         for p in found:
             manifest.find(f"decode{'_prepared' * (p.share > 0)}_{scheme}_m{p.rows}", "sm_90")
             assert not p.share or manifest.find(f"prepare_{scheme}", "sm_90")

@@ -14,8 +14,8 @@ constexpr DEVICE int group_of(Weight w) { return w == Weight::int4_g128 ? 128 : 
 /// Whether four waves multiply together, and need row tiles all of them: sm_90's wgmma.
 constexpr DEVICE bool is_wide(Weight w, int rows) { return TARGET_SM90 && (rows >= 16 || is_row(w)); }
 
-/// A block's shared memory begins with barriers: of its sums, on sm_90 by turns, of pieces of x there, and then of rings.
-constexpr int X_PIECES = TARGET_SM90 ? 4 : 0, OWN_BARRIERS = (TARGET_SM90 ? 2 : 1) + X_PIECES;
+/// A block's shared memory begins with barriers: of its sums, on sm_90 of pieces of x, and then of rings.
+constexpr int X_PIECES = TARGET_SM90 ? 4 : 0, OWN_BARRIERS = 1 + X_PIECES;
 DEVICE uint64_t* own_barriers() { return reinterpret_cast<uint64_t*>(dynamic_lds()); }
 constexpr DEVICE int barrier_bytes(int of_rings) { return ceil_div((OWN_BARRIERS + of_rings) * 8, 128) * 128; }
 

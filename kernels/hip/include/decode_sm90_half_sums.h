@@ -25,7 +25,7 @@ class HalfSums : public MetSums<Room> {
     /// All threads that multiply: sums up, and tells them what was loaded ahead.
     template <typename T>
     DEVICE void hand_over(const T& totals, int columns) {
-        Base::expect((a.split - 1) * owned * (Room / 2));
+        Base::expect((a.split - 1) * owned * (Room / 2), true);
         if (thread_index() < Room) of_x[thread_index()] = factors[thread_index()];
         everybody_has();
         const int row_of_wave = s.wave_n * TILE_ROWS;

@@ -81,27 +81,31 @@ DEVICE void store_floats(float* to, const Floats<Count>& floats) { *reinterpret_
 /// rows / split rows. What comes from other blocks announces itself to a barrier, so that no fence is needed.
 class GroupSums : public OwnedRows {
    public:
-    /// `turns`: barriers, to each of which all waves of the block arrive too if there are several.
-    DEVICE GroupSums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier, int turns = 1)
+    DEVICE GroupSums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier)
         : OwnedRows(a, s, lds), barrier(barrier), partial(plus + owned) {
-        if (thread_index() != 0 || (a.split == 1 && turns == 1)) return;
-        for (int i = 0; i < turns; i++) barrier_init(barrier + i, turns == 1 ? 1 : 1 + s.threads / WAVE);
-        barriers_are_ready();
+        if (a.split == 1) return;
+        if (thread_index() == 0) barrier_init(barrier), barriers_are_ready();
     }
 
-    /// All threads: others may send from here on.
+    /// All threads: others may send from here on, before the first group, and after the last `sum` of a group that another follows.
     DEVICE void ready() const {
         if (a.split > 1) cluster_arrive();
     }
-    /// All threads that are to send: waits until all blocks that share K are `ready`.
+    /// All threads that are to send, before the first group: waits until all blocks that share K are `ready`.
     DEVICE void meet() const {
         if (a.split > 1) cluster_wait();
     }
 
    protected:
-    /// All threads: so many floats will come from other blocks.
-    DEVICE void expect(int floats) const {
-        if (a.split > 1 && thread_index() == 0) barrier_expect(barrier, floats * 4);
+    /// All threads, before a group's sums are handed over, of which so many floats will come from other blocks: when nobody wants
+    /// those of the group before any more.
+    DEVICE void expect(int floats, bool first_group) const {
+        if (a.split > 1) {
+            if (!first_group) cluster_wait();
+            if (thread_index() == 0) barrier_expect(barrier, floats * 4);
+        } else if (!first_group) {
+            block_barrier();
+        }
     }
 
     DEVICE void wait() {
@@ -111,21 +115,21 @@ class GroupSums : public OwnedRows {
     /// A barrier of the threads that multiply; those that brought x have gone.
     DEVICE void everybody_has() const { asm volatile("barrier.sync 1, %0;" ::"r"(s.threads) : "memory"); }
 
-    uint64_t* barrier;
-    float* partial;
+    uint64_t* const barrier;
+    float* const partial;
 
    private:
     uint32_t parity = 0;
 };
 
-/// Of few rows of x each wave's travel by st.async: [rank][wave_k][owned row][column]. Of a block with one row group.
+/// Of few rows of x each wave's travel by st.async: [rank][wave_k][owned row][column].
 template <int Room, int Columns = Room < 16 ? 1 : 4>
 class Sums : public GroupSums {
    public:
     static constexpr int COLUMNS = Columns;  // that one thread finishes together
 
-    DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier, int turns = 1)
-        : GroupSums(a, s, lds, barrier, turns), place(anew(s.rank * a.waves_k + s.wave_k)) {}
+    DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier)
+        : GroupSums(a, s, lds, barrier), place(anew(s.rank * a.waves_k + s.wave_k)) {}
     /// Behind `used` bytes of rings and activations, in a block with one row group.
     DEVICE Sums(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barrier, const float*) : Sums(a, s, rings + used, barrier) {}
     DEVICE static int behind(const DecodeArgs&, int used) { return used; }
@@ -145,12 +149,23 @@ class Sums : public GroupSums {
 
     /// All threads that multiply: sums up, and tells them what was loaded ahead. `destination_of(row)`: its `destination`.
     template <typename T, typename DestinationOf>
-    DEVICE void hand_over(const T& totals, int columns, DestinationOf destination_of) {
-        expect(to_come(totals, columns));
-        send(totals, columns, destination_of);
+    DEVICE void hand_over(const T& totals, int columns, bool first_group, DestinationOf destination_of) {
+        const int handed_on = ceil_div(smaller(columns, Room), T::TOGETHER) * T::TOGETHER;  // of a row
+        expect((a.split - 1) * a.waves_k * owned * handed_on, first_group);
+        totals.each(columns, [&](int row, int column, const auto& values) {
+            const Destination there = destination_of(row);
+            if (there.barrier != 0)
+                cluster_store(there.at(column), values, there.barrier);
+            else
+                store_floats(there.at(column), values);
+        });
         publish();
         everybody_has();
         wait();
+    }
+    template <typename T>
+    DEVICE void hand_over(const T& totals, int columns, bool first_group, bool) {
+        hand_over(totals, columns, first_group, [&](int row) { return destination(row); });
     }
 
     DEVICE Output output() const { return {a, s, outputs, COLUMNS}; }
@@ -164,73 +179,12 @@ class Sums : public GroupSums {
     /// All threads, at the end.
     DEVICE void leave() const {}
 
-   protected:
-    /// Floats that come from other blocks.
-    template <typename T>
-    DEVICE int to_come(const T&, int columns) const {
-        return (a.split - 1) * a.waves_k * owned * ceil_div(smaller(columns, Room), T::TOGETHER) * T::TOGETHER;
-    }
-
-    template <typename T, typename DestinationOf>
-    DEVICE void send(const T& totals, int columns, DestinationOf destination_of) const {
-        totals.each(columns, [&](int row, int column, const auto& values) {
-            const Destination there = destination_of(row);
-            if (there.barrier != 0)
-                cluster_store(there.at(column), values, there.barrier);
-            else
-                store_floats(there.at(column), values);
-        });
-    }
-
    private:
     /// Columns of a row are turned by fours, so that the same ones of eight rows lie in all banks.
     DEVICE static uint32_t turn_of(int row) { return Room < 8 ? 0 : row / (32 / Room) % (Room / 4); }
     DEVICE static uint32_t turned(int column, uint32_t turn) { return (column / 4 ^ turn) * 4 + column % 4; }
 
     const int place;  // of this wave's sums among those of their rows
-};
-
-/// The same of a block that may have many row groups: sums of one travel while the next is multiplied, to two places by turns. Each has a
-/// barrier, to which the block's waves arrive as they hand over, and wait for one another no sooner than for what travels.
-template <int Room>
-class SumsByTurns : public Sums<Room> {
-    using Base = Sums<Room>;
-    using Base::a, Base::s, Base::barrier, Base::partial, Base::times, Base::plus;
-
-   public:
-    DEVICE SumsByTurns(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barriers) : Base(a, s, lds, barriers, 2), lds(lds), barriers(barriers) {}
-
-    /// All threads: sums up group `number` of the block, and tells them what was loaded ahead. From the third on when all are `ready`: they have
-    /// finished the last but one.
-    template <typename T>
-    DEVICE void hand_over(const T& totals, int columns, int number) {
-        if (number > 1) cluster_wait();
-        turn_to(number);
-        if (thread_index() == 0) barrier_expect(barrier, Base::to_come(totals, anew(columns)) * 4);
-        Base::send(totals, columns, [&](int row) { return Base::destination(row); });
-        Base::publish();
-        __syncwarp();
-        if (lane_index() == 0) barrier_arrive(barrier);
-    }
-
-    /// All threads: until the sums of group `number` are there; `sum` is of these then.
-    DEVICE void take(int number) {
-        turn_to(number);
-        barrier_wait(barrier, number >> 1 & 1);
-    }
-
-    /// All threads, when they have finished a group and two more follow: others may send again.
-    DEVICE void ready_again() const { cluster_arrive(); }
-
-   private:
-    DEVICE void turn_to(int number) {
-        const int place = number & 1, bytes = Base::ahead_of_partial(a) + a.split * a.waves_k * Base::owned * Room * 4;
-        barrier = barriers + place;
-        times = reinterpret_cast<float*>(lds + place * bytes), plus = times + Base::owned, partial = plus + Base::owned;
-    }
-
-    uint8_t* const lds;
-    uint64_t* const barriers;
 };
 
 /// Of a block with one row group, for an x that streams: those of waves that share K meet where rings and x were, [wave_k][row][column]; then
@@ -255,7 +209,7 @@ class MetSums : public GroupSums {
     template <typename T>
     DEVICE void hand_over(const T& totals, int columns) {
         const int handed_on = WHOLE ? Room : ceil_div(smaller(columns, Room), 4) * 4;  // of a row
-        expect((WHOLE ? a.split - 1 : a.split) * owned * handed_on);
+        expect((WHOLE ? a.split - 1 : a.split) * owned * handed_on, true);
         block_barrier();
         float* mine = of_waves + (s.wave_k * a.waves_n + s.wave_n) * TILE_ROWS * Room;
         totals.each_pair(columns, [&](int row, int column, const auto& values) { store_floats(mine + place(row, column), values); });
@@ -342,6 +296,6 @@ class MetSums : public GroupSums {
 
 /// Those of a block that holds all of its x, behind `used` bytes of rings and activations.
 template <int Room>
-DEVICE SumsByTurns<Room> sums_of_block(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barriers) {
+DEVICE Sums<Room> sums_of_block(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barriers) {
     return {a, s, rings + used, barriers};
 }

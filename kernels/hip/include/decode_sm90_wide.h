@@ -78,7 +78,7 @@ class Arriving {
 
    private:
     static constexpr int PIECES = M < 64 ? 1 : X_PIECES;
-    DEVICE static uint64_t* barrier_of(int piece) { return own_barriers() + 2 + piece; }
+    DEVICE static uint64_t* barrier_of(int piece) { return own_barriers() + 1 + piece; }
 
     const Share& s;
     int shift;  // a piece is 1 << shift tiles

@@ -26,10 +26,6 @@ DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
-DEVICE void barrier_arrive(uint64_t* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
 DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
     asm volatile(
         "{\n\t.reg .pred done;\n\tAGAIN:\n\t"
