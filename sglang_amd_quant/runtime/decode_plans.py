@@ -258,19 +258,14 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
     """
     w = DECODE_WEIGHTS[scheme]
     _check(w, m, n, k)
-    least = next((r for r in w.rows if m <= r), w.rows[-1])
-    for rows in (least, 32) if least > 32 else (least,):  # by 32 where the activations of more do not fit
-        found = _enumerate(w, m, rows, n, k, cu_count, pairs)
-        if rows >= 16:
-            found += _enumerate_prepared(w, rows, n, k, pairs)
-        if found:
-            return _sorted(found, w, min(m, rows), n, k, cu_count)
-    raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
-
-
-def _sorted(found: list[DecodePlan], w: DecodeWeights, m: int, n: int, k: int, cu_count: int) -> tuple[DecodePlan, ...]:
+    rows = next((r for r in w.rows if m <= r), w.rows[-1])
+    found = _enumerate(w, m, rows, n, k, cu_count, pairs)
+    if rows >= 16:
+        found += _enumerate_prepared(w, rows, n, k, pairs)
+    if not found:
+        raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
-    wanted, early = _wanted(w.kind, m, tiles, row_tiles, cu_count, any(p.early for p in found))
+    wanted, early = _wanted(w.kind, min(m, rows), tiles, row_tiles, cu_count, any(p.early for p in found))
     return tuple(sorted(found, key=lambda p: (p.early != early, _distance(p, w, wanted, tiles, row_tiles, cu_count))))
 
 

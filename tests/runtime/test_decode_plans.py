@@ -54,7 +54,7 @@ def check(plan: DecodePlan, scheme: str, m: int, n: int, k: int, pairs: bool) ->
     assert plan.waves <= 16
     assert plan.x_waves <= MOST_X_WAVES  # so 24 waves together
     assert plan.rows in w.rows
-    assert m <= plan.rows or plan.rows == 32
+    assert m <= plan.rows
     assert part == 0
     assert owned % TILE_ROWS == 0 or not pairs
     assert plan.waves_n % 4 == 0 or plan.rows < w.wide_from

@@ -84,7 +84,7 @@ DEVICE void prepare(const uint16_t* x, const float* x_scale, uint8_t* prepared, 
 
 /// x on its way through a block's shared memory, by stages: one chunk for each of the waves that share K.
 ///
-/// Wave 0 fetches, in the middle of the stage behind: what it waits for, that all waves have read one, they mostly have then.
+/// Wave 0 fetches: when it begins a stage, into the place of the one before, which the others have read by then or are about to have.
 template <Weight W, int M>
 class XRing {
    public:
@@ -112,7 +112,7 @@ class XRing {
     /// Waits for the next stage.
     DEVICE void wait() { barrier_wait(full + at_stage, parity); }
 
-    /// Wave 0, in the midst of a stage: fetches into the place of the one before.
+    /// Has wave 0 fetch into the place of the stage before.
     DEVICE void refill() {
         if (wave != 0 || number == 0 || number - 1 + a.depth >= stages) return;
         const int before = at_stage == 0 ? a.depth - 1 : at_stage - 1;
