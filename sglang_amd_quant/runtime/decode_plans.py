@@ -178,7 +178,8 @@ _WANTED_MORE: dict[tuple[str, int], Shape] = {
     ("int4", 32): (2, 4, 4, 2, 4, 1),
     ("int4", 64): (2, 4, 4, 2, 2, 1),
 }
-"""Likewise of longer K and three row tiles or more to two multiprocessors."""
+"""Likewise of longer K and three row tiles or more to two multiprocessors; of 32 and 64 rows, here and above, some 85
+plans each for 17 shapes (docs/measured/decode_plans_32_64.json)."""
 
 _WANTED_EARLY: dict[tuple[str, int], tuple[Shape | None, ...]] = {
     # kind, most rows of x: K from 6144 on with few row tiles, or more; K from 4096, from 2048 on; shorter

@@ -196,9 +196,9 @@ class Stream {
         const int wanted = group * s.waves_n + s.wave_n;
         const int row_tile = is_wide(W, M) ? smaller(wanted, s.row_tiles - 1) : wanted;
         if (row_tile >= s.row_tiles || s.wave_first >= s.wave_end) group = s.row_groups;
-        const uint32_t row = expert * s.row_tiles + row_tile, from = row * s.tiles + tile;  // tiles: their bytes are 64 bits
-        codes_from = a.w + static_cast<uint64_t>(from) * Tile<W>::BYTES;
-        scales_from = a.scales + (Tile<W>::SHORT ? static_cast<uint64_t>(row) * row_scales() + tile * Tile<W>::SCALES : static_cast<uint64_t>(from) * Tile<W>::SCALES);
+        const int64_t row = static_cast<int64_t>(expert) * s.row_tiles + row_tile, from = row * s.tiles + tile;
+        codes_from = a.w + from * Tile<W>::BYTES;
+        scales_from = a.scales + (Tile<W>::SHORT ? row * row_scales() + tile * Tile<W>::SCALES : from * Tile<W>::SCALES);
     }
 
     /// Bytes of scales of a row tile, and of `count` of its tiles from `tile` on.
