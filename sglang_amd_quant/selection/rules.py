@@ -57,6 +57,7 @@ _SM90_TILES: tuple[tuple[tuple[str, ...], Range, Range, Range], ...] = (
     # schemes, M, N, K: where tiles as high as M beat the decode kernel, which holds more of x in each block
     (("w4a8", "mxfp4"), (3, 32), (16384, None), (1, None)),
     (("w4a8", "mxfp4"), (33, 64), (16384, None), (1, 2048)),
+    (("w4a8", "mxfp4"), (33, 64), (4096, 8448), (1, 3072)),
     (("w4a8", "mxfp4"), (17, 32), (8193, None), (1, 4096)),
     (("mxfp8",), (17, 32), (6144, None), (1, 4096)),
     (("mxfp8",), (33, 64), (4096, None), (1, 4096)),

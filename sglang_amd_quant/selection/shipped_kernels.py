@@ -270,8 +270,12 @@ def _hopper_tile(x_format: str) -> Callable[[GemmProblem], Config]:
 
     def tile(problem: GemmProblem) -> Config:
         if not problem.moe and problem.m <= 64 and x_format == "e4m3":
-            tall = problem.m > 32 and problem.n >= 16384
-            block_n, stages = (128, 4) if tall else (64, 6)
+            few, alone = problem.m <= 32, problem.n <= 64 * problem.cu_count  # a block to a multiprocessor
+            e4m3 = scheme(problem.scheme).weight == "e4m3"
+            if alone and (e4m3 or not few):
+                block_n, stages = 64, 8 if e4m3 else 10
+            else:
+                block_n, stages = (64, 6) if few or problem.n < 16384 else (128, 4)
             return Config(max(8, next_pow2(problem.m)), block_n, 128, num_warps=4, num_stages=stages)
         block_m = routed_block_m(problem)
         if problem.moe and not problem.block_m and problem.rows <= _HOPPER_FEW * problem.e_total:
@@ -310,7 +314,7 @@ def _hopper(x_format: str, schemes: tuple[str, ...], acts: tuple[str, ...]) -> K
             "block_n": (64, 128, 256),
             "block_k": (64, 128),
             "num_warps": (4, 8),
-            "num_stages": (3, 4, 5, 6, 8, 12, 16),
+            "num_stages": (3, 4, 5, 6, 8, 10, 12, 16),
             "group_m": (1, 2, 4, 8, 16),
             "max_registers": (0, 64, 72, 80, 96, 128),
         },
