@@ -179,24 +179,26 @@ DEVICE void decode_early(const DecodeArgs& a) {
     sums.leave();
 }
 
-/// Dense, of an x that `prepare` has brought into order (decode_sm90_prepared.h), and that streams: one row group a block.
-template <Weight W, Act A, int M>
+/// Dense, of an x that `prepare` has brought into order (decode_sm90_prepared.h), and that streams: one row group a block, `Paired` with
+/// some of its rows in common with another's (decode_sm90_pair.h).
+template <Weight W, Act A, int M, bool Paired>
 DEVICE void decode_prepared(const DecodeArgs& a) {
+    using AllSums = std::conditional_t<Paired, PairSums<M>, MetSums<M>>;
     allow_next_launch();
     Share s(a, Tile<W>::K, cluster_rank() & (a.split - 1));
     s.take_turns(a);
     const int group = s.first_group;
-    s.first_group = smaller(group, s.row_groups - 1);  // groups beyond the last, which fill up clusters, read that again
+    const std::conditional_t<Paired, Pair, Alone> by_rows(a, s);
     const auto rows = Rows<false>::template of<M>(a);
     uint64_t* barriers = own_barriers();
     const int waves = a.waves_k * a.waves_n;
     uint8_t* rings = dynamic_lds() + barrier_bytes((2 + waves) * a.depth);  // of x two, of what has arrived and what has been read
-    Stream<W, M> stream(a, s, 0, rings + XRing<W, M>::bytes(a) + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + (2 + wave_index()) * a.depth);
-    XRing<W, M> x(a, s, rings, barriers + OWN_BARRIERS);
-    auto sums = MetSums<M>::behind(a, s, rings, XRing<W, M>::bytes(a) + waves * Stream<W, M>::bytes(a), barriers);
+    Stream<W, M> stream(a, s, 0, rings + XRing<W, M, !Paired>::bytes(a) + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + (2 + wave_index()) * a.depth);
+    XRing<W, M, !Paired> x(a, s, rings, barriers + OWN_BARRIERS);
+    auto sums = AllSums::behind(a, s, rings, XRing<W, M, !Paired>::bytes(a) + waves * Stream<W, M>::bytes(a), barriers);
     sums.ready();
     sums.template look_ahead<W, A, M>(0, group);
-    const bool shares_x = cluster_blocks() > 1 && a.split == 1;
+    const bool shares_x = !Paired && cluster_blocks() > 1 && a.split == 1;
     if (shares_x) cluster_arrive();
     block_barrier();
     wait_for_previous_launch();
@@ -207,7 +209,9 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
 
     Totals<W, A, M> totals;
     for (int i = 0, first = s.wave_first; i < x.stages; i++, first += s.wave_step) {
-        if (first < s.wave_end) {
+        if (by_rows.skips(i)) {
+            x.wait(), x.refill(), first -= s.wave_step;
+        } else if (first < s.wave_end) {
             stream.wait(), totals.look(stream, 0), x.wait(), x.refill();
             by_turns<THROUGHOUT<W, M, true>, WAITS<W, M>>(
                 smaller(a.chunk, s.wave_end - first), [&](int t) { totals.add(stream, t, x, t * Tile<W>::BLOCKS, Number<1>{}); },
@@ -242,7 +246,8 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
                             activation, alpha, limit});                                                                     \
     }
 #if TARGET_SM90
-#define PREPARED(NAME, W, A, M) ENTRY(NAME, MANY, 1, (decode_prepared<W, A, M>))
+#define PREPARED(NAME, W, A, M) ENTRY(decode_prepared_##NAME##_m##M, MANY, 1, (decode_prepared<W, A, M, false>))
+#define PAIRED(NAME, W, A, M) ENTRY(decode_paired_##NAME##_m##M, MANY, 1, (decode_prepared<W, A, M, true>))
 #define PREPARE(NAME, W, A)                                                                                                   \
     KERNEL(256, 2)                                                                                                            \
     NAME(const uint16_t* x, const float* x_scale, uint8_t* prepared, int64_t x_stride, int m, int k, int room, int carry) {     \
@@ -252,9 +257,9 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
 #define EARLY(NAME, W, A, M) ENTRY(decode_early_##NAME##_m##M, MANY + 256, 1, (decode_early<W, A, M>))
 #define FROM_16(NAME, W, A)                     \
     PREPARE(prepare_##NAME, W, A)               \
-    PREPARED(decode_prepared_##NAME##_m16, W, A, 16) \
-    PREPARED(decode_prepared_##NAME##_m32, W, A, 32) \
-    PREPARED(decode_prepared_##NAME##_m64, W, A, 64) \
+    PREPARED(NAME, W, A, 16)                    \
+    PREPARED(NAME, W, A, 32)                    \
+    PREPARED(NAME, W, A, 64)                    \
     DENSE(NAME, W, A, 16, MANY, 1)              \
     DENSE(NAME, W, A, 32, MANY, 1)
 #define SCHEME(NAME, W, A)            \
@@ -269,6 +274,7 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
     EARLY(NAME, Weight::row_##W, A, 16)           \
     EARLY(NAME, Weight::row_##W, A, 32)           \
     EARLY(NAME, Weight::row_##W, A, 64)
+#define QUANTIZED_E2M1(NAME, A) QUANTIZED(NAME, e2m1, A) PAIRED(NAME, Weight::row_e2m1, A, 64)
 #else  // a matrix unit takes sixteen rows whatever M is: fewer sizes will do
 #define SCHEME(NAME, W, A)                                  \
     DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)   \
@@ -277,19 +283,20 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
     DECODE(moe_decode_##NAME##_m4, W, A, 4, MANY, 2, true)  \
     DECODE(moe_decode_##NAME##_m16, W, A, 16, MANY, 1, true)
 #define QUANTIZED(NAME, W, A) SCHEME(NAME, Weight::W, A)
+#define QUANTIZED_E2M1(NAME, A) QUANTIZED(NAME, e2m1, A)
 #endif
 
 // One code object a scheme: they compile in parallel, and a server loads the one that it uses.
 #if defined(DECODE_MXFP8)
 QUANTIZED(mxfp8, e4m3, Act::e4m3)
 #elif defined(DECODE_W4A8)
-QUANTIZED(w4a8, e2m1, Act::e4m3)
+QUANTIZED_E2M1(w4a8, Act::e4m3)
 #elif defined(DECODE_W4A16)
 SCHEME(w4a16, Weight::e2m1, Act::bf16)
 #elif defined(DECODE_MXFP4)
-QUANTIZED(mxfp4, e2m1, Act::e2m1)
+QUANTIZED_E2M1(mxfp4, Act::e2m1)
 #elif defined(DECODE_W4A8_STATIC)
-QUANTIZED(w4a8_static, e2m1, Act::fp8_static)
+QUANTIZED_E2M1(w4a8_static, Act::fp8_static)
 #elif defined(DECODE_MXFP8_STATIC)
 QUANTIZED(mxfp8_static, e4m3, Act::fp8_static)
 #elif defined(DECODE_W8A16)

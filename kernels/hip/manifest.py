@@ -73,7 +73,8 @@ _DECODE += ("carry:i32", "out:i32", "activation:i32", "alpha:f32", "limit:f32")
 
 _PREPARE = ("x:ptr", "x_scale:ptr", "prepared:ptr", "x_stride:i64", "m:i32", "k:i32", "room:i32", "carry:i32")
 
-QUANTIZED_SCHEMES = ("mxfp8", "w4a8", "mxfp4", "w4a8_static", "mxfp8_static")
+E4M3_SCHEMES, E2M1_SCHEMES = ("mxfp8", "mxfp8_static"), ("w4a8", "mxfp4", "w4a8_static")
+QUANTIZED_SCHEMES = E4M3_SCHEMES + E2M1_SCHEMES
 BF16_SCHEMES = ("w4a16", "w8a16")
 DECODE_SCHEMES = (*QUANTIZED_SCHEMES, *BF16_SCHEMES)
 """MX weights, by what becomes of activations."""
@@ -82,10 +83,10 @@ INT4_GROUPS = (32, 64, 128)
 """int4 with bf16 or fp16 activations: a scheme's entry points for groups of 128 are those of `int4_w4a16_g128`."""
 FEW_M, MANY_M, PREPARED_M = (2, 4, 8), (16, 32), (16, 32, 64)
 DECODE_M = FEW_M + PREPARED_M
-QUANTIZED_M = (8, *PREPARED_M)
+QUANTIZED_M, PAIRED_M = (8, *PREPARED_M), (64,)
 """Rows of activations that the decode kernels are instantiated for on sm_90: few of bf16 and fp16, more that blocks
 hold, those of an x that a launch has prepared and that streams; all of bf16 and fp16, and all of quantized ones, with
-waves for x while weights come too ..."""
+waves for x while weights come too; of quantized ones with e2m1 weights, in blocks that are pairs ..."""
 AMD_DECODE_M = (4, 16, 32)
 AMD_MOE_DECODE_M = (4, 16)
 """... and on AMD, whose matrix units take sixteen rows at a time; grouped by expert only there (`hopper_moe.py`)."""
@@ -98,6 +99,7 @@ def _decode(
     grouped: tuple[int, ...] = (),
     prepared: tuple[int, ...] = (),
     early: tuple[int, ...] = (),
+    paired: tuple[int, ...] = (),
     groups: tuple[int, ...] = (),
 ) -> CodeObject:
     names = tuple(f"{scheme}_g{group}" for group in groups) or (scheme,)
@@ -115,6 +117,7 @@ def _decode(
                 ("moe_decode", grouped),
                 ("decode_prepared", prepared),
                 ("decode_early", early),
+                ("decode_paired", paired),
             )
             for m in sizes
         )
@@ -135,8 +138,9 @@ CODE_OBJECTS = (
         ),
     ),
     *(
-        _decode(scheme, ("sm_90",), (8, *MANY_M), prepared=PREPARED_M, early=QUANTIZED_M)
-        for scheme in QUANTIZED_SCHEMES
+        _decode(scheme, ("sm_90",), (8, *MANY_M), prepared=PREPARED_M, early=QUANTIZED_M, paired=paired)
+        for schemes, paired in ((E4M3_SCHEMES, ()), (E2M1_SCHEMES, PAIRED_M))
+        for scheme in schemes
     ),
     *(_decode(scheme, ("sm_90",), FEW_M + MANY_M, prepared=PREPARED_M) for scheme in BF16_SCHEMES),
     *(_decode(scheme, ("sm_90",), FEW_M + MANY_M, prepared=PREPARED_M, groups=INT4_GROUPS) for scheme in INT4_SCHEMES),

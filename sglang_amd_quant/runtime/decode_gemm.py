@@ -83,7 +83,7 @@ def decode_gemm(
     m, k = y.shape[0], x.shape[1]
     if plan is None:
         plan = plans(scheme, m, n, k, cu_count, epilogue.activation is not None)[0]
-    if plan.one_group and plan.groups * plan.waves_n * TILE_ROWS < n:
+    if plan.one_group and plan.groups * plan.row_tiles * TILE_ROWS < n:
         raise ShapeError(f"N={n}", f"{plan} has one row group a block", "take a plan for this N")
     if plan.early:
         if early_tiles(plan.rows, plan.depth, plan.chunk) * plan.waves_k * plan.split * TILE_K < k:
@@ -93,12 +93,13 @@ def decode_gemm(
     if plan.share <= 0 and (need := lds_of(scheme, plan, k)) > plan.lds:
         raise ShapeError(f"K={k}", f"{plan} needs {need} bytes of shared memory", "take a plan for this K")
     streamed, launches = plan.share > 0, []
+    kind = "early_" if plan.early else "paired_" if plan.paired else "prepared_" if streamed else ""
     held = prepared if plan.share == RESIDENT else None
     if plan.share:
         _check_prepared(scheme, plan, prepared, m, k)
         launches.append(_prepare(x, prepared, scheme, x_scale, carry, m, k, plan.rows))
     gemm = LaunchDescription(
-        kernel=f"decode{'_prepared' * streamed}{'_early' * plan.early}_{scheme}_m{plan.rows}",
+        kernel=f"decode_{kind}{scheme}_m{plan.rows}",
         grid=-(-m // plan.rows) * plan.groups * plan.split,
         block=(plan.waves + plan.x_waves) * 32,
         lds=plan.lds,
@@ -109,7 +110,7 @@ def decode_gemm(
             ACTIVATIONS[epilogue.activation] | (INTERLEAVED if epilogue.interleaved else 0),
             epilogue.alpha, epilogue.limit or 0.0,
         ),
-        cluster=plan.split * max(1, plan.share),
+        cluster=2 if plan.paired else plan.split * max(1, plan.share),
         overlap=True,
     )  # fmt: skip
     return (*launches, gemm)

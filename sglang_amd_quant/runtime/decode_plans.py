@@ -14,6 +14,7 @@ from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.kernels.hip.manifest import MANY_M
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.selection.hopper_decode import (
+    COMMON,
     DECODE_WEIGHTS,
     EARLY_PREPARED,
     TILE_K,
@@ -48,6 +49,8 @@ class DecodePlan:
         x_waves: more waves of a block, which fetch x while the others wait for weights and bring them into the order in
             which the matrix unit takes them from shared memory (few rows of x by e4m3: as they are): one row group a
             block, and rings that hold all of K. 0 where all waves fetch x.
+        paired: two blocks, a cluster, have COMMON row tiles in common, and multiply chunks of these along K by turns;
+            each finishes half of them. x streams to each by itself, and no more of K is shared.
     """
 
     rows: int
@@ -60,6 +63,7 @@ class DecodePlan:
     lds: int
     share: int = 0
     x_waves: int = 0
+    paired: bool = False
 
     @property
     def early(self) -> bool:
@@ -70,6 +74,11 @@ class DecodePlan:
     def one_group(self) -> bool:
         """Whether a block takes one row group only."""
         return self.share > 0 or self.early
+
+    @property
+    def row_tiles(self) -> int:
+        """Of a row group: those that a cluster finishes, of a pair each block."""
+        return self.waves_n - COMMON // 2 * self.paired
 
     @property
     def waves(self) -> int:
@@ -205,6 +214,19 @@ def _large(row_tiles: int, cu_count: int) -> bool:
     return row_tiles >= 8 * cu_count
 
 
+_WANTED_PAIR: Shape = (1, 1, 16, 2, 8, 1)
+"""Of blocks that are pairs, what measured best of nine plans on an H200, for N = 28672 (docs/decode.md)."""
+
+
+def _even_in_pairs(row_tiles: int, cu_count: int) -> bool:
+    """Whether the multiprocessor with most row tiles has fewer by that than by any blocks of their own."""
+
+    def most(of_block: int) -> int:
+        return -(-row_tiles // (of_block * cu_count)) * of_block
+
+    return most(_WANTED_PAIR[2] - COMMON // 2) < min(most(of_block) for of_block in (8, 12, 16))
+
+
 def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, early: bool) -> tuple[Shape, bool]:
     """What is wanted, and whether it has waves for x, which may be only if there is such a plan: `early`."""
     most = next(most for most in (1, 2, 4, 8, 16, 32, 64) if m <= most and (kind, most) in _WANTED)
@@ -232,7 +254,7 @@ def _distance(plan: DecodePlan, w: DecodeWeights, wanted: Shape, tiles: int, row
     idle = max(0.0, math.log2(min(cu_count, row_tiles * split * waves_k) / plan.blocks) - 0.7)
     if (plan.split, plan.waves_k, plan.waves_n) == wanted[:3]:  # measured so
         idle = 0.0
-    row_groups, in_chunk = -(-row_tiles // plan.waves_n), plan.chunk * w.tile_k // TILE_K
+    row_groups, in_chunk = -(-row_tiles // plan.row_tiles), plan.chunk * w.tile_k // TILE_K
     if plan.one_group:  # as many rounds as it takes
         places = _places(w, plan, cu_count)
         uneven = math.log2(-(-plan.blocks // places) * min(1, places / plan.blocks))
@@ -247,12 +269,12 @@ def _distance(plan: DecodePlan, w: DecodeWeights, wanted: Shape, tiles: int, row
 
 
 @cache
-def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = False) -> tuple[DecodePlan, ...]:
+def plans(scheme: str, m: int, n: int, k: int, cu_count: int, activated: bool = False) -> tuple[DecodePlan, ...]:
     """Every legal dense plan of [m, k] x [n, k], those most like what measured best first.
 
     Args:
         scheme: one of the manifest's `DECODE_SCHEMES`, or `INT4_SCHEMES` by group (`int4_w4a16_g128`).
-        pairs: an activation follows: gate and up tiles must have one owner.
+        activated: an activation follows: gate and up tiles must have one owner.
 
     Raises:
         ShapeError: no such problem, or none that shared memory holds.
@@ -260,14 +282,21 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, pairs: bool = Fals
     w = DECODE_WEIGHTS[scheme]
     _check(w, m, n, k)
     rows = next((r for r in w.rows if m <= r), w.rows[-1])
-    found = _enumerate(w, m, rows, n, k, cu_count, pairs)
+    found = _enumerate(w, m, rows, n, k, cu_count, activated)
     if rows >= 16:
-        found += _enumerate_prepared(w, rows, n, k, pairs)
+        found += _enumerate_prepared(w, rows, n, k, activated)
     if not found:
         raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
     wanted, early = _wanted(w.kind, min(m, rows), tiles, row_tiles, cu_count, any(p.early for p in found))
-    return tuple(sorted(found, key=lambda p: (p.early != early, _distance(p, w, wanted, tiles, row_tiles, cu_count))))
+    paired = rows in w.paired and _large(row_tiles, cu_count) and _even_in_pairs(row_tiles, cu_count)
+    if paired:
+        wanted = _WANTED_PAIR
+
+    def distance(p: DecodePlan) -> tuple[bool, bool, float]:
+        return p.early != early, p.paired != paired, _distance(p, w, wanted, tiles, row_tiles, cu_count)
+
+    return tuple(sorted(found, key=distance))
 
 
 def _in_clusters(cu_count: int, split: int) -> int:
@@ -288,7 +317,7 @@ def _places(w: DecodeWeights, plan: DecodePlan, cu_count: int) -> int:
     return _in_clusters(cu_count, plan.split * max(1, plan.share)) * resident
 
 
-def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: int, pairs: bool) -> list[DecodePlan]:
+def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: int, activated: bool) -> list[DecodePlan]:
     tiles, row_tiles, row_blocks = -(-k // w.tile_k), -(-n // TILE_ROWS), -(-m // rows)
     most = max_waves(w, rows)
     found = []
@@ -297,7 +326,7 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
         if waves > most or waves % waves_k or (waves_n > row_tiles and waves > 4) or (mine < 1 and waves_k > 1):
             continue
         owned, uneven = divmod(waves_n * TILE_ROWS, split)
-        if (rows >= w.wide_from and waves_n % 4) or uneven or (pairs and owned % TILE_ROWS) or split > tiles:
+        if (rows >= w.wide_from and waves_n % 4) or uneven or (activated and owned % TILE_ROWS) or split > tiles:
             continue
         row_groups, most_tiles = -(-row_tiles // waves_n), -(-tiles // (split * waves_k))
         # Rings that hold all, or half, or a quarter of a wave's share of a row tile, in one chunk, two or four
@@ -319,23 +348,29 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
     return list(dict.fromkeys(found))
 
 
-def _enumerate_prepared(w: DecodeWeights, rows: int, n: int, k: int, pairs: bool) -> list[DecodePlan]:
+def _enumerate_prepared(w: DecodeWeights, rows: int, n: int, k: int, activated: bool) -> list[DecodePlan]:
     room = arch_facts("sm_90").lds_bytes
     tiles, row_tiles = -(-k // w.tile_k), -(-n // TILE_ROWS)
     found = []
-    for waves_k, waves_n, split, share in itertools.product((1, 2, 4), (4, 8, 12, 16), (1, 2, 4, 8), (1, 2, 4)):
-        owned, row_groups = waves_n * TILE_ROWS // split, -(-row_tiles // waves_n)
+    for waves_k, waves_n, split, share, paired in itertools.product(
+        (1, 2, 4), (4, 8, 12, 16), (1, 2, 4, 8), (1, 2, 4), (False, True)[: 1 + (rows in w.paired)]
+    ):
+        plan = DecodePlan(rows, split, waves_k, waves_n, 0, 0, 0, 0, share, paired=paired)
+        if paired and (waves_k * split * share > 1 or waves_n == COMMON):
+            continue
+        owned, row_groups = waves_n * TILE_ROWS // split, -(-row_tiles // plan.row_tiles)
         if waves_k * waves_n > 16 or split * share > 8 or split > tiles or share > row_groups:
             continue
-        if (waves_n > row_tiles and waves_n > 4) or (pairs and owned % TILE_ROWS):
+        if (waves_n > row_tiles and waves_n > 4) or (activated and owned % TILE_ROWS):
             continue
-        groups = -(-row_groups // share) * share
+        together = 2 if paired else share
+        groups = -(-row_groups // together) * together
         for chunk, blocks in itertools.product((1, 2, 4, 8), (1, 2)):  # blocks to a multiprocessor
             stages = -(-tiles // (split * chunk * waves_k))
             for depth in range(min(8, stages), min(2, stages) - 1, -1):
-                lds = prepared_lds(w, rows, split, waves_k, waves_n, depth, chunk)
+                lds = prepared_lds(w, rows, split, waves_k, waves_n, depth, chunk, paired=paired)
                 if blocks * (lds + 1024) <= room + 1024:
-                    found.append(DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds, share))
+                    found.append(replace(plan, groups=groups, depth=depth, chunk=chunk, lds=lds))
                     break
     return list(dict.fromkeys(found))
 

@@ -10,7 +10,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sglang_amd_quant.kernels.hip.manifest import DECODE_M, FEW_M, INT4_GROUPS, INT4_SCHEMES, QUANTIZED_M
+from sglang_amd_quant.kernels.hip.manifest import (
+    DECODE_M,
+    E2M1_SCHEMES,
+    E4M3_SCHEMES,
+    FEW_M,
+    INT4_GROUPS,
+    INT4_SCHEMES,
+    PAIRED_M,
+    QUANTIZED_M,
+)
 from sglang_amd_quant.schemes import MX_BLOCK
 
 TILE_ROWS, TILE_K = 16, 64
@@ -29,6 +38,7 @@ class DecodeWeights:
         wide_from: rows from which on four waves multiply together, by wgmma.
         x_bytes: of an activation there.
         waves: that find registers on a multiprocessor, by rows; elsewhere 16.
+        paired: rows of activations that blocks which are pairs multiply.
     """
 
     kind: str
@@ -39,6 +49,7 @@ class DecodeWeights:
     wide_from: int = 16
     x_bytes: int = 2
     waves: Mapping[int, int] = field(default_factory=lambda: {16: 28, 32: 20})
+    paired: tuple[int, ...] = ()
 
     def resident_waves(self, rows: int) -> int:
         return self.waves.get(rows, 16)
@@ -49,8 +60,8 @@ _BF16 = {
     "w8a16": DecodeWeights("e4m3", MX_BLOCK, TILE_K, 1024 + 32, waves={2: 20, 4: 20, 8: 20, 16: 28, 32: 20}),
 }
 _ROW_E2M1, _ROW_E4M3 = (
-    DecodeWeights(kind, MX_BLOCK, TILE_K, nbytes, QUANTIZED_M, wide_from=1, x_bytes=1, waves={8: 32, 16: 20, 32: 20})
-    for kind, nbytes in (("row_e2m1", 512 + 32), ("row_e4m3", 1024))
+    DecodeWeights(kind, MX_BLOCK, TILE_K, nbytes, QUANTIZED_M, 1, 1, {8: 32, 16: 20, 32: 20}, paired)
+    for kind, nbytes, paired in (("row_e2m1", 512 + 32, PAIRED_M), ("row_e4m3", 1024, ()))
 )
 _INT4 = {
     group: DecodeWeights("int4", group, tile_k, nbytes, waves={16: 20} if group > 32 else {})
@@ -58,13 +69,15 @@ _INT4 = {
         (32, TILE_K, 512 + 128), (64, TILE_K, 512 + 64), (128, 2 * TILE_K, 1024 + 64),
     )
 }  # fmt: skip
-DECODE_WEIGHTS = _BF16 | dict.fromkeys(("mxfp8", "mxfp8_static"), _ROW_E4M3)
-DECODE_WEIGHTS |= dict.fromkeys(("w4a8", "mxfp4", "w4a8_static"), _ROW_E2M1)
+DECODE_WEIGHTS = _BF16 | dict.fromkeys(E4M3_SCHEMES, _ROW_E4M3) | dict.fromkeys(E2M1_SCHEMES, _ROW_E2M1)
 DECODE_WEIGHTS |= {f"{scheme}_g{group}": _INT4[group] for scheme in INT4_SCHEMES for group in INT4_GROUPS}
 
 
 OWN_BARRIERS = 5
 """Of a block, besides those of rings: `decode.h`."""
+
+COMMON = 4
+"""Row tiles that the two blocks of a pair have in common: `decode_sm90_pair.h`."""
 
 EARLY_PREPARED, MOST_ADDED = 32, 12
 """Rows of x from which on plans with waves for x have it prepared, and sums travel as halves (`HalfSums`); tiles of a
@@ -113,14 +126,17 @@ def lds_bytes(
     return barriers + used + factors + max(waves_k * of_rows * rows, scales)
 
 
-def prepared_lds(w: DecodeWeights, rows: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int) -> int:
+def prepared_lds(
+    w: DecodeWeights, rows: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int, *, paired: bool = False
+) -> int:
     """Shared memory of a block that multiplies a prepared x: barriers, rings, which partial sums of waves use again,
-    factors of rows, and the partial sums of the blocks that share K."""
+    factors of rows, and the partial sums of the blocks that share K, or those of rows that a pair has in common."""
     of_rows = 4 * waves_n * TILE_ROWS
     barriers = _barriers((2 + waves_k * waves_n) * depth)
     rings = 1024 + depth * waves_k * chunk * (w.tile_k * w.x_bytes * rows + waves_n * w.tile_bytes)
     used = rings + (4 * rows if w.x_bytes == 1 else 0)
-    return barriers + max(used, waves_k * of_rows * rows) + 2 * of_rows // split + (of_rows * rows if split > 1 else 0)
+    of_others = of_rows * rows if split > 1 else 4 * COMMON // 2 * TILE_ROWS * rows if paired else 0
+    return barriers + max(used, waves_k * of_rows * rows) + 2 * of_rows // split + of_others
 
 
 def least_lds(scheme: str, m: int, k: int) -> int:

@@ -54,6 +54,25 @@ def test_random_shapes_and_plans(device, scheme):
             assert reference.check(partial(launch, gpu, problem, 0, plan=plan), plan) < 1e-3
 
 
+@pytest.mark.parametrize("scheme", ["w4a8", "mxfp4"])
+def test_blocks_that_are_pairs(device, scheme):
+    """Any N, so that the last pair has rows for one block, or not even those in common; K of a chunk, and of many."""
+    gpu, dice = device(scheme), random.Random(7)
+    for seed in range(40):
+        m, n, k = (
+            dice.choice((33, 64, 65, 130)),
+            dice.randint(1, 6000),
+            32 * dice.choice((1, 2, 3, dice.randint(4, 256))),
+        )
+        found = [p for p in plans(scheme, m, n, k, gpu.cu_count) if p.paired]
+        if not found:
+            continue  # N for one block
+        problem = Problem(scheme, k, n, seed, sets=1)
+        reference = Reference(problem, m, seed)
+        for plan in dice.sample(found, min(3, len(found))):
+            assert reference.check(partial(launch, gpu, problem, 0, plan=plan), plan) < 1e-3
+
+
 @pytest.mark.parametrize(("scheme", "m"), [("w4a8", 1), ("w4a16", 16), ("mxfp8", 64)])
 def test_weights_beyond_two_gibibytes(device, scheme, m):
     """Rows whose byte offsets are no int32 give what the same rows give at the beginning."""
@@ -93,11 +112,11 @@ def test_nan_scales_make_their_rows_nan(device, scheme, m):
 
 
 def test_the_same_bits_each_time(device):
-    for scheme, m in (("w4a8", 1), ("mxfp8", 16), ("w4a16", 64)):
+    for scheme, m, paired in (("w4a8", 1, False), ("mxfp8", 16, False), ("w4a16", 64, False), ("w4a8", 64, True)):
         gpu, problem = device(scheme), Problem(scheme, 6144, 2304, 1, sets=1)
         x, _ = problem.activations(m, 1)
         first, again = torch.empty(2, m, 2304, device="cuda")
-        plan = plans(scheme, m, 2304, 6144, gpu.cu_count)[0]
+        plan = next(p for p in plans(scheme, m, 2304, 6144, gpu.cu_count) if p.paired == paired)
         launch(gpu, problem, 0, x, first, plan)
         for _ in range(20):
             launch(gpu, problem, 0, x, again.fill_(0), replace(plan), overlap=False)
@@ -106,8 +125,8 @@ def test_the_same_bits_each_time(device):
 
 def every_way(scheme, m, n, k, cu_count, pairs=False):
     """A plan that quantizes x in every block; where a launch does, also one that holds x and one that streams it; of
-    each, one with weights that are there before x, and one without."""
-    ways = {(min(p.share, 1), p.early): p for p in reversed(plans(scheme, m, n, k, cu_count, pairs))}
+    each, one with weights that are there before x, and one without; and one of paired blocks."""
+    ways = {(min(p.share, 1), p.early, p.paired): p for p in reversed(plans(scheme, m, n, k, cu_count, pairs))}
     return list(ways.values())
 
 

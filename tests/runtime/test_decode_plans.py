@@ -14,7 +14,15 @@ from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.runtime.decode_gemm import decode_gemm
 from sglang_amd_quant.runtime.decode_plans import MOST_X_WAVES, RESIDENT, DecodePlan, lds_of, plans
-from sglang_amd_quant.selection.hopper_decode import DECODE_WEIGHTS, EARLY_PREPARED, MOST_ADDED, TILE_K, TILE_ROWS
+from sglang_amd_quant.selection.hopper_decode import (
+    COMMON,
+    DECODE_WEIGHTS,
+    EARLY_PREPARED,
+    MOST_ADDED,
+    TILE_K,
+    TILE_ROWS,
+    prepared_lds,
+)
 
 H100, IN_CLUSTERS = 132, 120
 """Multiprocessors, and those that clusters of more than two blocks find places on."""
@@ -49,7 +57,7 @@ def places(plan: DecodePlan) -> int:
 def check(plan: DecodePlan, scheme: str, m: int, n: int, k: int, pairs: bool) -> None:
     """What `kernels/hip/include/decode_sm90*.h` takes for granted."""
     w, tiles = DECODE_WEIGHTS[scheme], -(-k // DECODE_WEIGHTS[scheme].tile_k)
-    owned, part = divmod(plan.waves_n * TILE_ROWS, plan.split)
+    owned, part = divmod(plan.row_tiles * TILE_ROWS, plan.split)
     assert plan.lds <= arch_facts("sm_90").lds_bytes
     assert plan.waves <= 16
     assert plan.x_waves <= MOST_X_WAVES  # so 24 waves together
@@ -60,8 +68,16 @@ def check(plan: DecodePlan, scheme: str, m: int, n: int, k: int, pairs: bool) ->
     assert plan.waves_n % 4 == 0 or plan.rows < w.wide_from
     assert 1 <= plan.split <= tiles
     assert plan.split * max(1, plan.share) <= 8
-    assert plan.groups * plan.waves_n * TILE_ROWS >= n or not plan.one_group
+    assert plan.groups * plan.row_tiles * TILE_ROWS >= n or not plan.one_group
     assert plan.share > 0 or plan.lds == lds_of(scheme, plan, k)
+    if plan.share > 0:
+        sizes = plan.rows, plan.split, plan.waves_k, plan.waves_n, plan.depth, plan.chunk
+        assert plan.lds == prepared_lds(w, *sizes, paired=plan.paired)
+    if plan.paired:
+        assert plan.rows in w.paired
+        assert plan.split == plan.waves_k == plan.share == 1
+        assert plan.waves_n > COMMON
+        assert plan.groups % 2 == 0
     if plan.early:
         assert plan.rows in QUANTIZED_M
         assert plan.share in (0, RESIDENT)
@@ -124,6 +140,15 @@ def test_sixty_four_rows_of_x_stream_or_are_waited_for_by_weights(scheme: str) -
     """No kernel holds them while weights stream."""
     for n, k in ((1536, 6144), (4096, 4096), (28672, 8192)):
         assert all(p.share > 0 or p.early for p in plans(scheme, 64, n, k, H100))
+
+
+def test_blocks_are_pairs_where_multiprocessors_then_have_less() -> None:
+    for n, most in ((28672, 14), (24576, 12), (20480, 12), (29584, 16), (57344, 28)):
+        first = plans("w4a8", 64, n, 8192, H100)[0]
+        assert first.paired == (most % 14 == 0)
+        assert -(-first.groups // H100) * first.row_tiles == most
+    assert not any(p.paired for p in plans("mxfp8", 64, 28672, 8192, H100))  # tiles took less
+    assert not any(p.paired for p in plans("w4a8", 32, 28672, 8192, H100))
 
 
 def test_a_plan_with_waves_for_many_rows_of_x_wants_them_prepared_and_few_tiles_a_wave() -> None:

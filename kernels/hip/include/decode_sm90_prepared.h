@@ -84,14 +84,14 @@ DEVICE void prepare(const uint16_t* x, const float* x_scale, uint8_t* prepared, 
 
 /// x on its way through a block's shared memory, by stages: one chunk for each of the waves that share K.
 ///
-/// Wave 0 fetches: when it begins a stage, into the place of the one before, which the others have read by then or are about to have.
-template <Weight W, int M>
+/// Blocks of a cluster that multiply the same part of x fetch it together if it `Shares`. Wave 0 fetches: when it begins a stage, into the place of the one before, which the others have read by then or are about to have.
+template <Weight W, int M, bool Shares>
 class XRing {
    public:
     /// `barriers`: `depth` that say what has arrived, and `depth` for what has been read.
     DEVICE XRing(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barriers)
         : a(a), s(s), lds(matrix_aligned(lds + FACTORS)), full(barriers), empty(barriers + a.depth), factors(reinterpret_cast<float*>(lds)),
-          share(shared_by(cluster_blocks(), a.split)) {
+          share(Shares ? shared_by(cluster_blocks(), a.split) : 1) {
         stages = quotient(s.block_tiles + a.waves_k * a.chunk - 1, a.waves_k * a.chunk);
         if (thread_index() != 0) return;
         for (int i = 0; i < a.depth; i++) barrier_init(full + i), barrier_init(empty + i, share * s.threads / WAVE);
@@ -125,7 +125,7 @@ class XRing {
         __syncwarp();
         // What nobody will fill again need not be given back, and the blocks that would be told may have ended.
         if (number + a.depth < stages && lane_index() < share)
-            barrier_arrive_in(address_in(empty + at_stage, lane_index() * a.split + s.rank));
+            barrier_arrive_in(address_in(empty + at_stage, Shares ? lane_index() * a.split + s.rank : cluster_rank()));
         if (++at_stage == a.depth) at_stage = 0, parity ^= 1;
         number++;
     }
@@ -154,7 +154,7 @@ class XRing {
     DEVICE void fetch(int i, int place) {
         if (!elected()) return;
         const int tiles = a.waves_k * a.chunk, bytes = smaller(tiles, s.block_tiles - i * tiles) * XTile<W, M>::TILE_BYTES;
-        const int mine = shared_by(cluster_rank(), a.split) * shared_by(bytes, share), offset = place * tiles * XTile<W, M>::TILE_BYTES + mine;
+        const int mine = Shares ? shared_by(cluster_rank(), a.split) * shared_by(bytes, share) : 0, offset = place * tiles * XTile<W, M>::TILE_BYTES + mine;
         barrier_expect(full + place, bytes);
         if (share == 1) {
             bulk_copy(lds + offset, next, bytes, full + place);

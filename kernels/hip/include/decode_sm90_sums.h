@@ -20,13 +20,13 @@ class OwnedRows {
     DEVICE static int ahead_of_partial(const DecodeArgs& a) { return shared_by(a.waves_n * TILE_ROWS, a.split) * 8; }
 
     DEVICE OwnedRows(const DecodeArgs& a, const Share& s, uint8_t* lds)
-        : owned(shared_by(a.waves_n * TILE_ROWS, a.split)), first(s.rank * owned), times(reinterpret_cast<float*>(lds)),
+        : owned(shared_by(s.waves_n * TILE_ROWS, a.split)), first(s.rank * owned), times(reinterpret_cast<float*>(lds)),
           plus(times + owned), a(a), s(s), of_owner(owned), outputs(outputs_of(a, owned)) {}
 
     /// Loads, before they are needed, what one of the owned rows is multiplied by and what is added to it.
     template <Weight W, Act A, int M>
     DEVICE void look_ahead(int expert, int group) {
-        const int row = group * a.waves_n * TILE_ROWS + first + thread_index();
+        const int row = group * s.waves_n * TILE_ROWS + first + thread_index();
         my_times = 1, my_plus = 0;
         if (thread_index() >= owned || row >= a.n) return;
         my_times = row_factor<W, A, M>(a, s, expert, row);
