@@ -26,6 +26,7 @@ import argparse
 import json
 import math
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"{what} (M={','.join(ms)})" for what, ms in missing.items())])
 
 
+SCHEME, SHAPE = itemgetter("scheme"), itemgetter("K", "N")
+
+
 def plot(result: dict[str, Any], file: Path) -> None:
     """A column a scheme, a line a shape over M: % of the floor; below, times the best peer that was measured."""
     import matplotlib
@@ -80,16 +84,18 @@ def plot(result: dict[str, Any], file: Path) -> None:
     def faster(row: dict[str, Any]) -> float:
         return min((peer["us"] for peer in row["peers"].values() if "us" in peer), default=math.nan) / row["us"]
 
-    schemes = list(dict.fromkeys(r["scheme"] for r in result["rows"]))
+    schemes, shapes = (list(dict.fromkeys(key(r) for r in result["rows"])) for key in (SCHEME, SHAPE))
     figure, axes = pyplot.subplots(
-        2, len(schemes), figsize=(5 * len(schemes), 7), sharex=True, sharey="row", squeeze=False
+        2, len(schemes), figsize=(5 * len(schemes), 7), sharex=True, sharey="row", squeeze=False, layout="constrained"
     )
     for (share, peers), scheme in zip(axes.T, schemes, strict=True):
-        for k, n in dict.fromkeys((r["K"], r["N"]) for r in result["rows"] if r["scheme"] == scheme):
-            rows = [r for r in result["rows"] if (r["scheme"], r["K"], r["N"]) == (scheme, k, n)]
+        for i, (k, n) in enumerate(shapes):
+            rows = [r for r in result["rows"] if (SCHEME(r), *SHAPE(r)) == (scheme, k, n)]
+            if not rows:
+                continue
             m = [r["M"] for r in rows]
-            share.plot(m, [100 * r["of_floor"] for r in rows], "o-", label=f"{k} to {n}")
-            peers.plot(m, [faster(r) for r in rows], "o-")
+            share.plot(m, [100 * r["of_floor"] for r in rows], "o-", color=f"C{i}", label=f"{k} to {n}")
+            peers.plot(m, [faster(r) for r in rows], "o-", color=f"C{i}")
         share.set(title=scheme, ylim=(0, 105))
         peers.set(xlabel="M", xscale="log", xticks=m, xticklabels=m)
         peers.minorticks_off()
@@ -97,11 +103,11 @@ def plot(result: dict[str, Any], file: Path) -> None:
         share.grid(alpha=0.3)
         peers.grid(alpha=0.3)
     axes[1][0].set_ylim(bottom=0)  # of all schemes, which have been drawn by now
-    axes[0][0].legend(fontsize="small")
+    lines = {line.get_label(): line for line in (line for axis in axes[0] for line in axis.get_lines())}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), fontsize="small")
     axes[0][0].set_ylabel("% of the memory floor")
     axes[1][0].set_ylabel("times the best peer")
     figure.suptitle(result["device"])
-    figure.tight_layout()
     figure.savefig(file, dpi=100)
 
 
