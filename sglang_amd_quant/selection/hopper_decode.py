@@ -60,7 +60,17 @@ _BF16 = {
     "w8a16": DecodeWeights("e4m3", MX_BLOCK, TILE_K, 1024 + 32, waves={2: 20, 4: 20, 8: 20, 16: 28, 32: 20}),
 }
 _ROW_E2M1, _ROW_E4M3 = (
-    DecodeWeights(kind, MX_BLOCK, TILE_K, nbytes, QUANTIZED_M, 1, 1, {8: 32, 16: 20, 32: 20}, paired)
+    DecodeWeights(
+        kind,
+        MX_BLOCK,
+        TILE_K,
+        nbytes,
+        QUANTIZED_M,
+        wide_from=1,
+        x_bytes=1,
+        waves={8: 32, 16: 20, 32: 20},
+        paired=paired,
+    )
     for kind, nbytes, paired in (("row_e2m1", 512 + 32, PAIRED_M), ("row_e4m3", 1024, ()))
 )
 _INT4 = {
