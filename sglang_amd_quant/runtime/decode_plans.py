@@ -215,7 +215,7 @@ def _large(row_tiles: int, cu_count: int) -> bool:
 
 
 _WANTED_PAIR: Shape = (1, 1, 16, 2, 8, 1)
-"""Of blocks that are pairs, what measured best of nine plans on an H200, for N = 28672 (docs/decode.md)."""
+"""Of blocks that are pairs, what measured best of nine plans on an H200, for N = 28672 (docs/decode_log.md)."""
 
 
 def _even_in_pairs(row_tiles: int, cu_count: int) -> bool:
