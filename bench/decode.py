@@ -103,7 +103,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
         share.grid(alpha=0.3)
         peers.grid(alpha=0.3)
     axes[1][0].set_ylim(bottom=0)  # of all schemes, which have been drawn by now
-    lines = {line.get_label(): line for line in (line for axis in axes[0] for line in axis.get_lines())}
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), fontsize="small")
     axes[0][0].set_ylabel("% of the memory floor")
     axes[1][0].set_ylabel("times the best peer")

@@ -184,6 +184,7 @@ DEVICE void decode_early(const DecodeArgs& a) {
 template <Weight W, Act A, int M, bool Paired>
 DEVICE void decode_prepared(const DecodeArgs& a) {
     using AllSums = std::conditional_t<Paired, PairSums<M>, MetSums<M>>;
+    using X = XRing<W, M, !Paired>;
     allow_next_launch();
     Share s(a, Tile<W>::K, cluster_rank() & (a.split - 1));
     s.take_turns(a);
@@ -193,9 +194,9 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     uint64_t* barriers = own_barriers();
     const int waves = a.waves_k * a.waves_n;
     uint8_t* rings = dynamic_lds() + barrier_bytes((2 + waves) * a.depth);  // of x two, of what has arrived and what has been read
-    Stream<W, M> stream(a, s, 0, rings + XRing<W, M, !Paired>::bytes(a) + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + (2 + wave_index()) * a.depth);
-    XRing<W, M, !Paired> x(a, s, rings, barriers + OWN_BARRIERS);
-    auto sums = AllSums::behind(a, s, rings, XRing<W, M, !Paired>::bytes(a) + waves * Stream<W, M>::bytes(a), barriers);
+    Stream<W, M> stream(a, s, 0, rings + X::bytes(a) + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + (2 + wave_index()) * a.depth);
+    X x(a, s, rings, barriers + OWN_BARRIERS);
+    auto sums = AllSums::template behind<AllSums>(a, s, rings, X::bytes(a) + waves * Stream<W, M>::bytes(a), barriers);
     sums.ready();
     sums.template look_ahead<W, A, M>(0, group);
     const bool shares_x = !Paired && cluster_blocks() > 1 && a.split == 1;

@@ -110,7 +110,7 @@ def decode_gemm(
             ACTIVATIONS[epilogue.activation] | (INTERLEAVED if epilogue.interleaved else 0),
             epilogue.alpha, epilogue.limit or 0.0,
         ),
-        cluster=2 if plan.paired else plan.split * max(1, plan.share),
+        cluster=plan.cluster,
         overlap=True,
     )  # fmt: skip
     return (*launches, gemm)

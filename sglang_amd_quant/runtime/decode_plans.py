@@ -76,8 +76,18 @@ class DecodePlan:
         return self.share > 0 or self.early
 
     @property
+    def together(self) -> int:
+        """Row groups of a cluster: those whose blocks stream x together, or a pair's two."""
+        return 2 if self.paired else max(1, self.share)
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return self.split * self.together
+
+    @property
     def row_tiles(self) -> int:
-        """Of a row group: those that a cluster finishes, of a pair each block."""
+        """Of a row group: what its blocks finish, which of a pair is less than they multiply."""
         return self.waves_n - COMMON // 2 * self.paired
 
     @property
@@ -314,7 +324,7 @@ def _resident(w: DecodeWeights, lds: int, rows: int, waves: int, x_waves: int = 
 def _places(w: DecodeWeights, plan: DecodePlan, cu_count: int) -> int:
     """Blocks of a plan that run at the same time."""
     resident = _resident(w, plan.lds, plan.rows, plan.waves, plan.x_waves)
-    return _in_clusters(cu_count, plan.split * max(1, plan.share)) * resident
+    return _in_clusters(cu_count, plan.cluster) * resident
 
 
 def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: int, activated: bool) -> list[DecodePlan]:
@@ -363,8 +373,7 @@ def _enumerate_prepared(w: DecodeWeights, rows: int, n: int, k: int, activated: 
             continue
         if (waves_n > row_tiles and waves_n > 4) or (activated and owned % TILE_ROWS):
             continue
-        together = 2 if paired else share
-        groups = -(-row_groups // together) * together
+        groups = -(-row_groups // plan.together) * plan.together
         for chunk, blocks in itertools.product((1, 2, 4, 8), (1, 2)):  # blocks to a multiprocessor
             stages = -(-tiles // (split * chunk * waves_k))
             for depth in range(min(8, stages), min(2, stages) - 1, -1):

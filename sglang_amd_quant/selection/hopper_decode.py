@@ -145,7 +145,7 @@ def prepared_lds(
     barriers = _barriers((2 + waves_k * waves_n) * depth)
     rings = 1024 + depth * waves_k * chunk * (w.tile_k * w.x_bytes * rows + waves_n * w.tile_bytes)
     used = rings + (4 * rows if w.x_bytes == 1 else 0)
-    of_others = of_rows * rows if split > 1 else 4 * COMMON // 2 * TILE_ROWS * rows if paired else 0
+    of_others = of_rows * rows if split > 1 else 4 * (COMMON // 2 * TILE_ROWS) * rows if paired else 0
     return barriers + max(used, waves_k * of_rows * rows) + 2 * of_rows // split + of_others
 
 

@@ -273,7 +273,7 @@ def _hopper_tile(x_format: str) -> Callable[[GemmProblem], Config]:
             few, alone = problem.m <= 32, problem.n <= 64 * problem.cu_count  # a block to a multiprocessor
             e4m3 = scheme(problem.scheme).weight == "e4m3"
             if alone and (e4m3 or not few):
-                block_n, stages = 64, 8 if e4m3 else 10
+                block_n, stages = 64, (8 if e4m3 else 10)
             else:
                 block_n, stages = (64, 6) if few or problem.n < 16384 else (128, 4)
             return Config(max(8, next_pow2(problem.m)), block_n, 128, num_warps=4, num_stages=stages)

@@ -59,11 +59,8 @@ def test_blocks_that_are_pairs(device, scheme):
     """Any N, so that the last pair has rows for one block, or not even those in common; K of a chunk, and of many."""
     gpu, dice = device(scheme), random.Random(7)
     for seed in range(40):
-        m, n, k = (
-            dice.choice((33, 64, 65, 130)),
-            dice.randint(1, 6000),
-            32 * dice.choice((1, 2, 3, dice.randint(4, 256))),
-        )
+        m, n = dice.choice((33, 64, 65, 130)), dice.randint(1, 6000)
+        k = 32 * dice.choice((1, 2, 3, dice.randint(4, 256)))
         found = [p for p in plans(scheme, m, n, k, gpu.cu_count) if p.paired]
         if not found:
             continue  # N for one block
@@ -123,10 +120,10 @@ def test_the_same_bits_each_time(device):
             assert torch.equal(first, again)
 
 
-def every_way(scheme, m, n, k, cu_count, pairs=False):
+def every_way(scheme, m, n, k, cu_count, activated=False):
     """A plan that quantizes x in every block; where a launch does, also one that holds x and one that streams it; of
     each, one with weights that are there before x, and one without; and one of paired blocks."""
-    ways = {(min(p.share, 1), p.early, p.paired): p for p in reversed(plans(scheme, m, n, k, cu_count, pairs))}
+    ways = {(min(p.share, 1), p.early, p.paired): p for p in reversed(plans(scheme, m, n, k, cu_count, activated))}
     return list(ways.values())
 
 

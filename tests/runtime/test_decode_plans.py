@@ -34,11 +34,11 @@ MOST_WAVES = 64
 @st.composite
 def problems(draw: st.DrawFn, schemes: tuple[str, ...], rows: int, n: int, k: int) -> tuple[str, int, int, int, bool]:
     """scheme, M, N, K of these sizes at most, and whether an activation follows."""
-    scheme, pairs = draw(st.sampled_from(schemes)), draw(st.booleans())
+    scheme, activated = draw(st.sampled_from(schemes)), draw(st.booleans())
     group = DECODE_WEIGHTS[scheme].group
     m = draw(st.integers(1, rows))
-    columns = 16 * draw(st.integers(1, n // 16)) if pairs else draw(st.integers(1, n))
-    return scheme, m, columns, group * draw(st.integers(1, k // group)), pairs
+    columns = 16 * draw(st.integers(1, n // 16)) if activated else draw(st.integers(1, n))
+    return scheme, m, columns, group * draw(st.integers(1, k // group)), activated
 
 
 EARLY_SCHEMES = tuple(scheme for scheme, w in DECODE_WEIGHTS.items() if w.x_bytes == 1)
@@ -54,7 +54,7 @@ def places(plan: DecodePlan) -> int:
     return (H100 if plan.split <= 2 else IN_CLUSTERS) * resident
 
 
-def check(plan: DecodePlan, scheme: str, m: int, n: int, k: int, pairs: bool) -> None:
+def check(plan: DecodePlan, scheme: str, m: int, n: int, k: int, activated: bool) -> None:
     """What `kernels/hip/include/decode_sm90*.h` takes for granted."""
     w, tiles = DECODE_WEIGHTS[scheme], -(-k // DECODE_WEIGHTS[scheme].tile_k)
     owned, part = divmod(plan.row_tiles * TILE_ROWS, plan.split)
@@ -64,15 +64,17 @@ def check(plan: DecodePlan, scheme: str, m: int, n: int, k: int, pairs: bool) ->
     assert plan.rows in w.rows
     assert m <= plan.rows
     assert part == 0
-    assert owned % TILE_ROWS == 0 or not pairs
+    assert owned % TILE_ROWS == 0 or not activated
     assert plan.waves_n % 4 == 0 or plan.rows < w.wide_from
     assert 1 <= plan.split <= tiles
     assert plan.split * max(1, plan.share) <= 8
+    assert plan.cluster == (2 if plan.paired else plan.split * max(1, plan.share))
     assert plan.groups * plan.row_tiles * TILE_ROWS >= n or not plan.one_group
-    assert plan.share > 0 or plan.lds == lds_of(scheme, plan, k)
     if plan.share > 0:
         sizes = plan.rows, plan.split, plan.waves_k, plan.waves_n, plan.depth, plan.chunk
         assert plan.lds == prepared_lds(w, *sizes, paired=plan.paired)
+    else:
+        assert plan.lds == lds_of(scheme, plan, k)
     if plan.paired:
         assert plan.rows in w.paired
         assert plan.split == plan.waves_k == plan.share == 1
@@ -91,8 +93,8 @@ def check(plan: DecodePlan, scheme: str, m: int, n: int, k: int, pairs: bool) ->
 @settings(max_examples=60)
 @given(ANY | SMALL)
 def test_every_plan_is_one_that_its_kernel_can_follow(problem: tuple[str, int, int, int, bool]) -> None:
-    scheme, m, n, k, pairs = problem
-    found = plans(scheme, m, n, k, H100, pairs)
+    scheme, m, n, k, activated = problem
+    found = plans(scheme, m, n, k, H100, activated)
     for plan in found:
         check(plan, *problem)
     assert len(set(found)) == len(found)
@@ -105,11 +107,11 @@ def test_every_plan_is_one_that_its_kernel_can_follow(problem: tuple[str, int, i
 def test_plans_are_the_same_whatever_was_asked_before(
     problem: tuple[str, int, int, int, bool], other: tuple[str, int, int, int, bool]
 ) -> None:
-    scheme, m, n, k, pairs = problem
-    found = plans(scheme, m, n, k, H100, pairs)
+    scheme, m, n, k, activated = problem
+    found = plans(scheme, m, n, k, H100, activated)
     plans(*other[:4], H100, other[4])
-    assert plans(scheme, m, n, k, H100, pairs) is found
-    assert plans.__wrapped__(scheme, m, n, k, H100, pairs) == found
+    assert plans(scheme, m, n, k, H100, activated) is found
+    assert plans.__wrapped__(scheme, m, n, k, H100, activated) == found
 
 
 @pytest.mark.parametrize("scheme", ["w4a8", "mxfp8"])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from sglang_amd_quant.selection import GemmProblem, Selector
+from sglang_amd_quant.selection import GemmProblem, KernelChoice, Selector
 
 TILES, DECODE = "triton_hopper_e4m3", "hip_decode_e4m3"
 
 
-def chosen(scheme: str, k: int, n: int, m: int, cu_count: int = 132):  # type: ignore[no-untyped-def]
+def chosen(scheme: str, k: int, n: int, m: int, cu_count: int = 132) -> KernelChoice:
     problem = GemmProblem("linear", scheme, "sm_90", m, n, k, cu_count, layout="hopper_e4m3")
     return Selector(available=frozenset({TILES, DECODE})).decide(problem)
 

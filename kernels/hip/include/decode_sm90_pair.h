@@ -37,9 +37,6 @@ class PairSums : public MetSums<Room> {
     DEVICE PairSums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier, float* of_waves) : Base(a, s, lds, barrier, of_waves) {
         if (thread_index() == 0) barrier_init(barrier), barriers_are_ready();
     }
-    DEVICE static PairSums behind(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barrier) {
-        return {a, s, rings + larger(used, Base::met_bytes(a)), barrier, reinterpret_cast<float*>(rings)};
-    }
 
     DEVICE void ready() const { cluster_arrive(); }
     DEVICE void meet() const { cluster_wait(); }

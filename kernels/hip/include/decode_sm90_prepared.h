@@ -84,7 +84,8 @@ DEVICE void prepare(const uint16_t* x, const float* x_scale, uint8_t* prepared, 
 
 /// x on its way through a block's shared memory, by stages: one chunk for each of the waves that share K.
 ///
-/// Blocks of a cluster that multiply the same part of x fetch it together if it `Shares`. Wave 0 fetches: when it begins a stage, into the place of the one before, which the others have read by then or are about to have.
+/// Wave 0 fetches: when it begins a stage, into the place of the one before, which the others have read by then or are about to have. Where it
+/// `Shares`, blocks of a cluster that multiply the same part of x fetch it together; else each by itself.
 template <Weight W, int M, bool Shares>
 class XRing {
    public:
