@@ -179,34 +179,43 @@ DEVICE void decode_early(const DecodeArgs& a) {
     sums.leave();
 }
 
-/// Dense, of an x that `prepare` has brought into order (decode_sm90_prepared.h), and that streams: one row group a block, `Paired` with
-/// some of its rows in common with another's (decode_sm90_pair.h).
-template <Weight W, Act A, int M, bool Paired>
+/// Who finishes rows: threads of a block, when its waves' sums, and those of blocks that share K, have met; or waves, which have all of K of
+/// them (decode_sm90_own_rows.h), but for rows that two blocks have in common (decode_sm90_pair.h).
+enum class Ends { MET, OWN, PAIR };
+
+/// Dense, of an x that `prepare` has brought into order (decode_sm90_prepared.h), and that streams: one row group a block.
+template <Weight W, Act A, int M, Ends E>
 DEVICE void decode_prepared(const DecodeArgs& a) {
-    using AllSums = std::conditional_t<Paired, PairSums<M>, MetSums<M>>;
-    using X = XRing<W, M, !Paired>;
+    constexpr bool PAIRED = E == Ends::PAIR;
+    using X = XRing<W, M, !PAIRED>;
+    using Weights = Stream<W, M>;
     allow_next_launch();
     Share s(a, Tile<W>::K, cluster_rank() & (a.split - 1));
     s.take_turns(a);
     const int group = s.first_group;
-    const std::conditional_t<Paired, Pair, Alone> by_rows(a, s);
+    const std::conditional_t<PAIRED, Pair, Alone> by_rows(a, s);
     const auto rows = Rows<false>::template of<M>(a);
     uint64_t* barriers = own_barriers();
-    const int waves = a.waves_k * a.waves_n;
+    const int waves = a.waves_k * a.waves_n, used = X::bytes(a) + waves * Weights::bytes(a);
     uint8_t* rings = dynamic_lds() + barrier_bytes((2 + waves) * a.depth);  // of x two, of what has arrived and what has been read
-    Stream<W, M> stream(a, s, 0, rings + X::bytes(a) + wave_index() * Stream<W, M>::bytes(a), barriers + OWN_BARRIERS + (2 + wave_index()) * a.depth);
+    uint8_t* of_wave = rings + X::bytes(a) + wave_index() * Weights::bytes(a);
+    // A pair leaves the launch that prepares x no registers before the one in front has ended: weights asked for then would delay it.
+    Weights stream(a, s, 0, of_wave, barriers + OWN_BARRIERS + (2 + wave_index()) * a.depth, nullptr, !PAIRED);
     X x(a, s, rings, barriers + OWN_BARRIERS);
-    auto sums = AllSums::template behind<AllSums>(a, s, rings, X::bytes(a) + waves * Stream<W, M>::bytes(a), barriers);
-    sums.ready();
-    sums.template look_ahead<W, A, M>(0, group);
-    const bool shares_x = !Paired && cluster_blocks() > 1 && a.split == 1;
-    if (shares_x) cluster_arrive();
+    auto ends = [&] {
+        if constexpr (E == Ends::MET) return MetSums<M>::behind(a, s, rings, used, barriers);
+        if constexpr (E == Ends::OWN) return OwnTile<W, A, M>(a, s, group, rings + used);
+        if constexpr (E == Ends::PAIR) return PairTile<W, A, M>(a, s, group, by_rows, rings + used, barriers);
+    }();
+    if constexpr (E == Ends::MET) ends.template look_ahead<W, A, M>(0, group);
+    const bool in_cluster = cluster_blocks() > 1;
+    if (in_cluster) cluster_arrive();
     block_barrier();
     wait_for_previous_launch();
-    if (shares_x) cluster_wait();
-    sums.meet();
+    if (in_cluster) cluster_wait();
     x.begin(rows.first / M);
     stream.begin(a.depth);
+    if constexpr (E != Ends::MET) ends.keep();
 
     Totals<W, A, M> totals;
     for (int i = 0, first = s.wave_first; i < x.stages; i++, first += s.wave_step) {
@@ -221,12 +230,16 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
         }
         x.release();
     }
-    block_barrier();  // factors of x are there for all
+    x.wait_for_factors();
     totals.join(x);
-    sums.hand_over(totals, rows.count);
-    const Output output = sums.output();
-    finish_group<W, A>(a, s, rows, sums, output, group, plain_results(a, s, rows.first, sums, output, group));
-    sums.leave();
+    if constexpr (E == Ends::MET) {
+        ends.hand_over(totals, rows.count);
+        const Output output = ends.output();
+        finish_group<W, A>(a, s, rows, ends, output, group, plain_results(a, s, rows.first, ends, output, group));
+        ends.leave();
+    } else {
+        if (ends.finishes(totals)) ends.store(a, s, rows, totals, of_wave);
+    }
 }
 #endif
 
@@ -247,8 +260,10 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
                             activation, alpha, limit});                                                                     \
     }
 #if TARGET_SM90
-#define PREPARED(NAME, W, A, M) ENTRY(decode_prepared_##NAME##_m##M, MANY, 1, (decode_prepared<W, A, M, false>))
-#define PAIRED(NAME, W, A, M) ENTRY(decode_paired_##NAME##_m##M, MANY, 1, (decode_prepared<W, A, M, true>))
+#define PREPARED(NAME, W, A, M)                                                              \
+    ENTRY(decode_prepared_##NAME##_m##M, MANY, 1, (decode_prepared<W, A, M, Ends::MET>)) \
+    ENTRY(decode_own_##NAME##_m##M, MANY, 1, (decode_prepared<W, A, M, Ends::OWN>))
+#define PAIRED(NAME, W, A, M) ENTRY(decode_paired_##NAME##_m##M, MANY, 1, (decode_prepared<W, A, M, Ends::PAIR>))
 #define PREPARE(NAME, W, A)                                                                                                   \
     KERNEL(256, 2)                                                                                                            \
     NAME(const uint16_t* x, const float* x_scale, uint8_t* prepared, int64_t x_stride, int m, int k, int room, int carry) {     \

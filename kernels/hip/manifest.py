@@ -116,6 +116,7 @@ def _decode(
                 ("decode", dense),
                 ("moe_decode", grouped),
                 ("decode_prepared", prepared),
+                ("decode_own", prepared),
                 ("decode_early", early),
                 ("decode_paired", paired),
             )

@@ -93,13 +93,12 @@ def decode_gemm(
     if plan.share <= 0 and (need := lds_of(scheme, plan, k)) > plan.lds:
         raise ShapeError(f"K={k}", f"{plan} needs {need} bytes of shared memory", "take a plan for this K")
     streamed, launches = plan.share > 0, []
-    kind = "early_" if plan.early else "paired_" if plan.paired else "prepared_" if streamed else ""
     held = prepared if plan.share == RESIDENT else None
     if plan.share:
         _check_prepared(scheme, plan, prepared, m, k)
-        launches.append(_prepare(x, prepared, scheme, x_scale, carry, m, k, plan.rows))
+        launches.append(_prepare(x, prepared, scheme, x_scale, carry, m, k, plan.rows, cu_count))
     gemm = LaunchDescription(
-        kernel=f"decode_{kind}{scheme}_m{plan.rows}",
+        kernel=f"decode_{plan.kind}{scheme}_m{plan.rows}",
         grid=-(-m // plan.rows) * plan.groups * plan.split,
         block=(plan.waves + plan.x_waves) * 32,
         lds=plan.lds,
@@ -122,18 +121,23 @@ def _check_prepared(scheme: str, plan: DecodePlan, prepared: Any, m: int, k: int
         raise ShapeError(f"room for {have} bytes of a prepared x", f"{plan} leaves {need}", "make room")
 
 
-PREPARING_WAVES = 8
-"""Waves of a block that prepares x: eight rows of an MX block each, or of quantized ones a row together."""
+PREPARING_WAVES, HELD_PIECES = 8, 4
+"""Waves of a block that prepares x: eight rows of an MX block each, or of quantized ones a row or part of it together;
+pieces of eight values that a thread holds."""
 
 
 def _prepare(
-    x: Any, prepared: Any, scheme: str, x_scale: Any, carry: int, m: int, k: int, rows: int
+    x: Any, prepared: Any, scheme: str, x_scale: Any, carry: int, m: int, k: int, rows: int, cu_count: int
 ) -> LaunchDescription:
-    units = -(-m // 8) * -(-k // TILE_K) * (TILE_K // MX_BLOCK)
+    tiles, threads = -(-k // TILE_K), PREPARING_WAVES * 32
+    if scheme in QUANTIZED_SCHEMES:  # no block quantizes more than its threads hold, where others are idle
+        grid = m * max(1, min(cu_count // m, -(-tiles * TILE_K // (8 * HELD_PIECES * threads))))
+    else:
+        grid = -(-(-(-m // 8) * tiles * (TILE_K // MX_BLOCK)) // PREPARING_WAVES)
     return LaunchDescription(
         kernel=f"prepare_{scheme}",
-        grid=m if scheme in QUANTIZED_SCHEMES else -(-units // PREPARING_WAVES),
-        block=PREPARING_WAVES * 32,
+        grid=grid,
+        block=threads,
         args=(x, x_scale, prepared, x.stride(0), m, k, rows, carry),
         overlap=True,
     )

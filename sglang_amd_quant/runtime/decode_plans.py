@@ -76,6 +76,17 @@ class DecodePlan:
         return self.share > 0 or self.early
 
     @property
+    def own_rows(self) -> bool:
+        """Whether x streams and a wave has all of K of its rows, so that it finishes them by itself."""
+        return self.share > 0 and self.split * self.waves_k == 1 and not self.paired
+
+    @property
+    def kind(self) -> str:
+        """Of the entry point: its name goes on with the scheme."""
+        streams = "paired_" if self.paired else "own_" if self.own_rows else "prepared_"
+        return "early_" if self.early else streams if self.share > 0 else ""
+
+    @property
     def together(self) -> int:
         """Row groups of a cluster: those whose blocks stream x together, or a pair's two."""
         return 2 if self.paired else max(1, self.share)
@@ -237,6 +248,19 @@ def _even_in_pairs(row_tiles: int, cu_count: int) -> bool:
     return most(_WANTED_PAIR[2] - COMMON // 2) < min(most(of_block) for of_block in (8, 12, 16))
 
 
+def _beside(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int) -> Shape | None:
+    """What is wanted of plans with waves for x where a launch leaves half of the multiprocessors to the next, whose
+    weights arrive there while this one multiplies: e4m3 of K from 1536 to 2048, as measured on an H200
+    (docs/decode_log.md)."""
+    if kind != "row_e4m3" or m > 16 or not 24 <= tiles <= 32:
+        return None
+    held = -(-tiles // 2)  # by a wave; twelve waves hold sixteen beside as many rows of x, sixteen hold twelve
+    for waves_n in (8, 12, 16) if held == 12 else (12,):
+        if cu_count // 3 < 2 * -(-row_tiles // waves_n) <= cu_count // 2:
+            return (2, 1, waves_n, 1, held) if held == 12 else (2, 1, waves_n, 4, -(-held // 4))
+    return None
+
+
 def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, early: bool) -> tuple[Shape, bool]:
     """What is wanted, and whether it has waves for x, which may be only if there is such a plan: `early`."""
     most = next(most for most in (1, 2, 4, 8, 16, 32, 64) if m <= most and (kind, most) in _WANTED)
@@ -249,7 +273,7 @@ def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, early:
         return (fewer, waves_k, *rest), False
     which = 3 if tiles < 64 else 1 if row_tiles <= cu_count else 2
     by_k = which - 1 if tiles >= 96 else 2 if tiles >= 64 else 3 if tiles >= 32 else 4
-    if early and (in_time := _WANTED_EARLY[kind, most][by_k]):
+    if early and (in_time := _beside(kind, m, tiles, row_tiles, cu_count) or _WANTED_EARLY[kind, most][by_k]):
         return in_time, True
     wanted = _WANTED[kind, most][which]
     if which == 2 and (tiles < 96 or 2 * row_tiles >= 3 * cu_count):

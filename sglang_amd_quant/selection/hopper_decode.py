@@ -139,14 +139,15 @@ def lds_bytes(
 def prepared_lds(
     w: DecodeWeights, rows: int, split: int, waves_k: int, waves_n: int, depth: int, chunk: int, *, paired: bool = False
 ) -> int:
-    """Shared memory of a block that multiplies a prepared x: barriers, rings, which partial sums of waves use again,
-    factors of rows, and the partial sums of the blocks that share K, or those of rows that a pair has in common."""
+    """Shared memory of a block that multiplies a prepared x: barriers, rings, factors of rows, and where K is shared
+    partial sums: of waves, which use the rings again, and of blocks; or those of rows that a pair has in common."""
     of_rows = 4 * waves_n * TILE_ROWS
     barriers = _barriers((2 + waves_k * waves_n) * depth)
     rings = 1024 + depth * waves_k * chunk * (w.tile_k * w.x_bytes * rows + waves_n * w.tile_bytes)
     used = rings + (4 * rows if w.x_bytes == 1 else 0)
-    of_others = of_rows * rows if split > 1 else 4 * (COMMON // 2 * TILE_ROWS) * rows if paired else 0
-    return barriers + max(used, waves_k * of_rows * rows) + 2 * of_rows // split + of_others
+    if split * waves_k == 1:
+        return barriers + used + 2 * of_rows + (4 * (COMMON // 2 * TILE_ROWS) * rows if paired else 0)
+    return barriers + max(used, waves_k * of_rows * rows) + 2 * of_rows // split + (of_rows * rows if split > 1 else 0)
 
 
 def least_lds(scheme: str, m: int, k: int) -> int:

@@ -13,7 +13,7 @@ from sglang_amd_quant.kernels.hip.manifest import QUANTIZED_M
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.runtime.decode_gemm import decode_gemm
-from sglang_amd_quant.runtime.decode_plans import MOST_X_WAVES, RESIDENT, DecodePlan, lds_of, plans
+from sglang_amd_quant.runtime.decode_plans import MOST_X_WAVES, RESIDENT, DecodePlan, lds_of, plans, prepared_bytes
 from sglang_amd_quant.selection.hopper_decode import (
     COMMON,
     DECODE_WEIGHTS,
@@ -75,6 +75,8 @@ def check(plan: DecodePlan, scheme: str, m: int, n: int, k: int, activated: bool
         assert plan.lds == prepared_lds(w, *sizes, paired=plan.paired)
     else:
         assert plan.lds == lds_of(scheme, plan, k)
+    if plan.paired or plan.own_rows:
+        assert plan.depth * plan.chunk * w.tile_bytes >= 16 * 32  # results go through a wave's ring: `OwnTile::store`
     if plan.paired:
         assert plan.rows in w.paired
         assert plan.split == plan.waves_k == plan.share == 1
@@ -151,6 +153,34 @@ def test_blocks_are_pairs_where_multiprocessors_then_have_less() -> None:
         assert -(-first.groups // H100) * first.row_tiles == most
     assert not any(p.paired for p in plans("mxfp8", 64, 28672, 8192, H100))  # tiles took less
     assert not any(p.paired for p in plans("w4a8", 32, 28672, 8192, H100))
+
+
+def test_small_e4m3_weights_leave_half_of_the_multiprocessors_to_the_next_launch() -> None:
+    for m in (1, 8, 16):
+        for n, k, waves_n in ((6144, 2048, 12), (4096, 1536, 8), (6144, 1536, 12), (8192, 1536, 16)):
+            first = plans("mxfp8", m, n, k, H100)[0]
+            assert (first.split, first.waves_k, first.waves_n) == (2, 1, waves_n)
+            assert H100 // 3 < first.blocks <= H100 // 2
+        assert plans("mxfp8", m, 8192, 2048, H100)[0].blocks > H100 // 2  # so few have no room for all of it
+
+
+def test_waves_that_have_all_of_k_have_a_kernel_of_their_own() -> None:
+    n, k = 24576, 4096
+    x, y = torch.empty(64, k, dtype=torch.bfloat16), torch.empty(64, n, dtype=torch.bfloat16)
+    for plan in plans("w4a8", 64, n, k, H100)[:40]:
+        room = torch.empty(prepared_bytes("w4a8", plan, 64, k), dtype=torch.uint8)
+        *_, gemm = decode_gemm(x, None, None, None, y, scheme="w4a8", n=n, cu_count=H100, plan=plan, prepared=room)
+        kind = "paired" if plan.paired else "own" if plan.split * plan.waves_k == 1 else "prepared"
+        assert plan.early or gemm.kernel == f"decode_{kind}_w4a8_m64"
+
+
+@pytest.mark.parametrize(("m", "k", "blocks"), [(64, 8192, 1), (64, 8256, 2), (16, 28672, 4), (100, 28672, 1)])
+def test_long_rows_of_x_are_prepared_by_several_blocks(m: int, k: int, blocks: int) -> None:
+    plan = next(p for p in plans("mxfp8", m, 4096, k, H100) if p.share > 0)
+    x, y = torch.empty(m, k, dtype=torch.bfloat16), torch.empty(m, 4096, dtype=torch.bfloat16)
+    room = torch.empty(prepared_bytes("mxfp8", plan, m, k), dtype=torch.uint8)
+    first, _ = decode_gemm(x, None, None, None, y, scheme="mxfp8", n=4096, cu_count=H100, plan=plan, prepared=room)
+    assert first.grid == m * blocks
 
 
 def test_a_plan_with_waves_for_many_rows_of_x_wants_them_prepared_and_few_tiles_a_wave() -> None:

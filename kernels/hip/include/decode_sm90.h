@@ -36,13 +36,12 @@ struct Totals;
 #include "decode_sm90_rows.h"
 #include "decode_sm90_sums.h"
 #include "decode_sm90_half_sums.h"
-#include "decode_sm90_pair.h"
 
-/// Whether weight row `row` has a scale that is NaN. The factors of e2m1 know, so nobody asks; those of int4 are NaN themselves.
+/// Whether weight row `row`, or beyond all one of the last tile, has a scale that is NaN. The factors of e2m1 know, so nobody asks; those of int4 are NaN themselves.
 template <Weight W>
 DEVICE bool has_nan(const DecodeArgs& a, const Share& s, int expert, int row) {
     if constexpr (W != Weight::e4m3) return false;
-    const int64_t row_tile = static_cast<int64_t>(expert) * s.row_tiles + row / TILE_ROWS;
+    const int64_t row_tile = static_cast<int64_t>(expert) * s.row_tiles + smaller(row / TILE_ROWS, s.row_tiles - 1);
     const uint8_t* from = a.scales + row_tile * s.tiles * Tile<W>::SCALES + (row % 8 * 2 + row % TILE_ROWS / 8) * 2;
     for (int block = 0; block < a.k / MX_BLOCK; block++)
         if (from[block / 2 * Tile<W>::SCALES + block % 2] == 255) return true;
@@ -60,6 +59,8 @@ DEVICE void finish(const DecodeArgs& a, const Share& s, int expert, int row, flo
     for (int c = 0; c < Columns; c++) sums[c] = bits<float>(0x7fc00000u);
 }
 
+#include "decode_sm90_own_rows.h"
+#include "decode_sm90_pair.h"
 #include "decode_sm90_prepared.h"
 
 DEVICE const DecodeArgs& late(const DecodeArgs& a) { return a; }

@@ -15,9 +15,10 @@ struct Pair {
     static constexpr int COMMON = 4, ROWS = COMMON / 2 * TILE_ROWS;  // row tiles; rows of them that a block finishes
 
     const int rank = cluster_rank();
-    const bool in_common;  // whether this wave's row tile is one of those
+    const int number;  // of this wave's row tile among those in common
+    const bool in_common = 0 <= number && number < COMMON;
 
-    DEVICE Pair(const DecodeArgs& a, Share& s) : in_common(rank == 0 ? s.wave_n >= a.waves_n - COMMON : s.wave_n < COMMON) {
+    DEVICE Pair(const DecodeArgs& a, Share& s) : number(s.wave_n - (rank == 0 ? a.waves_n - COMMON : 0)) {
         s.waves_n -= COMMON / 2, s.wave_n -= rank * (COMMON / 2);  // counted from the first row that the block finishes
         s.row_groups = s.groups;  // a block beyond the last row has its part of those in common
         if (in_common) s.wave_first = rank * a.chunk, s.wave_step = 2 * a.chunk;
@@ -25,50 +26,44 @@ struct Pair {
     DEVICE bool skips(int stage) const { return in_common && (stage & 1) != rank; }
 };
 
-/// Sums of a block of a pair: waves have all of K, but of the rows in common, of which the other block's half is sent there.
-template <int Room>
-class PairSums : public MetSums<Room> {
-    using Base = MetSums<Room>;
-    using Base::barrier, Base::of_waves, Base::partial, Base::place;
-
+/// A row tile of a block of a pair. Sums of rows in common go to the block that finishes them, lane by lane as the matrix unit left them.
+template <Weight W, Act A, int M>
+class PairTile : public OwnTile<W, A, M> {
    public:
-    using Base::COLUMNS, Base::owned;
+    static constexpr int BYTES = Pair::ROWS * M * 4;
 
-    DEVICE PairSums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier, float* of_waves) : Base(a, s, lds, barrier, of_waves) {
-        if (thread_index() == 0) barrier_init(barrier), barriers_are_ready();
+    /// All threads, before blocks meet. `lds`: BYTES for what comes from the other block, behind them what an `OwnTile` wants.
+    DEVICE PairTile(const DecodeArgs& a, const Share& s, int group, const Pair& pair, uint8_t* lds, uint64_t* barrier)
+        : OwnTile<W, A, M>(a, s, group, lds + BYTES), pair(pair), received(reinterpret_cast<Floats<4>*>(lds)), barrier(barrier) {
+        if (thread_index() != 0) return;
+        barrier_init(barrier), barriers_are_ready();
+        barrier_expect(barrier, BYTES);
     }
 
-    DEVICE void ready() const { cluster_arrive(); }
-    DEVICE void meet() const { cluster_wait(); }
-
-    /// All threads: sums up, and tells every thread of the block what was loaded ahead.
-    template <typename T>
-    DEVICE void hand_over(const T& totals, int columns) {
-        if (thread_index() == 0) barrier_expect(barrier, Pair::ROWS * Room * 4);
-        block_barrier();
-        float* mine = of_waves + wave_index() * TILE_ROWS * Room;
-        totals.each_pair(columns, [&](int row, int column, const auto& values) { store_floats(mine + place(row, column), values); });
-        Base::publish();
-        show_to_async();
-        block_barrier();
-        if (wave_index() == 0 && elected()) {
-            const float* theirs = of_waves + (rank == 0 ? owned : 0) * Room;  // the last rows that were multiplied here, or the first
-            bulk_send(address_in(partial, 1 - rank), theirs, Pair::ROWS * Room * 4, address_in(barrier, 1 - rank));
+    /// All lanes, when blocks have met: whether this wave finishes its rows; then it has the other block's part of the sums too, else it has sent
+    /// its own. A block waits for all that it is sent, so the other may end before that has arrived.
+    DEVICE bool finishes(WideSums<M>& totals) const {
+        if (!pair.in_common) return true;
+        const bool here = pair.number / (Pair::COMMON / 2) == pair.rank;
+        Floats<4>* at = received + pair.number % (Pair::COMMON / 2) * (TILE_ROWS * M / 4) + lane_index();
+        const uint32_t to = address_in(at, 1 - pair.rank), told = address_in(barrier, 1 - pair.rank);
+        if (here) barrier_wait(barrier, 0);
+#pragma unroll
+        for (int i = 0; i < M / 8; i++) {
+            float(&own)[4] = totals.sum[i];
+            if (here) {
+                const Floats<4> other = at[i * WAVE];
+#pragma unroll
+                for (int c = 0; c < 4; c++) own[c] += other.v[c];
+            } else {
+                cluster_store(to + i * WAVE * sizeof(Floats<4>), Floats<4>{own[0], own[1], own[2], own[3]}, told);
+            }
         }
-        barrier_wait(barrier, 0);
-        cluster_arrive();
+        return here;
     }
-
-    /// The finished sums of an owned row, columns `column` ... , in an order that never changes.
-    DEVICE void sum(int row, int column, float (&total)[COLUMNS]) const {
-        const int at = place(row, column), common = row - (rank == 0 ? owned - Pair::ROWS : 0);  // all of these begin at multiples of eight
-        const float *own = of_waves + rank * Pair::ROWS * Room + at, *others = partial + (common - row) * Room + at;
-        Base::sum_up(0 <= common && common < Pair::ROWS ? 2 : 1, [&](int i) { return i == 0 ? own : others; }, row, total);
-    }
-
-    /// All threads, at the end: what this block has sent must have arrived before it goes.
-    DEVICE void leave() const { cluster_wait(); }
 
    private:
-    const int rank = cluster_rank();
+    const Pair& pair;
+    Floats<4>* const received;  // [row tile][eight of x][lane]
+    uint64_t* const barrier;
 };

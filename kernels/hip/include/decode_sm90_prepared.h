@@ -22,51 +22,52 @@ DEVICE void prepare_bf16(const uint16_t* x, uint8_t* prepared, int64_t x_stride,
     XTile<W, 1>::keep(prepared + tile * room * XTile<W, 1>::BYTES, row & (room - 1), piece % 8, out);
 }
 
-/// Quantizes a row of x, which a block takes, under the largest scale of its MX blocks.
+/// Quantizes a row of x under the largest scale of its MX blocks. Several blocks may take a row: each looks at all of it, and quantizes its part.
 template <Weight W, Act A>
 DEVICE void prepare_row(const uint16_t* x, const float* x_scale, uint8_t* prepared, int64_t x_stride, int m, int k, int room, int carry) {
     constexpr int THREADS = PREPARING_WAVES * WAVE, HELD = 4;  // pieces that a thread loads once only
     __shared__ uint32_t of_waves[PREPARING_WAVES];
-    const int row = block_index(), tiles = ceil_div(k, Tile<W>::K), all = tiles * (Tile<W>::K / 8), wave = wave_index();
+    const int part = quotient(block_index(), m), row = block_index() - part * m, parts = quotient(grid_blocks(), m), wave = wave_index();
+    const int tiles = ceil_div(k, Tile<W>::K), all = tiles * (Tile<W>::K / 8), first_tile = quotient(tiles * part, parts);
+    const int first = first_tile * (Tile<W>::K / 8), own = (quotient(tiles * (part + 1), parts) - first_tile) * (Tile<W>::K / 8);
+    const auto piece = [&](int i) { return first + i < all ? first + i : first + i - all; };  // this block's come first
     uint8_t* const to = prepared + static_cast<int64_t>(shared_by(row, room)) * tiles * room * XTile<W, 1>::BYTES;
     // At first none of it, before the launch in front has ended: instructions have been fetched then.
 #pragma unroll 1
     for (int turn = 0; turn < 2; turn++) {
-        const int pieces = anew(turn) == 0 ? 0 : all;
+        const int pieces = anew(turn) == 0 ? 0 : all, mine = smaller(own, pieces);
         if (turn > 0) wait_for_previous_launch();
-        const auto load = [&](int piece) { return piece < pieces && 8 * piece < k ? load_words(x + row * x_stride + 8 * piece) : Words{}; };
+        const auto load = [&](int i) { return i < pieces && 8 * piece(i) < k ? load_words(x + row * x_stride + 8 * piece(i)) : Words{}; };
         Words held[HELD];
-        uint32_t mine = 0;
+        uint32_t of_thread = 0;
 #pragma unroll
         for (int u = 0; u < HELD; u++) held[u] = load(u * THREADS + thread_index());
 #pragma unroll
-        for (int u = 0; u < HELD; u++) mine = larger(mine, largest_of(held[u]));
+        for (int u = 0; u < HELD; u++) of_thread = larger(of_thread, largest_of(held[u]));
 #pragma unroll 1
-        for (int piece = HELD * THREADS + thread_index(); piece < pieces; piece += THREADS) mine = larger(mine, largest_of(load(piece)));
-        saturate<A>(held, carry);
-        mine = largest_in_wave(mine);
-        if (lane_index() == 0) of_waves[wave] = mine;
+        for (int i = HELD * THREADS + thread_index(); i < pieces; i += THREADS) of_thread = larger(of_thread, largest_of(load(i)));
+        const uint32_t of_wave = largest_in_wave(of_thread);
+        if (lane_index() == 0) of_waves[wave] = of_wave;
         block_barrier();
         uint32_t largest = 0;
 #pragma unroll
         for (int i = 0; i < PREPARING_WAVES; i++) largest = larger(largest, of_waves[i]);
         const int exponent = exponent_of<A>(largest, carry);
         const float static_scale = A == Act::fp8_static && pieces > 0 ? *x_scale : 1.0f;
-        const auto put = [&](const Words& eight, int piece) {
-            const Codes codes = row_codes<A>(eight, exponent, carry, static_scale);
-            if (piece >= pieces) return;
-            uint8_t* place = to + piece / 8 * room * XTile<W, 1>::BYTES + XTile<W, 1>::place(row & (room - 1), piece % 8);
+        const auto put = [&](const Words& eight, int i) {
+            Words saturated[1] = {eight};
+            saturate<A>(saturated, carry);
+            const Codes codes = row_codes<A>(saturated[0], exponent, carry, static_scale);
+            if (i >= mine) return;
+            uint8_t* place = to + piece(i) / 8 * room * XTile<W, 1>::BYTES + XTile<W, 1>::place(row & (room - 1), piece(i) % 8);
             *reinterpret_cast<Codes*>(place) = codes;
         };
 #pragma unroll
-        for (int u = 0; u < HELD; u++) put(held[u], u * THREADS + thread_index());
+        for (int u = 0; u < HELD; u++)
+            if (u == 0 || u * THREADS < mine) put(held[u], u * THREADS + thread_index());
 #pragma unroll 1
-        for (int first = HELD * THREADS; first < pieces; first += THREADS) {
-            Words more[1] = {load(first + thread_index())};
-            saturate<A>(more, carry);
-            put(more[0], first + thread_index());
-        }
-        if (thread_index() == 0 && pieces > 0)
+        for (int i = HELD * THREADS; i < mine; i += THREADS) put(load(i + thread_index()), i + thread_index());
+        if (thread_index() == 0 && part == 0 && pieces > 0)
             reinterpret_cast<float*>(prepared + prepared_bytes<W>(m, k, room))[row] =
                 A == Act::fp8_static ? static_scale : float_from_e8m0(exponent);
     }
@@ -96,18 +97,22 @@ class XRing {
         stages = quotient(s.block_tiles + a.waves_k * a.chunk - 1, a.waves_k * a.chunk);
         if (thread_index() != 0) return;
         for (int i = 0; i < a.depth; i++) barrier_init(full + i), barrier_init(empty + i, share * s.threads / WAVE);
+        barrier_init(factors_are_there());
         barriers_are_ready();
     }
 
     DEVICE static int bytes(const DecodeArgs& a) { return FACTORS + 1024 + a.depth * a.waves_k * a.chunk * XTile<W, M>::TILE_BYTES; }
 
-    /// Once x is there, and all blocks that share it: starts fetching. Factors of rows are there for all after the block's next barrier.
+    /// Once x is there, and all blocks that share it: starts fetching, what sums of rows are to be multiplied by too.
     DEVICE void begin(int row_block) {
         next = reinterpret_cast<const uint8_t*>(a.x) +
                (static_cast<int64_t>(row_block) * s.tiles + s.block_first) * XTile<W, M>::TILE_BYTES;
-        if (wave == 0)
-            for (int i = 0; i < smaller(a.depth, stages); i++) fetch(i, i);
-        if (is_row(W) && thread_index() < M) factors[thread_index()] = prepared_factors<W>(a, a.x, M)[row_block * M + thread_index()];
+        if (wave != 0) return;
+        for (int i = 0; i < smaller(a.depth, stages); i++) fetch(i, i);
+        if (FACTORS > 0 && elected()) {
+            barrier_expect(factors_are_there(), FACTORS);
+            bulk_copy(factors, prepared_factors<W>(a, a.x, M) + row_block * M, FACTORS, factors_are_there());
+        }
     }
 
     /// Waits for the next stage.
@@ -143,6 +148,10 @@ class XRing {
         return a.k / MX_BLOCK - tile * Tile<W>::BLOCKS - block;
     }
 
+    /// All lanes: until there is what sums of rows are to be multiplied by.
+    DEVICE void wait_for_factors() const {
+        if (FACTORS > 0) barrier_wait(factors_are_there(), 0);
+    }
     /// What sums of row `i` are to be multiplied by.
     DEVICE float factor(int i) const { return factors[i]; }
 
@@ -150,6 +159,7 @@ class XRing {
 
    private:
     static constexpr int FACTORS = is_row(W) ? M * 4 : 0;
+    DEVICE static uint64_t* factors_are_there() { return own_barriers() + 1; }
 
     /// Wave 0: stage `i` into place `place`. This block's piece of it, for all that share it.
     DEVICE void fetch(int i, int place) {

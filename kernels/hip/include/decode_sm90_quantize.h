@@ -124,9 +124,6 @@ struct Batch {
     int i[COUNT], j[COUNT];
 };
 
-/// Threads of a block.
-DEVICE int block_threads() { return blockDim.x; }
-
 /// Who brings x into a block's shared memory: all its threads, or those of waves of their own, so many from `first` on.
 struct Crew {
     int first, threads;

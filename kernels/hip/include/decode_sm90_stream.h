@@ -70,6 +70,9 @@ DEVICE void by_turns(int count, Each each, Settle settle) {
 template <Weight W, int M, bool Streaming>
 constexpr bool THROUGHOUT = is_row(W) && (M >= 16 || W == Weight::row_e4m3) && (M < 64 || Streaming);
 
+/// Blocks of a launch, at most, beside which the next one's find multiprocessors.
+constexpr int BESIDE = 66;
+
 /// Rows of x from which on `decode_early` has them prepared by a launch in front.
 constexpr int EARLY_PREPARED = 32;
 
@@ -90,9 +93,9 @@ class Stream {
     static constexpr int ROOM = Tile<Early ? Weight::row_e4m3 : W>::BYTES;     // for a tile
     static constexpr int TILE = BY_TURNS ? 4 * ROOM : LeftMatrix::CORE * 4;  // from one decoded to the next
 
-    /// `lds` is this wave's part, `bytes(a)` long, and early `scales_lds` that of scales, `scale_room(a)` long. Starts fetching: weights
-    /// depend on no launch before this one.
-    DEVICE Stream(const DecodeArgs& a, const Share& s, int expert, uint8_t* lds, uint64_t* barriers, uint8_t* scales_lds = nullptr)
+    /// `lds` is this wave's part, `bytes(a)` long, and early `scales_lds` that of scales, `scale_room(a)` long. Starts fetching, if
+    /// `now`: weights depend on no launch before this one.
+    DEVICE Stream(const DecodeArgs& a, const Share& s, int expert, uint8_t* lds, uint64_t* barriers, uint8_t* scales_lds = nullptr, bool now = true)
         : a(a), s(s), ring(BY_TURNS ? lds - wave_index() % 4 * (bytes(a) - ROOM) : lds), early_scales(scales_lds), barriers(barriers), expert(expert),
           group(s.first_group) {
         seek();
@@ -102,7 +105,7 @@ class Stream {
             barriers_are_ready();
         }
         __syncwarp();
-        begin(Early ? at_once() : M >= 16 ? 1 : a.depth);
+        if (now) begin(Early ? at_once() : M >= 16 ? 1 : a.depth);
     }
 
     /// Makes sure that the first `chunks` have been asked for. Many rows of x are asked for behind the first chunk alone: behind
@@ -183,8 +186,9 @@ class Stream {
     }
 
    private:
-    /// Chunks that are asked for at once: what has been asked for all else waits behind.
-    DEVICE int at_once() const { return a.depth < 4 ? a.depth : a.depth / 2; }
+    /// Chunks that are asked for at once: what has been asked for all else waits behind. A launch that has found room beside the one in front has time,
+    /// and leaves memory to sixteen rows of x of that.
+    DEVICE int at_once() const { return a.depth < 4 ? a.depth : M >= 16 && grid_blocks() <= BESIDE ? a.depth / 4 : a.depth / 2; }
     /// From rows 0 to 7 of a tile to the others.
     DEVICE int half() const { return BY_TURNS ? ROOM / 2 : a.depth * a.chunk * TILE; }
     DEVICE uint8_t* arriving() const { return ring + a.depth * a.chunk * (ROOM - Tile<W>::BYTES); }

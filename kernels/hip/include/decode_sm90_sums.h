@@ -200,9 +200,8 @@ class MetSums : public GroupSums {
     DEVICE MetSums(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barrier, float* of_waves)
         : GroupSums(a, s, lds, barrier), of_waves(of_waves) {}
 
-    /// Behind `used` bytes of rings and activations; of this class, or one that is made like it.
-    template <typename Made = MetSums>
-    DEVICE static Made behind(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barrier) {
+    /// Behind `used` bytes of rings and activations.
+    DEVICE static MetSums behind(const DecodeArgs& a, const Share& s, uint8_t* rings, int used, uint64_t* barrier) {
         return {a, s, rings + larger(used, met_bytes(a)), barrier, reinterpret_cast<float*>(rings)};
     }
 

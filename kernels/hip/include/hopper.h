@@ -59,6 +59,10 @@ DEVICE void bulk_copy_to(int blocks, void* to, const void* from, int bytes, uint
         : "memory");
 }
 
+/// Threads of a block, blocks of the grid.
+DEVICE int block_threads() { return blockDim.x; }
+DEVICE int grid_blocks() { return gridDim.x; }
+
 /// What follows may depend on the launch before this one; what precedes must not.
 DEVICE void wait_for_previous_launch() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void allow_next_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -140,6 +144,13 @@ DEVICE uint8_t* matrix_aligned(uint8_t* p) { return p + (-shared_address(p) & 10
 DEVICE void store_cores(uint8_t* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to) + lane_index() * 16), "r"(a), "r"(b),
                  "r"(c), "r"(d)
+                 : "memory");
+}
+
+/// All lanes of a wave: four matrices of 8 x 8 of 16 bits, of each of which a lane has two neighbours of row lane / 4, turned over: column i of
+/// matrix j goes to the sixteen bytes that lane 8 j + i points `to` at.
+DEVICE void store_turned(const void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to)), "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
 }
 
