@@ -251,8 +251,8 @@ def _even_in_pairs(row_tiles: int, cu_count: int) -> bool:
 def _beside(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int) -> Shape | None:
     """What is wanted of plans with waves for x where a launch leaves half of the multiprocessors to the next, whose
     weights arrive there while this one multiplies: e4m3 of K from 1536 to 2048, as measured on an H200
-    (docs/decode_log.md)."""
-    if kind != "row_e4m3" or m > 16 or not 24 <= tiles <= 32:
+    (docs/decode_log.md). Of one or two rows beyond 1536 less is gained so than lost where no launch overlaps."""
+    if kind != "row_e4m3" or m > 16 or not 24 <= tiles <= (24 if m <= 2 else 32):
         return None
     held = -(-tiles // 2)  # by a wave; twelve waves hold sixteen beside as many rows of x, sixteen hold twelve
     for waves_n in (8, 12, 16) if held == 12 else (12,):

@@ -156,12 +156,15 @@ def test_blocks_are_pairs_where_multiprocessors_then_have_less() -> None:
 
 
 def test_small_e4m3_weights_leave_half_of_the_multiprocessors_to_the_next_launch() -> None:
-    for m in (1, 8, 16):
-        for n, k, waves_n in ((6144, 2048, 12), (4096, 1536, 8), (6144, 1536, 12), (8192, 1536, 16)):
+    for n, k, waves_n, least in ((6144, 2048, 12, 3), (4096, 1536, 8, 1), (6144, 1536, 12, 1), (8192, 1536, 16, 1)):
+        for m in (1, 3, 8, 16):
             first = plans("mxfp8", m, n, k, H100)[0]
+            if m < least:  # alone, more of them are faster
+                assert first.blocks > H100
+                continue
             assert (first.split, first.waves_k, first.waves_n) == (2, 1, waves_n)
             assert H100 // 3 < first.blocks <= H100 // 2
-        assert plans("mxfp8", m, 8192, 2048, H100)[0].blocks > H100 // 2  # so few have no room for all of it
+    assert plans("mxfp8", 8, 8192, 2048, H100)[0].blocks > H100 // 2  # so few have no room for all of it
 
 
 def test_waves_that_have_all_of_k_have_a_kernel_of_their_own() -> None:
