@@ -237,8 +237,8 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
         const Output output = ends.output();
         finish_group<W, A>(a, s, rows, ends, output, group, plain_results(a, s, rows.first, ends, output, group));
         ends.leave();
-    } else {
-        if (ends.finishes(totals)) ends.store(a, s, rows, totals, of_wave);
+    } else if (ends.finishes(totals)) {
+        ends.store(a, s, rows, totals, of_wave);
     }
 }
 #endif

@@ -255,9 +255,10 @@ def _beside(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int) -> Sha
     if kind != "row_e4m3" or m > 16 or not 24 <= tiles <= (24 if m <= 2 else 32):
         return None
     held = -(-tiles // 2)  # by a wave; twelve waves hold sixteen beside as many rows of x, sixteen hold twelve
-    for waves_n in (8, 12, 16) if held == 12 else (12,):
+    choices, depth = ((8, 12, 16), 1) if held == 12 else ((12,), 4)
+    for waves_n in choices:
         if cu_count // 3 < 2 * -(-row_tiles // waves_n) <= cu_count // 2:
-            return (2, 1, waves_n, 1, held) if held == 12 else (2, 1, waves_n, 4, -(-held // 4))
+            return (2, 1, waves_n, depth, -(-held // depth))
     return None
 
 

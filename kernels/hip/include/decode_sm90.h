@@ -9,7 +9,8 @@
 // Ways to multiply them: quantized activations by wgmma in e4m3 (decode_sm90_row_x.h, decode_sm90_rows.h); bf16 and fp16 ones, if few
 // rows, by mma.sync (decode_sm90_few.h), from 16 on by wgmma (decode_sm90_many.h, of int4 decode_sm90_groups.h). For wgmma another
 // launch may have prepared x (decode_sm90_prepared.h), and weights may all be there, and e4m3, before x is (`Stream`, `decode_early`).
-// How sums of blocks that share K meet: decode_sm90_sums.h, decode_sm90_half_sums.h, decode_sm90_pair.h.
+// How sums of blocks that share K meet: decode_sm90_sums.h, decode_sm90_half_sums.h, decode_sm90_pair.h; what becomes of those that a wave has
+// by itself: decode_sm90_own_rows.h.
 #pragma once
 #include "decode.h"
 #include "matrix.h"
@@ -37,7 +38,8 @@ struct Totals;
 #include "decode_sm90_sums.h"
 #include "decode_sm90_half_sums.h"
 
-/// Whether weight row `row`, or beyond all one of the last tile, has a scale that is NaN. The factors of e2m1 know, so nobody asks; those of int4 are NaN themselves.
+/// Whether weight row `row`, or beyond all one of the last tile, has a scale that is NaN. The factors of e2m1 know, so nobody asks; those of
+/// int4 are NaN themselves.
 template <Weight W>
 DEVICE bool has_nan(const DecodeArgs& a, const Share& s, int expert, int row) {
     if constexpr (W != Weight::e4m3) return false;
