@@ -19,7 +19,7 @@ from sglang_amd_quant.kernels.triton.hopper import (
     hopper_gemm,
     routed_hopper,
 )
-from sglang_amd_quant.kernels.triton.hopper_pack import HopperWeights, pack_hopper
+from sglang_amd_quant.kernels.triton.hopper_pack import HopperWeights, pack_hopper, x_order
 from sglang_amd_quant.kernels.triton.quant_mx import quant_mx_torch
 from sglang_amd_quant.kernels.triton.routing import Routing, route
 
@@ -134,17 +134,17 @@ def check(shape: Shape, scheme: str, m: int, seed: int, config: HopperConfig | N
     routing = ours.place(ids, configs[0].block_m)
     errors, bound = {}, 2.0**-9 * (1.02 if ours.w13.x_format == "bf16" else 2)
     hidden = torch.full((ids.numel(), shape.inter), torch.nan, dtype=x.dtype, device="cuda")
-    left, factors = quantized(x, ours, "gate_up input")
+    left, factors = quantized(x, ours.w13, ours.element, "gate_up input")
     ours.gate_up(left, factors, hidden, routing, configs[0])
-    values = left.double() * (1 if factors is None else factors.double()[:, None])
+    values = values_of(left, factors, ours.w13)
     exact = shape.activation(grouped(values, ids, weights, 0, small.top_k, experts))
     errors["gate_up"] = relative(hidden[here], exact[here])
     assert hidden[~here].isnan().all(), "a dropped row was written"
     hidden[~here] = 0
     routed = torch.full((ids.numel(), shape.hidden), torch.nan, dtype=x.dtype, device="cuda")
-    left, factors = quantized(hidden, ours, "down input")
+    left, factors = quantized(hidden, ours.w2, ours.element, "down input")
     ours.down(left, factors, routed, routing, configs[1], topk_weights)
-    values = left.double() * (1 if factors is None else factors.double()[:, None])
+    values = values_of(left, factors, ours.w2)
     exact = grouped(values, ids, weights, 1, 1, experts) * topk_weights.double().view(-1, 1)
     errors["down"] = relative(routed[here], exact[here])
     y = combine(routed, ids, experts, torch.full_like(x, torch.nan))
@@ -158,13 +158,22 @@ def check(shape: Shape, scheme: str, m: int, seed: int, config: HopperConfig | N
     return errors
 
 
-def quantized(x: torch.Tensor, ours: Ours, what: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the kernel multiplies, after comparing it bit for bit with the twin."""
-    left, factors = activations(x, ours.element, None, ours.w13.x_format)
-    if ours.element is not None:
-        out = "bf16" if ours.w13.x_format == "bf16" else "row"
-        direct = ours.element == "e4m3" and out == "row"
-        twin, twin_factors = quant_mx_torch(x, None if direct else ours.element, out)
+def quantized(
+    x: torch.Tensor, w: HopperWeights, element: str | None, what: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the kernel multiplies with w, after comparing it bit for bit with the twin."""
+    left, factors = activations(x, element, None, w.x_format, w.orders_x)
+    if element is not None:
+        out = "bf16" if w.x_format == "bf16" else "row"
+        direct = element == "e4m3" and out == "row"
+        twin, twin_factors = quant_mx_torch(x, None if direct else element, out, ordered=w.orders_x)
         assert torch.equal(left.view(torch.uint8), twin.view(torch.uint8)), f"{what} differs from its twin"
         assert factors is None or torch.equal(factors, twin_factors), f"{what}: factors differ from the twin's"
     return left, factors
+
+
+def values_of(left: torch.Tensor, factors: torch.Tensor | None, w: HopperWeights) -> torch.Tensor:
+    """fp64 [M, K] in the order of K: what the kernel takes for x."""
+    if w.orders_x:
+        left = left.view(torch.uint8)[:, x_order(w.k).argsort()[: w.k].to(left.device)].view(left.dtype)
+    return left.double() * (1 if factors is None else factors.double()[:, None])

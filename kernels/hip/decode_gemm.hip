@@ -56,7 +56,8 @@ DEVICE void finish_group(const DecodeArgs& a, const Share& s, const Rows<Grouped
     }
 }
 
-template <Weight W, Act A, int M, bool Grouped>
+/// `Alone`: the block has a multiprocessor, and its registers, for itself.
+template <Weight W, Act A, int M, bool Grouped, bool Alone = M >= 16>
 DEVICE void decode_gemm(const DecodeArgs& a) {
     using X = Activations<W, A, M>;
     constexpr bool AHEAD = TARGET_SM90 && M >= 16;  // registers are free for `output` while x comes
@@ -91,7 +92,7 @@ DEVICE void decode_gemm(const DecodeArgs& a) {
     for (int group = s.first_group; group < s.row_groups; group += s.groups) {
         Totals<W, A, M> totals;
         if (is_wide(W, M) || group * s.waves_n + s.wave_n < s.row_tiles)
-            stream.template each_tile<X::TILES>(
+            stream.template each_tile<X::TILES, Alone>(
                 [&] {
                     if constexpr (is_wide(W, M)) totals.look(stream, 0);
                 },
@@ -168,7 +169,7 @@ DEVICE void decode_early(const DecodeArgs& a) {
         if constexpr (Weights::DECODED) {
             totals.add_all(decoded, Weights::TILE, s.wave_end - s.wave_first, first_x);
         } else {
-            weights.template each_tile<1>(
+            weights.template each_tile<1, M >= 16>(
                 [] {}, [&](int tile, int number, auto) { totals.add(weights, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, Number<1>{}); },
                 [&](auto pending) { totals.settle(pending); });
         }
@@ -193,7 +194,7 @@ DEVICE void decode_prepared(const DecodeArgs& a) {
     Share s(a, Tile<W>::K, cluster_rank() & (a.split - 1));
     s.take_turns(a);
     const int group = s.first_group;
-    const std::conditional_t<PAIRED, Pair, Alone> by_rows(a, s);
+    const std::conditional_t<PAIRED, Pair, Unpaired> by_rows(a, s);
     const auto rows = Rows<false>::template of<M>(a);
     uint64_t* barriers = own_barriers();
     const int waves = a.waves_k * a.waves_n, used = X::bytes(a) + waves * Weights::bytes(a);
@@ -270,6 +271,7 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
         prepare<W, A>(x, x_scale, prepared, x_stride, m, k, room, carry);                                                     \
     }
 #define DENSE(NAME, W, A, M, THREADS, BLOCKS) DECODE(decode_##NAME##_m##M, W, A, M, THREADS, BLOCKS, false)
+#define ALONE(NAME, W, A, M) ENTRY(decode_alone_##NAME##_m##M, MANY, 1, (decode_gemm<W, A, M, false, true>))
 #define EARLY(NAME, W, A, M) ENTRY(decode_early_##NAME##_m##M, MANY + 256, 1, (decode_early<W, A, M>))
 #define FROM_16(NAME, W, A)                     \
     PREPARE(prepare_##NAME, W, A)               \
@@ -290,7 +292,10 @@ constexpr int FEW = TARGET_AMD ? 512 : W == Weight::e4m3 ? 320 : 256;
     EARLY(NAME, Weight::row_##W, A, 16)           \
     EARLY(NAME, Weight::row_##W, A, 32)           \
     EARLY(NAME, Weight::row_##W, A, 64)
-#define QUANTIZED_E2M1(NAME, A) QUANTIZED(NAME, e2m1, A) PAIRED(NAME, Weight::row_e2m1, A, 64)
+#define QUANTIZED_E2M1(NAME, A)         \
+    QUANTIZED(NAME, e2m1, A)            \
+    ALONE(NAME, Weight::row_e2m1, A, 8) \
+    PAIRED(NAME, Weight::row_e2m1, A, 64)
 #else  // a matrix unit takes sixteen rows whatever M is: fewer sizes will do
 #define SCHEME(NAME, W, A)                                  \
     DECODE(decode_##NAME##_m4, W, A, 4, FEW<W>, 2, false)   \

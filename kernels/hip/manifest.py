@@ -83,10 +83,11 @@ INT4_GROUPS = (32, 64, 128)
 """int4 with bf16 or fp16 activations: a scheme's entry points for groups of 128 are those of `int4_w4a16_g128`."""
 FEW_M, MANY_M, PREPARED_M = (2, 4, 8), (16, 32), (16, 32, 64)
 DECODE_M = FEW_M + PREPARED_M
-QUANTIZED_M, PAIRED_M = (8, *PREPARED_M), (64,)
+QUANTIZED_M, PAIRED_M, ALONE_M = (8, *PREPARED_M), (64,), (8,)
 """Rows of activations that the decode kernels are instantiated for on sm_90: few of bf16 and fp16, more that blocks
 hold, those of an x that a launch has prepared and that streams; all of bf16 and fp16, and all of quantized ones, with
-waves for x while weights come too; of quantized ones with e2m1 weights, in blocks that are pairs ..."""
+waves for x while weights come too; of quantized ones with e2m1 weights, in blocks that are pairs, and in those that
+have a multiprocessor's registers for themselves, as from 16 rows on all have ..."""
 AMD_DECODE_M = (4, 16, 32)
 AMD_MOE_DECODE_M = (4, 16)
 """... and on AMD, whose matrix units take sixteen rows at a time; grouped by expert only there (`hopper_moe.py`)."""
@@ -100,6 +101,7 @@ def _decode(
     prepared: tuple[int, ...] = (),
     early: tuple[int, ...] = (),
     paired: tuple[int, ...] = (),
+    alone: tuple[int, ...] = (),
     groups: tuple[int, ...] = (),
 ) -> CodeObject:
     names = tuple(f"{scheme}_g{group}" for group in groups) or (scheme,)
@@ -114,6 +116,7 @@ def _decode(
             for name in names
             for kind, sizes in (
                 ("decode", dense),
+                ("decode_alone", alone),
                 ("moe_decode", grouped),
                 ("decode_prepared", prepared),
                 ("decode_own", prepared),
@@ -139,8 +142,8 @@ CODE_OBJECTS = (
         ),
     ),
     *(
-        _decode(scheme, ("sm_90",), (8, *MANY_M), prepared=PREPARED_M, early=QUANTIZED_M, paired=paired)
-        for schemes, paired in ((E4M3_SCHEMES, ()), (E2M1_SCHEMES, PAIRED_M))
+        _decode(scheme, ("sm_90",), (8, *MANY_M), prepared=PREPARED_M, early=QUANTIZED_M, paired=paired, alone=alone)
+        for schemes, paired, alone in ((E4M3_SCHEMES, (), ()), (E2M1_SCHEMES, PAIRED_M, ALONE_M))
         for scheme in schemes
     ),
     *(_decode(scheme, ("sm_90",), FEW_M + MANY_M, prepared=PREPARED_M) for scheme in BF16_SCHEMES),

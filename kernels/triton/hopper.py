@@ -57,8 +57,8 @@ class HopperConfig:
 
     def fits(self, x_format: str, w_format: str, whole_k: int = 0) -> bool:
         """Whether shared memory holds the pipeline, of MX weights; with whole rows of x, of that length, if not 0."""
-        x = self.block_m * (2 if x_format == "bf16" else 1)
-        w = self.block_n if w_format == "e4m3" else self.block_n * 17 / 32
+        x, scale = self.block_m * (2 if x_format == "bf16" else 1), 1 / 32 if x_format == "bf16" else 1 / 64
+        w = self.block_n * (1 if w_format == "e4m3" else 1 / 2 + scale)
         stages = self.num_stages * self.block_k
         # Rows that stay are longer by at most a chunk: `hopper_rows.chunk_of`.
         rows = whole_k + 256 * self.num_warps if whole_k else stages
@@ -119,7 +119,8 @@ def hopper_gemm(
 
     Args:
         x: [R / top_k, K] bf16 or fp16, or float8_e4m3fn with `x_factors`; contiguous, like all that follow. bf16 for
-            weights that are multiplied with e4m3: quantized by the kernel, as `quant_mx` does for `row`.
+            weights that are multiplied with e4m3: quantized by the kernel, as `quant_mx` does for `row`. float8_e4m3fn
+            for weights that order x: in `x_order`, [R / top_k, K rounded up to 64].
         x_factors: [R / top_k] fp32, powers of two.
         w: packed for x's format; with `pairs` if there is an activation.
         y: [R, N] bf16, fp16 or fp32; [R, N / 2] after an activation.
@@ -141,6 +142,11 @@ def hopper_gemm(
         )
     if x_factors is None and w.x_format == "e4m3" and x.dtype != torch.bfloat16:
         raise ValueError(f"{x.dtype} without factors for weights of e4m3: the kernel quantizes bf16; quantize x before")
+    ordered = w.orders_x and x_factors is not None
+    columns = -(-w.k // 64) * 64 if ordered else w.k
+    if x.shape[1] != columns:
+        how = " in x_order" if ordered else ""
+        raise ValueError(f"x {list(x.shape)} for weights with K {w.k}: takes {columns} columns{how}; use activations")
     row_ids = None if routing is None or isinstance(routing, Alone) else routing.row_ids
     experts = None if routing is None else routing.block_experts
     tiles_m = triton.cdiv(rows, config.block_m) if experts is None else experts.numel()
@@ -232,8 +238,8 @@ def routed_hopper(
 
     Args:
         routing: of the configs' block_m.
-        quantize13, quantize2: (x, x_format=..., beside=..., inside=...) -> what a GEMM multiplies, as `activations`
-            gives it.
+        quantize13, quantize2: (x, x_format=..., ordered=..., beside=..., inside=...) -> what a GEMM multiplies, as
+            `activations` gives it.
         beside: what launched `routing`, if anything, is the launch right in front, and x was there before it: x is
             quantized while rows are sorted.
         row_weights: [M * top_k] fp32, or None.
@@ -246,14 +252,15 @@ def routed_hopper(
     single = isinstance(routing, Alone)
     at_once = single and rows * triton.cdiv(w13.n, config13.block_n) <= AT_ONCE
     left, factors = quantize13(
-        x, x_format=w13.x_format, beside=beside and not single,
+        x, x_format=w13.x_format, ordered=w13.orders_x, beside=beside and not single,
         inside=at_once and config13.fits(w13.x_format, w13.w_format, w13.k),
     )  # fmt: skip
     behind = Overlap(ahead=left is not x, late=w13.x_format != "e4m3" and left is x)
     hopper_gemm(left, factors, w13, hidden, routing, config13, overlapping=behind, top_k=top_k, bias=b13, **activation)
     few = single or config2.block_m * w2.k <= SHORT
     left, factors = quantize2(
-        hidden, x_format=w2.x_format, inside=few and config2.fits(w2.x_format, w2.w_format, w2.k)
+        hidden, x_format=w2.x_format, ordered=w2.orders_x,
+        inside=few and config2.fits(w2.x_format, w2.w_format, w2.k),
     )  # fmt: skip
     hopper_gemm(left, factors, w2, routed, routing, config2, overlapping=Overlap(ahead=True), bias=b2,
                 row_weights=row_weights)  # fmt: skip
@@ -282,7 +289,7 @@ def linear_hopper(
         y: what to fill, in any dtype of `hopper_gemm`'s; None: a new one of x's.
         overlapping: whether the GEMM may begin before x is quantized.
     """
-    left, factors = activations(x, element, mode, w.x_format)
+    left, factors = activations(x, element, mode, w.x_format, w.orders_x)
     if y is None:
         y = torch.empty(x.shape[0], w.n, dtype=x.dtype, device=x.device)
     ahead = Overlap(ahead=True) if overlapping and left is not x else None
@@ -290,14 +297,16 @@ def linear_hopper(
 
 
 def activations(
-    x: torch.Tensor, element: str | None, mode: str | None, x_format: str, beside: bool = False, inside: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    x: torch.Tensor, element: str | None, mode: str | None, x_format: str, ordered: bool = False, beside: bool = False,
+    inside: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """What the kernel multiplies: x as quantized to `element`, in bf16, or as e4m3 under one factor a row.
 
     Under one factor a row, MXFP8 with RCEIL scales is what e4m3 gives anyway, but for elements that are small against
     the row, and needs no blocks in between.
 
     Args:
+        ordered: whether the weights order x (`HopperWeights.orders_x`): as in `quant_mx`.
         beside: as in `quant_mx`.
         inside: where the kernel can do it, leave it to it: x as it is, and no factors.
     """
@@ -306,4 +315,4 @@ def activations(
     direct = element == "e4m3" and mode in (None, "rceil")
     if inside and direct and x.dtype == torch.bfloat16:
         return x, None
-    return quant_mx(x, None if direct else element, "row", mode, arch="sm_90", beside=beside)
+    return quant_mx(x, None if direct else element, "row", mode, arch="sm_90", beside=beside, ordered=ordered)

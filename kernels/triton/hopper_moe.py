@@ -6,7 +6,8 @@ the tensor core without a way back through it, and a block of few tokens wastes 
 - `e2m1` x `bf16`: exact. A code times 2^-126 is a bf16 by its bits alone; one multiplication by a power of two, the
   block's scale over the row's largest, makes it the value.
 - `e2m1` x `e4m3`: a code times 2^d is an e4m3 for twelve values of d, looked up four at a time. So a row of weights is
-  e4m3 under one power of two, exact where its scales span 12 octaves. Activations are e4m3 under one scale a row.
+  e4m3 under one power of two, exact where its scales span 12 octaves. Activations are e4m3 under one scale a row, and
+  so ordered that a thread looks up all that it has of a row's 64 elements in the table of one block.
 - `e4m3` x `e4m3`: weights re-encoded under one power of two a row (`hopper_pack.py`), no work in the loop.
 - `int4` x `bf16` or `fp16`: a code less its zero point, exact, times its group's scale: rounded once, to x's dtype, as
   the checkpoint's own dequantization is. fp32 scales become that dtype first.
@@ -30,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .hopper_operands import (
     codes_to_bf16,
-    codes_to_e4m3,
+    e4m3_of,
     fragments,
     int4_steps,
     int4_words_of,
@@ -50,6 +51,7 @@ def multiply(acc, w_tile, s_tile, right, W_FORMAT: gl.constexpr, GROUP: gl.const
              s_registers: gl.constexpr):  # fmt: skip
     """Start acc += weights times right for a stage of shared memory, PARTS times 64 of K."""
     GROUPS: gl.constexpr = BLOCK_N // 16
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     for part in gl.static_range(PARTS):
         if W_FORMAT == "int4":
             blocks = int4_words_of(w_tile.slice(part * GROUPS, GROUPS, 0), BLOCK_N, w_registers)
@@ -65,24 +67,20 @@ def multiply(acc, w_tile, s_tile, right, W_FORMAT: gl.constexpr, GROUP: gl.const
             b = second.to(gl.float8e4nv, bitcast=True)
             acc = warpgroup_mma(a, right.slice(64 * part, 32, 0), acc, is_async=True)
             acc = warpgroup_mma(b, right.slice(64 * part + 32, 32, 0), acc, is_async=True)
-        else:
+        elif WIDE:
             first, second = scales_of(s_tile.slice(part * GROUPS, GROUPS, 0), BLOCK_N, operand, s_registers)
-            w_part = w_tile.slice(part * GROUPS, GROUPS, 0)
-            if WIDE:
-                words = words_of(w_part, BLOCK_N, 2, operand, w_registers)
-                a, b, c, d = codes_to_bf16(words, first * 0x00800080, second * 0x00800080)
-                acc = warpgroup_mma(a, right.slice(64 * part, 16, 0), acc, is_async=True)
-                acc = warpgroup_mma(b, right.slice(64 * part + 16, 16, 0), acc, is_async=True)
-                acc = warpgroup_mma(c, right.slice(64 * part + 32, 16, 0), acc, is_async=True)
-                acc = warpgroup_mma(d, right.slice(64 * part + 48, 16, 0), acc, is_async=True)
-            else:
-                words = words_of(w_part, BLOCK_N, 4, operand, w_registers)
-                a, b = codes_to_e4m3(
-                    words, first * 0x08080800 + 0x14100800, first * 0x08080808 + 0x24201C18,
-                    second * 0x08080800 + 0x14100800, second * 0x08080808 + 0x24201C18,
-                )  # fmt: skip
-                acc = warpgroup_mma(a, right.slice(64 * part, 32, 0), acc, is_async=True)
-                acc = warpgroup_mma(b, right.slice(64 * part + 32, 32, 0), acc, is_async=True)
+            words = words_of(w_tile.slice(part * GROUPS, GROUPS, 0), BLOCK_N, 2, operand, w_registers)
+            a, b, c, d = codes_to_bf16(words, first * 0x00800080, second * 0x00800080)
+            acc = warpgroup_mma(a, right.slice(64 * part, 16, 0), acc, is_async=True)
+            acc = warpgroup_mma(b, right.slice(64 * part + 16, 16, 0), acc, is_async=True)
+            acc = warpgroup_mma(c, right.slice(64 * part + 32, 16, 0), acc, is_async=True)
+            acc = warpgroup_mma(d, right.slice(64 * part + 48, 16, 0), acc, is_async=True)
+        else:
+            steps = s_tile._reinterpret(gl.uint8, [PARTS * GROUPS, 16], flat)
+            a, b = e4m3_of(w_tile.slice(part * GROUPS, GROUPS, 0), steps.slice(part * GROUPS, GROUPS, 0), BLOCK_N,
+                           operand, w_registers, s_registers)  # fmt: skip
+            acc = warpgroup_mma(a, right.slice(64 * part, 32, 0), acc, is_async=True)
+            acc = warpgroup_mma(b, right.slice(64 * part + 32, 32, 0), acc, is_async=True)
     return acc
 
 
@@ -156,7 +154,7 @@ def hopper_moe_kernel(
     Dense: row_ids and block_experts are None, E is 1. Without row_ids alone, each block has one routed row. X_FORMAT
     e4m3 without x_factors: x is bf16, and its rows are quantized here.
 
-    M: routed rows; N: weight rows; K: elements of a row of x; groups_n: N / 16 rounded up; tiles_m: blocks along M.
+    M: routed rows; N: weight rows; K: of a row of weights; groups_n: N / 16 rounded up; tiles_m: blocks along M.
         GROUP: elements that share a scale of int4. ACTIVATION: "none", "silu" or "swigluoai", of pairs of rows that
         `hopper_pack` has put 8 apart. CLAMP: whether `limit` holds. NARROW: N is less than BLOCK_N. BLOCK_K: 64 or 128.
 
@@ -170,7 +168,9 @@ def hopper_moe_kernel(
     K_TILES: gl.constexpr = (K + 63) // 64
     S_K: gl.constexpr = GROUP if INT4 else 64
     S_TILES: gl.constexpr = K // GROUP if INT4 else K_TILES
-    S_WIDTH: gl.constexpr = 16 if INT4 else 8
+    ORDERED: gl.constexpr = W_FORMAT == "e2m1" and not WIDE
+    X_K: gl.constexpr = K_TILES * 64 if ORDERED else K  # of whole tiles, in `x_order` of `hopper_pack.py`
+    S_WIDTH: gl.constexpr = 16 if INT4 else 4 if ORDERED else 8
     SCALED: gl.constexpr = W_FORMAT != "e4m3"
     PARTS: gl.constexpr = BLOCK_K // 64
     S_PARTS: gl.constexpr = max(1, BLOCK_K // S_K) if SCALED else 0
@@ -212,7 +212,7 @@ def hopper_moe_kernel(
 
     x_inside = gl.expand_dims(m_rows < M, 1)
     x_columns = gl.expand_dims(gl.arange(0, BLOCK_K, gl.SliceLayout(0, copy_x)), 0)
-    x_from = x + gl.expand_dims((m_rows // TOP_K).to(gl.int64) * K, 1) + x_columns
+    x_from = x + gl.expand_dims((m_rows // TOP_K).to(gl.int64) * X_K, 1) + x_columns
 
     copy_w: gl.constexpr = gl.BlockedLayout([1, vector], [1, 32], [NUM_WARPS, 1], [1, 0])
     w_rows = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, copy_w)), 1)
@@ -236,7 +236,7 @@ def hopper_moe_kernel(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     x_shared: gl.constexpr = gl.NVMMASharedLayout(min(128, BLOCK_K * (2 if WIDE else 1)), 16 if WIDE else 8, 2)
     x_type: gl.constexpr = gl.float8e4nv if QUANTIZE else x.dtype.element_ty
-    X_STAGES: gl.constexpr = steps_of(K, BLOCK_K, 1 if ALONE else BLOCK_M, NUM_WARPS) if QUANTIZE else STAGES
+    X_STAGES: gl.constexpr = steps_of(X_K, BLOCK_K, 1 if ALONE else BLOCK_M, NUM_WARPS) if QUANTIZE else STAGES
     x_stages = gl.allocate_shared_memory(x_type, [X_STAGES, BLOCK_M, BLOCK_K], x_shared)
     w_stages = gl.allocate_shared_memory(w.dtype.element_ty, [STAGES, ROWS, WIDTH], flat)
     s_stages = gl.allocate_shared_memory(gl.int32, [STAGES, max(S_PARTS, 1) * GROUPS, S_WIDTH], flat)
@@ -247,22 +247,22 @@ def hopper_moe_kernel(
     # tokens all that they ask for is whole, and what is left to do after them is known beforehand: fewer instructions.
     # Of many, whose sums fill the registers, they do everything, beyond K with zeros.
     DEEP: gl.constexpr = STAGES - 2
-    STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    STEPS: gl.constexpr = (X_K + BLOCK_K - 1) // BLOCK_K
     FEW: gl.constexpr = 32 if WIDE else 64
     KNOWN: gl.constexpr = BLOCK_M <= FEW or QUANTIZE
     UNROLL: gl.constexpr = unrolled(STAGES, BLOCK_N, BLOCK_K, NUM_WARPS) if KNOWN else 2
-    ROUNDS: gl.constexpr = rounds_of(K, BLOCK_K, DEEP, UNROLL, KNOWN)
+    ROUNDS: gl.constexpr = rounds_of(X_K, BLOCK_K, DEEP, UNROLL, KNOWN)
     FIRST: gl.constexpr = ROUNDS * UNROLL
     TAKEN: gl.constexpr = max(STEPS, FIRST)
     for step in gl.static_range(DEEP):
         if step < TAKEN:
             start_weights(step, w_stages, s_stages, w_from + step * (PARTS * W_STEP),
-                          s_from + step * BLOCK_K // S_K * S_WIDTH, w_parts, s_parts, K - step * BLOCK_K,
-                          (step + 1) * BLOCK_K <= K, S_K, S_PARTS)  # fmt: skip
+                          s_from + step * BLOCK_K // S_K * S_WIDTH, w_parts, s_parts, X_K - step * BLOCK_K,
+                          (step + 1) * BLOCK_K <= X_K, S_K, S_PARTS)  # fmt: skip
         if not AHEAD:
             if step < TAKEN and not QUANTIZE:
-                start_rows(step, x_stages, x_from + step * BLOCK_K, x_inside, x_columns, K - step * BLOCK_K,
-                           (step + 1) * BLOCK_K <= K)  # fmt: skip
+                start_rows(step, x_stages, x_from + step * BLOCK_K, x_inside, x_columns, X_K - step * BLOCK_K,
+                           (step + 1) * BLOCK_K <= X_K)  # fmt: skip
             async_copy.commit_group()
     if AHEAD:
         gdc_wait()
@@ -270,8 +270,8 @@ def hopper_moe_kernel(
             gdc_launch_dependents()
         for step in gl.static_range(DEEP):
             if step < TAKEN and not QUANTIZE:
-                start_rows(step, x_stages, x_from + step * BLOCK_K, x_inside, x_columns, K - step * BLOCK_K,
-                           (step + 1) * BLOCK_K <= K)  # fmt: skip
+                start_rows(step, x_stages, x_from + step * BLOCK_K, x_inside, x_columns, X_K - step * BLOCK_K,
+                           (step + 1) * BLOCK_K <= X_K)  # fmt: skip
             async_copy.commit_group()
     m_place = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, mma))
     out_threads: gl.constexpr = min(32, OUT_N // 8)
@@ -279,7 +279,7 @@ def hopper_moe_kernel(
     EARLY: gl.constexpr = BLOCK_M <= 32
     # What the sum is multiplied with and added to, while weights come; of many tokens only afterwards.
     if QUANTIZE:
-        x_factor = quantize_rows(x_stages, x, row_ids, tile_m, M, TOP_K, ALONE, K, BLOCK_M, BLOCK_K, x_shared)
+        x_factor = quantize_rows(x_stages, x, row_ids, tile_m, M, TOP_K, ALONE, ORDERED, K, BLOCK_M, BLOCK_K, x_shared)
         x_factor = gl.convert_layout(x_factor, gl.SliceLayout(0, mma))
     elif EARLY and x_factors is not None:
         x_factor = factors_at(rows_at(m_place, row_ids, M, BLOCK_M, ALONE), x_factors, M, TOP_K)
@@ -296,7 +296,7 @@ def hopper_moe_kernel(
             column = out * 2 + half if INTERLEAVED else out + half * (N // 2)
         addend = gl.load(bias + expert * N + column, mask=n_index < N, other=0.0).to(gl.float32)
 
-    EXACT: gl.constexpr = KNOWN and not WIDE and K > LONG
+    EXACT: gl.constexpr = KNOWN and not WIDE and X_K > LONG
     total = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, mma)
     if EXACT:
         summed = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, mma)
@@ -308,7 +308,7 @@ def hopper_moe_kernel(
             total = advance(
                 total, stage, done * UNROLL + nth if QUANTIZE else stage, ahead, w_stages, s_stages, x_stages,
                 w_from + (nth + DEEP) * (PARTS * W_STEP), s_from + s_places, x_from + (nth + DEEP) * BLOCK_K, w_parts,
-                s_parts, x_inside, x_columns, K - (done * UNROLL + nth + DEEP) * BLOCK_K, True, KNOWN, QUANTIZE,
+                s_parts, x_inside, x_columns, X_K - (done * UNROLL + nth + DEEP) * BLOCK_K, True, KNOWN, QUANTIZE,
                 W_FORMAT, GROUP, WIDE, S_K, S_PARTS, DEEP, PARTS, BLOCK_N, operand, w_registers, s_registers,
             )  # fmt: skip
         w_from += UNROLL * PARTS * W_STEP
@@ -321,8 +321,8 @@ def hopper_moe_kernel(
             total, (FIRST + nth) % STAGES, FIRST + nth if QUANTIZE else (FIRST + nth) % STAGES,
             (FIRST + nth + DEEP) % STAGES, w_stages, s_stages, x_stages, w_from + (nth + DEEP) * (PARTS * W_STEP),
             s_from + (FIRST + nth + DEEP) * BLOCK_K // S_K * S_WIDTH, x_from + (nth + DEEP) * BLOCK_K, w_parts, s_parts,
-            x_inside, x_columns, K - (FIRST + nth + DEEP) * BLOCK_K, FIRST + nth + DEEP < STEPS,
-            (FIRST + nth + DEEP + 1) * BLOCK_K <= K, QUANTIZE, W_FORMAT, GROUP, WIDE, S_K, S_PARTS, DEEP, PARTS,
+            x_inside, x_columns, X_K - (FIRST + nth + DEEP) * BLOCK_K, FIRST + nth + DEEP < STEPS,
+            (FIRST + nth + DEEP + 1) * BLOCK_K <= X_K, QUANTIZE, W_FORMAT, GROUP, WIDE, S_K, S_PARTS, DEEP, PARTS,
             BLOCK_N, operand, w_registers, s_registers,
         )  # fmt: skip
     total = warpgroup_mma_wait(0, deps=(total,))

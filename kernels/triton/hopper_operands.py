@@ -18,14 +18,15 @@ def fragments(groups, warps, wide):
 
 
 @gluon.constexpr_function
-def scale_fragments(groups, warps, columns):
-    """Registers that hold [groups, columns] words of scales: lane 4 g + t has column g, of 8 for rows g and g + 8 of a
-    group together; of 16, which int4 has, column g + 8 too."""
+def scale_fragments(groups, warps, width):
+    """Registers that hold the scales of `groups` groups, `width` words each: lane 4 g + t has word g, of 8 for rows g
+    and g + 8 together; of 16, which int4 has, word g + 8 too. Of 4 they hold 16 bytes each, lane 4 g + t byte
+    2 g + t // 2: of both rows, and its own block."""
     rows = [[1 << i, 0] for i in range(groups.bit_length() - 1)]
     of_warps = warps.bit_length() - 1
-    lanes = [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]]
-    own = ([[0, 8]] if columns == 16 else []) + rows[of_warps:]
-    return gl.DistributedLinearLayout(own, lanes, rows[:of_warps], [], [groups, columns])
+    lanes = [[0, 0], [0, 1], [0, 2], [0, 4], [0, 8]] if width == 4 else [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]]
+    own = ([[0, 8]] if width == 16 else []) + rows[of_warps:]
+    return gl.DistributedLinearLayout(own, lanes, rows[:of_warps], [], [groups, 16 if width == 4 else width])
 
 
 @gluon.jit
@@ -42,8 +43,9 @@ def larger(bits, values):
 
 
 @gluon.jit
-def codes_to_e4m3(packed, low_first, low_second, high_first, high_second):
-    """[R, C] bytes, four of which hold eight codes, and the e4m3 of magnitudes 0..3 and 4..7 of either half's block.
+def codes_to_e4m3(packed, low, high):
+    """[R, C] bytes, four of which hold eight codes, and the e4m3 of magnitudes 0..3 and of 4..7 under the scale of all
+    in a row, four in an int32 [R, 1].
 
     Returns two [R, C] e4m3: the first and the second four codes of each word.
     """
@@ -58,12 +60,12 @@ def codes_to_e4m3(packed, low_first, low_second, high_first, high_second):
         shr.u32 pick, pick, 16;
         shl.b32 sign, $2, 4;
         and.b32 sign, sign, 0x80808080;
-        prmt.b32 $1, $11, $15, pick;
+        prmt.b32 $1, $3, $7, pick;
         or.b32 $1, $1, sign;
         }
         """,
-        "=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-        [packed, low_first, low_second, high_first, high_second],
+        "=&r,=&r,r,r,r,r,r,r,r,r,r",
+        [packed, low, high],
         dtype=(gl.float8e4nv, gl.float8e4nv),
         is_pure=True,
         pack=4,
@@ -112,6 +114,38 @@ def words_of(w_part, BLOCK_N: gl.constexpr, OWN: gl.constexpr, operand: gl.const
     """Packed weights [BLOCK_N / 16, 512 bytes] -> the same registers as [BLOCK_N, 8 OWN], wgmma's left operand."""
     words = w_part.load(registers).reshape((BLOCK_N // 16, 8, 4, 2, 2, OWN)).permute((0, 4, 1, 3, 2, 5))
     return gl.convert_layout(words.reshape((BLOCK_N, 8 * OWN)), operand, assert_trivial=True)
+
+
+@gluon.jit
+def e4m3_of(w_part, s_part, BLOCK_N: gl.constexpr, operand: gl.constexpr, w_registers: gl.constexpr,
+            s_registers: gl.constexpr):  # fmt: skip
+    """Codes [BLOCK_N / 16, 512 bytes] and their steps -> two e4m3 [BLOCK_N, 32], wgmma's left operand.
+
+    In between rows are [group, r, g, block]: a block's table is one number to all that a lane has of a row.
+    """
+    words = w_part.load(w_registers).reshape((BLOCK_N // 16, 8, 2, 2, 2, 2, 4)).permute((0, 5, 1, 2, 3, 4, 6))
+    words = words.reshape((2 * BLOCK_N, 16))
+    LAYOUT: gl.constexpr = words.type.layout
+    low, high = tables_of(s_part, BLOCK_N, LAYOUT, s_registers)
+    first, second = codes_to_e4m3(words, low, high)
+    return blocks_side_by_side(first, BLOCK_N, operand), blocks_side_by_side(second, BLOCK_N, operand)
+
+
+@gluon.jit
+def tables_of(s_part, BLOCK_N: gl.constexpr, layout: gl.constexpr, registers: gl.constexpr):
+    """Steps [BLOCK_N / 16, 16], four bits of row g and four of g + 8 in a byte -> the e4m3 of magnitudes 0..3 and of
+    4..7 of each row's two blocks, four in an int32 [2 BLOCK_N, 1]."""
+    steps = s_part.load(registers).to(gl.int32)
+    steps = gl.join(steps & 15, steps >> 4).permute((0, 2, 1)).reshape((2 * BLOCK_N,))
+    steps = gl.expand_dims(gl.convert_layout(steps, gl.SliceLayout(1, layout), assert_trivial=True), 1)
+    return steps * 0x08080800 + 0x14100800, steps * 0x08080808 + 0x24201C18
+
+
+@gluon.jit
+def blocks_side_by_side(values, BLOCK_N: gl.constexpr, operand: gl.constexpr):
+    """[2 BLOCK_N, 16], rows [group, r, g, block] and columns [t % 2, h, e] -> [BLOCK_N, 32], columns [h, t, e]."""
+    values = values.reshape((BLOCK_N, 2, 2, 2, 4)).permute((0, 3, 1, 2, 4)).reshape((BLOCK_N, 32))
+    return gl.convert_layout(values, operand, assert_trivial=True)
 
 
 @gluon.jit

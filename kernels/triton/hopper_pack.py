@@ -5,11 +5,15 @@ g + 8 of its group; wgmma wants, of every 32 bytes along K, bytes 4 t .. 4 t + 3
 Packed so that a thread's share of a tile is 16 bytes (twice for e4m3) and a warp's is contiguous:
 
     e4m3:         [E, N/16, K/64, block, g, t, h, r, e]  byte of row 8 r + g, k = 32 block + 16 h + 4 t + e
-    e2m1 x e4m3:  [E, N/16, K/64, g, t, h, r] words      eight codes, of k as above with both blocks
+    e2m1 x e4m3:  [E, N/16, K/64, g, t, h, r] words      eight codes, of k = 16 t + 8 s + 4 h + e
+      its scales: [E, N/16, K/64, g, block]              bytes: four bits of row g, four of row g + 8
     e2m1 x bf16:  [E, N/16, K/64, g, t, h, r] words      eight codes, of k = 32 block + 16 s + 8 h + 2 t + e
-    scales:       [E, N/16, K/64, g, r, block]           bytes
+      its scales: [E, N/16, K/64, g, r, block]           bytes
 
 Bits of a word are where two or three instructions take them from; see `_word_e4m3` and `_word_bf16`.
+
+Which k wgmma multiplies at a place does not matter as long as x has it there too. Of e2m1 x e4m3 all that a thread has
+of a row's tile is of one block, so that one table gives it; x comes in `x_order`.
 
 Scales become relative to the row's largest, which `factors` keeps: a kernel multiplies its sum by it at the end.
 """
@@ -30,7 +34,8 @@ class HopperWeights:
 
     Attributes:
         data: uint16 or uint8, see above.
-        scales: int32 [E, N/16, K/64, 8], one byte a block; None for e4m3. Of int4 words, as `tile_group` has them.
+        scales: int32 [E, N/16, K/64, 8], or, four bits a block, [E, N/16, K/64, 4], see above; None for e4m3. Of int4
+            words, as `tile_group` has them.
         factors: fp32 [E, N/16 * 16], power of two of each row; NaN where a scale was NaN. None for int4.
         w_format: `e2m1`, `e4m3` or `int4`.
         x_format: `bf16`, `e4m3` or, of int4, `fp16`: what it can be multiplied with.
@@ -53,6 +58,11 @@ class HopperWeights:
     experts: int
     group: int = 32
     rounded: torch.Tensor | None = None
+
+    @property
+    def orders_x(self) -> bool:
+        """Whether it is multiplied with rows of x in `x_order`."""
+        return self.w_format == "e2m1" and self.x_format == "e4m3"
 
 
 def pack_hopper(
@@ -85,7 +95,7 @@ def pack_hopper(
     words = torch.empty(experts, groups, tiles, parts, 8, 4, 2, 2, 4, dtype=torch.uint8, device=device)
     packed_scales = None
     if w_format == "e2m1":
-        packed_scales = torch.empty(experts, groups, tiles, 8, 2, 2, dtype=torch.uint8, device=device)
+        packed_scales = torch.empty(experts, groups, tiles, 32 if wide else 16, dtype=torch.uint8, device=device)
     factors = torch.empty(experts, groups * 16, dtype=torch.float32, device=device)
     rounded = torch.zeros((), dtype=torch.int64, device=device)
     for expert in range(experts):  # one at a time: temporaries are 8 times an expert's weights
@@ -111,12 +121,12 @@ def pack_hopper(
         factor = torch.exp2(largest[:, 0].double() - 127 + shift).float()
         factors[expert] = factor.masked_fill((largest[:, 0] == 255) | (s == 255).any(-1), torch.nan)
         if packed_scales is not None:
-            packed_scales[expert] = step.view(groups, 2, 8, tiles, 2).permute(0, 3, 2, 1, 4).to(torch.uint8)
+            packed_scales[expert] = _scales(step.view(groups, 2, 8, tiles, 2), wide)
         words[expert] = _words(codes.view(groups, 2, 8, tiles, 2, 32), w_format, wide)
     data = words.flatten()
     return HopperWeights(
         data.view(torch.uint16) if wide else data,
-        None if packed_scales is None else packed_scales.view(experts, groups, tiles, 32).view(torch.int32),
+        None if packed_scales is None else packed_scales.view(torch.int32),
         factors, w_format, x_format, n, k, pairs, experts, rounded=rounded,
     )  # fmt: skip
 
@@ -130,6 +140,27 @@ def row_order(n: int, pairs: str | None) -> torch.Tensor:
     return (out * 2 + second if pairs == "interleaved" else out + second * (n // 2)).flatten()
 
 
+def x_order(k: int) -> torch.Tensor:
+    """Which element of a row of x is at each place, for weights that want it (`HopperWeights.orders_x`): of K rounded
+    up to 64, those from K on are zeros. Of every 64, place 16 (2 s + h) + 4 t + e has k = 16 t + 8 s + 4 h + e."""
+    return torch.arange(-(-k // 64) * 64).view(-1, 4, 4, 4).transpose(1, 2).flatten()
+
+
+def in_x_order(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of x, e4m3 [M, K], in `x_order`: [M, K rounded up to 64]. No host read of device data."""
+    padded = torch.nn.functional.pad(rows.view(torch.uint8), (0, -rows.shape[1] % 64))
+    words = padded.view(torch.int32).unflatten(1, (-1, 4, 4)).transpose(2, 3)
+    return words.flatten(1).view(rows.dtype)
+
+
+def _scales(step: torch.Tensor, wide: bool) -> torch.Tensor:
+    """[groups, r, g, tiles, block] -> [groups, tiles, bytes]."""
+    groups, _, _, tiles, _ = step.shape
+    if wide:
+        return step.permute(0, 3, 2, 1, 4).reshape(groups, tiles, 32).to(torch.uint8)
+    return (step[:, 0] | step[:, 1] << 4).permute(0, 2, 1, 3).reshape(groups, tiles, 16).to(torch.uint8)
+
+
 def _words(codes: torch.Tensor, w_format: str, wide: bool) -> torch.Tensor:
     """[groups, r, g, tiles, block, 32] codes -> [groups, tiles, 1 or 2, g, t, h, r, 4] bytes."""
     groups, _, _, tiles = codes.shape[:4]
@@ -138,15 +169,15 @@ def _words(codes: torch.Tensor, w_format: str, wide: bool) -> torch.Tensor:
     if wide:  # block and 32 = s, h, t, e
         parts = codes.view(groups, 2, 8, tiles, 4, 2, 4, 2).permute(0, 3, 2, 6, 5, 1, 4, 7)
         return _word_bf16(parts.int())[:, :, None]
-    parts = codes.view(groups, 2, 8, tiles, 2, 2, 4, 4).permute(0, 3, 2, 6, 5, 1, 4, 7)
+    parts = codes.view(groups, 2, 8, tiles, 4, 2, 2, 4).permute(0, 3, 2, 4, 6, 1, 5, 7)
     return _word_e4m3(parts.int())[:, :, None]
 
 
 def _word_e4m3(codes: torch.Tensor) -> torch.Tensor:
-    """[..., block, e] codes -> [..., 4] bytes.
+    """[..., s, e] codes -> [..., 4] bytes.
 
     The three magnitude bits are the selectors of two byte permutes, four to each; a selector's fourth bit is free, and
-    signs lie so that those of the first block already are the top bits of four bytes.
+    signs lie so that those of the first four already are the top bits of four bytes.
     """
     place = 4 * torch.arange(4, dtype=torch.int32, device=codes.device)
     magnitude, sign = codes & 7, codes >> 3

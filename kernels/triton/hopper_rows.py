@@ -48,13 +48,21 @@ def repeated(codes, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def quantize_rows(x_steps, x, row_ids, tile_m, M, TOP_K: gl.constexpr, ALONE: gl.constexpr, K: gl.constexpr,
-                  BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, shared: gl.constexpr):  # fmt: skip
+def in_x_order(codes, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """[ROWS, COLUMNS] with the elements of every 64 columns in `x_order`."""
+    codes = codes.reshape((ROWS, COLUMNS // 64, 4, 4, 4)).permute((0, 1, 3, 2, 4))
+    return codes.reshape((ROWS, COLUMNS))
+
+
+@gluon.jit
+def quantize_rows(x_steps, x, row_ids, tile_m, M, TOP_K: gl.constexpr, ALONE: gl.constexpr, ORDERED: gl.constexpr,
+                  K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, shared: gl.constexpr):  # fmt: skip
     """A block's rows of x, bf16, as e4m3 under one power of two each, to shared memory as a whole: what `quant_mx`
     gives for `row`, to the bit, but for the codes of a row with NaN. Returns these powers, of such a row NaN, [BLOCK_M]
     or, if ALONE, [1].
 
-    ALONE: each row of the block becomes its one row; sums of all but the first go nowhere.
+    ALONE: each row of the block becomes its one row; sums of all but the first go nowhere. ORDERED: in `x_order` of
+    `hopper_pack.py`.
     """
     NUM_WARPS: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = 1 if ALONE else BLOCK_M
@@ -80,7 +88,10 @@ def quantize_rows(x_steps, x, row_ids, tile_m, M, TOP_K: gl.constexpr, ALONE: gl
     for chunk in gl.static_range(CHUNKS):  # read once more, as registers would not hold it all
         mask = inside & (columns < K - chunk * CHUNK) if (chunk + 1) * CHUNK > K else inside
         values = gl.load(pointers + chunk * CHUNK, mask=mask, other=0.0).to(gl.float32)
-        codes = (values * inverse).to(gl.float8e4nv).reshape((ROWS, TILES, BLOCK_K)).permute((1, 0, 2))
+        codes = (values * inverse).to(gl.float8e4nv)
+        if ORDERED:
+            codes = in_x_order(codes, ROWS, CHUNK)
+        codes = codes.reshape((ROWS, TILES, BLOCK_K)).permute((1, 0, 2))
         if ALONE:
             codes = repeated(codes, BLOCK_M)
         chunks.index(chunk).store(codes.reshape((TILES * BLOCK_M, BLOCK_K)))

@@ -149,6 +149,22 @@ def store_codes(data, wide, first, K, inside_m, y, ELEMENT: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def store_ordered(data, wide, first, K, inside_m, y, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ARCH: tl.constexpr):
+    """As `store_codes` of e4m3, but in `x_order` of `hopper_pack.py`, K rounded up to 64: the 4 x 4 words of every 64
+    bytes are transposed. Two stores, each of every second word, so that no value goes to another thread."""
+    codes = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if ARCH == "sm_90" else encode(y, "e4m3").to(tl.uint8)
+    here, there = tl.split(codes.reshape(BLOCK_M, BLOCK_K // 8, 2, 4).permute(0, 1, 3, 2))
+    width = tl.cdiv(K, 64) * 64
+    columns = first + tl.arange(0, BLOCK_K // 2) // 4 * 8 + tl.arange(0, BLOCK_K // 2) % 4
+    columns = (columns & -64) | (columns & 8) << 2 | (columns & 48) >> 2 | (columns & 3)
+    columns = tl.max_contiguous(tl.multiple_of(columns, 4), 4)  # the compiler does not see it, and would store bytes
+    mask = inside_m & (columns < width)[None, :]
+    places = data + wide * width + columns[None, :]
+    tl.store(places, here.reshape(BLOCK_M, BLOCK_K // 2), mask=mask)
+    tl.store(places + 16, there.reshape(BLOCK_M, BLOCK_K // 2), mask=mask)
+
+
+@triton.jit
 def scale_bits(largest, CARRY: tl.constexpr, EMAX: tl.constexpr):
     """Bits of the largest magnitude -> the e8m0 byte of its block where fp32 has its exponent; of NaN anything."""
     return tl.maximum(((largest + CARRY) & 0x7F800000).to(tl.int32) - (EMAX << 23), 0)

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .mx_codes import largest_bits, over_scale, power_of_two, rounded_to, scale_byte, store_codes
+from .hopper_pack import in_x_order
+from .mx_codes import largest_bits, over_scale, power_of_two, rounded_to, scale_byte, store_codes, store_ordered
 from .overlap import begin_after_previous, overlap
 
 # What is added to the bits of a block's largest magnitude for its exponent to step up where the scale mode wants it;
@@ -78,10 +79,11 @@ def quant_mx_kernel(
     x, norm, data, scales, row_factors, M, K, alpha, limit, beta, epsilon,
     FRONT: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMP: tl.constexpr, ELEMENT: tl.constexpr, OUT: tl.constexpr,
     CARRY: tl.constexpr, EMAX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, CHUNKS: tl.constexpr,
-    ARCH: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr = False, BESIDE: tl.constexpr = False,
+    ARCH: tl.constexpr, HALF: tl.constexpr, ORDERED: tl.constexpr = False, OVERLAP: tl.constexpr = False,
+    BESIDE: tl.constexpr = False,
 ):  # fmt: skip
     """BLOCK_M rows, CHUNKS times BLOCK_K columns; see `quant_mx`. OUT: `mx`, `bf16` or `row`; ELEMENT `none`: no MX
-    round trip. HALF: what comes out of a front is rounded to fp16, else to bf16."""
+    round trip. HALF: what comes out of a front is rounded to fp16, else to bf16. ORDERED: see `store_ordered`."""
     begin_after_previous(OVERLAP and not BESIDE)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside_m = (rows < M)[:, None]
@@ -131,8 +133,11 @@ def quant_mx_kernel(
         tl.store(row_factors + rows, power_of_two(scale), mask=rows < M)
         inverse = over_scale(largest, 0x1FFFFF, 8)[:, None]
         for i in tl.static_range(CHUNKS):
-            store_codes(data, wide, first + i * BLOCK_K, K, inside_m, kept[i].to(tl.float32) * inverse, "e4m3", BLOCK_M,
-                        BLOCK_K, ARCH)  # fmt: skip
+            small = kept[i].to(tl.float32) * inverse
+            if ORDERED:
+                store_ordered(data, wide, first + i * BLOCK_K, K, inside_m, small, BLOCK_M, BLOCK_K, ARCH)
+            else:
+                store_codes(data, wide, first + i * BLOCK_K, K, inside_m, small, "e4m3", BLOCK_M, BLOCK_K, ARCH)
     begin_after_previous(OVERLAP and BESIDE)
 
 
@@ -177,7 +182,7 @@ NO_FRONT = Front()
 
 def quant_mx(
     x: torch.Tensor, element: str | None, out: str = "mx", mode: str | None = None, front: Front = NO_FRONT,
-    arch: str = "", dtype: torch.dtype | None = None, beside: bool = False,
+    arch: str = "", dtype: torch.dtype | None = None, beside: bool = False, ordered: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Quantize rows of x. No host read of device data.
 
@@ -193,6 +198,7 @@ def quant_mx(
         dtype: bf16 or fp16, which the result of a front is rounded to; None: x's.
         beside: at the same time as the launch right in front where launches overlap (`overlap.py`): that one wrote
             neither x nor anything whose memory may be free again by now.
+        ordered: with `row`: codes in `hopper_pack.x_order`, K of them rounded up to 64 with zeros.
 
     Returns:
         data and scales: e4m3 [M, K] or uint8 [M, K/2], and uint8 [M, K/32] (`mx`); bf16 [M, K] and None; e4m3 [M, K]
@@ -207,26 +213,27 @@ def quant_mx(
     lossy = model != torch.bfloat16 and (out, element) == ("bf16", None)
     read = model == x.dtype or (gated and x.dtype == torch.float32)
     known = read and model in (torch.bfloat16, torch.float16) and front.kind in FRONTS and not lossy
-    if k % 32 or not known or (out == "mx" and element is None):
+    if k % 32 or not known or (out == "mx" and element is None) or (ordered and out != "row"):
         raise ValueError(
             f"quantizing {x.dtype} {list(x.shape)} to {element}, {out}, after {front.kind}: takes bf16 and fp16 (fp32 "
-            f"before an activation), whole blocks of 32, a format for mx and for fp16 as bf16, and {', '.join(FRONTS)} "
-            "in front; use formats.quantize_mx"
+            f"before an activation), whole blocks of 32, a format for mx and for fp16 as bf16, order for row, and "
+            f"{', '.join(FRONTS)} in front; use formats.quantize_mx"
         )
     device = x.device
-    shape = (m, k // 2) if (out, element) == ("mx", "e2m1") else (m, k)
+    width = -(-k // 64) * 64 if ordered else k
+    shape = (m, k // 2) if (out, element) == ("mx", "e2m1") else (m, width)
     data = torch.empty(shape, dtype=torch.bfloat16 if out == "bf16" else torch.uint8, device=device)
     scales = torch.empty(m, k // 32, dtype=torch.uint8, device=device) if out == "mx" else None
     factors = torch.empty(m, dtype=torch.float32, device=device) if out == "row" else None
     if m:
-        tile = tile_for(m, k, out == "row" or front.kind == "rmsnorm", gated)
-        grid = (triton.cdiv(m, tile.block_m), triton.cdiv(k, tile.chunks * tile.block_k))
+        tile = tile_for(m, width, out == "row" or front.kind == "rmsnorm", gated)
+        grid = (triton.cdiv(m, tile.block_m), triton.cdiv(width, tile.chunks * tile.block_k))
         quant_mx_kernel[grid](
             x, front.weight, data, scales, factors, m, k, front.alpha, front.limit or 0.0, front.beta, front.epsilon,
-            HALF=model == torch.float16, BESIDE=beside,
+            HALF=model == torch.float16, ORDERED=ordered, BESIDE=beside,
             **constants_of(element, out, mode, front, tile, arch), num_warps=tile.num_warps, **overlap(x),
         )  # fmt: skip
-    if out != "bf16" and shape == (m, k):
+    if out != "bf16" and shape == (m, width):
         data = data.view(torch.float8_e4m3fn)
     return data, factors if out == "row" else scales
 
@@ -279,7 +286,7 @@ def constants_of(
 
 def quant_mx_torch(
     x: torch.Tensor, element: str | None, out: str = "mx", mode: str | None = None, front: Front = NO_FRONT,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, ordered: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """The twin of `quant_mx` in plain torch, with the same result bit for bit where `front` gives the same."""
     values = front(x).to(dtype or x.dtype)
@@ -292,7 +299,8 @@ def quant_mx_torch(
         values = _dequantize(data, scales, element)
     if out == "bf16":
         return values.to(torch.bfloat16), None
-    return _quantize_rows(values.float())
+    codes, factors = _quantize_rows(values.float())
+    return in_x_order(codes) if ordered else codes, factors
 
 
 def _power(byte: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ def run_hopper_gemm(call: LinearCall) -> None:
     from sglang_amd_quant.kernels.triton.hopper import Overlap, hopper_gemm
 
     w = _weights(call.weight, call.problem, call.x)
-    left, factors = _input(call.x, call.act, w.x_format)
+    left, factors = _input(call.x, call.act, w.x_format, w.orders_x)
     bias = None if call.bias is None else call.bias.unsqueeze(0)
     ahead = None if left is call.x else Overlap(ahead=True)
     hopper_gemm(
@@ -84,13 +84,17 @@ def tile_of(config: Config) -> HopperConfig:
 
 
 def _input(
-    x: torch.Tensor, act: ActQuant, x_format: str, beside: bool = False, inside: bool = False
+    x: torch.Tensor, act: ActQuant, x_format: str, ordered: bool, beside: bool = False, inside: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x[M, K] as the kernel multiplies it: bf16, or e4m3 under one factor a row. `beside`, `inside`: as in
+    """x[M, K] as the kernel multiplies it: bf16, or e4m3 under one factor a row. `ordered`, `beside`, `inside`: as in
     `activations`."""
     from sglang_amd_quant.kernels.triton.hopper import activations
+    from sglang_amd_quant.kernels.triton.hopper_pack import in_x_order
 
     if act.scale is not None:
-        return formats.quantize_fp8_static(x, act.scale), act.scale.float().expand(x.shape[0]).contiguous()
+        codes = formats.quantize_fp8_static(x, act.scale)
+        factors = act.scale.float().expand(x.shape[0]).contiguous()
+        return in_x_order(codes) if ordered else codes, factors
     element = None if act.scheme.act == "bf16" else act.scheme.act
-    return activations(x.contiguous(), element, None if act.mode is None else act.mode.value, x_format, beside, inside)
+    mode = None if act.mode is None else act.mode.value
+    return activations(x.contiguous(), element, mode, x_format, ordered, beside, inside)

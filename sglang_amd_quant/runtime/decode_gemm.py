@@ -7,7 +7,8 @@ from typing import Any
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.kernels.hip.manifest import QUANTIZED_SCHEMES
-from sglang_amd_quant.runtime.decode_plans import RESIDENT, DecodePlan, lds_of, plans, prepared_bytes
+from sglang_amd_quant.runtime.decode_plans import DecodePlan, entry_point, lds_of, plans, prepared_bytes
+from sglang_amd_quant.runtime.decode_wanted import RESIDENT
 from sglang_amd_quant.runtime.launch import LaunchDescription
 from sglang_amd_quant.schemes import MX_BLOCK
 from sglang_amd_quant.selection.hopper_decode import EARLY_PREPARED, TILE_K, TILE_ROWS, early_tiles
@@ -98,7 +99,7 @@ def decode_gemm(
         _check_prepared(scheme, plan, prepared, m, k)
         launches.append(_prepare(x, prepared, scheme, x_scale, carry, m, k, plan.rows, cu_count))
     gemm = LaunchDescription(
-        kernel=f"decode_{plan.kind}{scheme}_m{plan.rows}",
+        kernel=entry_point(scheme, plan),
         grid=-(-m // plan.rows) * plan.groups * plan.split,
         block=(plan.waves + plan.x_waves) * 32,
         lds=plan.lds,
@@ -130,8 +131,8 @@ def _prepare(
     x: Any, prepared: Any, scheme: str, x_scale: Any, carry: int, m: int, k: int, rows: int, cu_count: int
 ) -> LaunchDescription:
     tiles, threads = -(-k // TILE_K), PREPARING_WAVES * 32
-    if scheme in QUANTIZED_SCHEMES:  # no block quantizes more than its threads hold, where others are idle
-        grid = m * max(1, min(cu_count // m, -(-tiles * TILE_K // (8 * HELD_PIECES * threads))))
+    if scheme in QUANTIZED_SCHEMES:  # no block quantizes as much as its threads hold, where others are idle
+        grid = m * max(1, min(cu_count // m, 1 + tiles * TILE_K // (8 * HELD_PIECES * threads)))
     else:
         grid = -(-(-(-m // 8) * tiles * (TILE_K // MX_BLOCK)) // PREPARING_WAVES)
     return LaunchDescription(

@@ -13,6 +13,15 @@ from functools import cache
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.kernels.hip.manifest import MANY_M
 from sglang_amd_quant.runtime.arch import arch_facts
+from sglang_amd_quant.runtime.decode_wanted import (
+    RESIDENT,
+    WANTED_PAIR,
+    Shape,
+    even_in_pairs,
+    in_clusters,
+    is_large,
+    wanted_of,
+)
 from sglang_amd_quant.selection.hopper_decode import (
     COMMON,
     DECODE_WEIGHTS,
@@ -29,8 +38,6 @@ from sglang_amd_quant.selection.hopper_decode import (
 MOST_X_WAVES = 8
 _EARLY_WAVES = {8: 32, 16: 28, 32: 24, 64: 24}
 """Waves that find registers on a multiprocessor, of kernels that have waves for x."""
-RESIDENT = -1
-"""`DecodePlan.share` of an x that is prepared, and then held as a whole by the blocks that multiply it."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +88,6 @@ class DecodePlan:
         return self.share > 0 and self.split * self.waves_k == 1 and not self.paired
 
     @property
-    def kind(self) -> str:
-        """Of the entry point: its name goes on with the scheme."""
-        streams = "paired_" if self.paired else "own_" if self.own_rows else "prepared_"
-        return "early_" if self.early else streams if self.share > 0 else ""
-
-    @property
     def together(self) -> int:
         """Row groups of a cluster: those whose blocks stream x together, or a pair's two."""
         return 2 if self.paired else max(1, self.share)
@@ -112,6 +113,14 @@ class DecodePlan:
         return self.groups * self.split
 
 
+def entry_point(scheme: str, plan: DecodePlan) -> str:
+    """The entry point that a plan launches."""
+    streams = "paired_" if plan.paired else "own_" if plan.own_rows else "prepared_"
+    alone = "alone_" * (plan.rows in DECODE_WEIGHTS[scheme].alone and _beside_each_other(plan.lds) < 2)
+    kind = "early_" if plan.early else streams if plan.share > 0 else alone
+    return f"decode_{kind}{scheme}_m{plan.rows}"
+
+
 def prepared_bytes(scheme: str, plan: DecodePlan, m: int, k: int) -> int:
     """Bytes that the launch in front leaves of x [m, k]: values, and a factor a row of quantized ones. 0 without it."""
     w, rows = DECODE_WEIGHTS[scheme], -(-m // plan.rows) * plan.rows
@@ -132,154 +141,6 @@ def lds_of(scheme: str, plan: DecodePlan, k: int) -> int:
 def max_waves(w: DecodeWeights, rows: int) -> int:
     """Waves that a block may have: `KERNEL(...)` in decode_gemm.hip."""
     return 16 if rows >= w.wide_from else 8
-
-
-Shape = tuple[int, ...]
-"""split, waves_k, waves_n, depth, chunk, and share where x is prepared: `DecodePlan`."""
-
-
-_WANTED: dict[tuple[str, int], tuple[Shape, Shape, Shape, Shape]] = {
-    # kind, most rows of x: many row groups a block; long K with few row tiles, or more; short K
-    ("e2m1", 1): ((2, 2, 2, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (2, 2, 4, 1, 8)),
-    ("e2m1", 2): ((2, 1, 8, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (2, 2, 4, 1, 8)),
-    ("e2m1", 4): ((2, 1, 8, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (2, 2, 4, 1, 8)),
-    ("e2m1", 8): ((8, 1, 8, 2, 8), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (4, 1, 8, 1, 8)),
-    ("e2m1", 16): ((4, 1, 12, 2, 8, -1), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (2, 2, 8, 2, 4, -1)),
-    ("e2m1", 32): ((1, 1, 12, 2, 8, 1), (8, 1, 4, 3, 4, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
-    ("e2m1", 64): ((1, 1, 12, 3, 4, 1), (8, 1, 4, 2, 4, 1), (8, 1, 12, 3, 4, 1), (1, 4, 4, 2, 2, 1)),
-    ("e4m3", 1): ((2, 2, 4, 2, 8), (8, 1, 4, 1, 12), (8, 1, 4, 1, 12), (2, 2, 2, 1, 8)),
-    ("e4m3", 2): ((8, 1, 8, 2, 8), (8, 1, 8, 1, 12), (8, 1, 8, 1, 12), (4, 1, 4, 1, 8)),
-    ("e4m3", 4): ((8, 1, 8, 2, 8), (8, 2, 4, 2, 2), (8, 1, 8, 2, 3), (4, 1, 4, 2, 2)),
-    ("e4m3", 8): ((8, 1, 8, 2, 8), (8, 2, 4, 2, 2), (8, 1, 8, 4, 2), (2, 2, 4, 2, 2)),
-    ("e4m3", 16): ((4, 1, 16, 2, 4), (8, 2, 8, 2, 2), (8, 1, 12, 2, 3), (4, 1, 16, 2, 2)),
-    ("e4m3", 32): ((8, 1, 12, 2, 4), (4, 2, 4, 3, 4, 1), (8, 1, 12, 2, 3), (1, 4, 4, 3, 2, 1)),
-    ("e4m3", 64): ((1, 1, 16, 4, 2, 1), (4, 2, 4, 4, 2, 1), (8, 1, 12, 4, 2, 1), (1, 4, 4, 4, 1, 1)),
-    ("int4", 1): ((2, 2, 2, 2, 8), (8, 2, 4, 1, 6), (8, 1, 4, 1, 12), (4, 1, 8, 1, 8)),
-    ("int4", 2): ((2, 2, 4, 2, 16), (8, 2, 4, 1, 6), (8, 1, 8, 1, 6), (4, 1, 8, 1, 8)),
-    ("int4", 4): ((2, 2, 4, 2, 16), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (4, 1, 8, 1, 8)),
-    ("int4", 8): ((8, 1, 8, 1, 16), (8, 2, 4, 1, 6), (8, 1, 8, 1, 12), (4, 1, 8, 1, 8)),
-    ("int4", 16): ((4, 1, 16, 2, 8, -1), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
-    ("int4", 32): ((1, 1, 12, 2, 8, 1), (4, 4, 4, 1, 8, 1), (8, 1, 12, 2, 6), (1, 4, 4, 1, 8, 1)),
-    ("int4", 64): ((1, 1, 12, 3, 4, 1), (8, 1, 4, 2, 4, 1), (8, 1, 12, 3, 4, 1), (1, 4, 4, 2, 2, 1)),
-    ("row_e2m1", 2): ((2, 4, 4, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
-    ("row_e2m1", 4): ((4, 1, 16, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (2, 1, 12, 2, 8)),
-    ("row_e2m1", 8): ((2, 4, 4, 2, 8, -1), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 4)),
-    ("row_e2m1", 16): ((4, 1, 16, 2, 8, -1), (4, 2, 4, 2, 6, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 2, 4, -1)),
-    ("row_e2m1", 32): ((1, 1, 8, 2, 8, 1), (4, 2, 4, 2, 6, -1), (8, 1, 12, 2, 6, -1), (1, 2, 4, 2, 8, -1)),
-    ("row_e2m1", 64): ((1, 1, 12, 2, 8, 1), (4, 4, 4, 1, 8, 1), (2, 4, 4, 2, 4, 1), (1, 4, 4, 2, 4, 1)),
-    ("row_e4m3", 2): ((2, 4, 4, 2, 4), (8, 1, 4, 1, 12), (8, 1, 8, 1, 12), (4, 1, 4, 1, 8)),
-    ("row_e4m3", 4): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (4, 1, 8, 1, 8)),
-    ("row_e4m3", 8): ((8, 1, 12, 2, 8), (8, 1, 16, 1, 12), (8, 1, 16, 1, 12), (8, 1, 8, 1, 2)),
-    ("row_e4m3", 16): ((8, 2, 8, 2, 4), (8, 2, 8, 2, 3), (8, 1, 12, 4, 2), (4, 1, 8, 2, 4)),
-    ("row_e4m3", 32): ((4, 1, 12, 2, 4, -1), (4, 2, 4, 1, 12, -1), (8, 1, 12, 2, 6, -1), (1, 4, 4, 2, 4, 1)),
-    ("row_e4m3", 64): ((1, 1, 12, 3, 4, 2), (4, 2, 4, 2, 4, 1), (4, 1, 12, 2, 4, 1), (1, 4, 4, 3, 2, 2)),
-}
-"""What measured best, or within a few percent, of 16 to 400 plans each for 70 dense problems (`python -m bench.decode
---schemes w4a8,mxfp8 --explore 100`), on an H100; rows with many row groups on an H200 (docs/measured/decode_h200.json);
-`e2m1` and `e4m3`, which are for bf16 activations, with kernels for quantized ones that worked as theirs do; of `int4`,
-of 16 plans each. Chunks are in tiles of 64 along K.
-
-K is shared by more blocks the longer it is and the more activations each would have to quantize, and few enough tiles
-remain to a wave that its ring holds all of them, or half; where every block has many row groups to take, K is shared by
-fewer. A launch in front costs a few microseconds, so x is prepared only where it is large, or blocks have little else
-to do.
-"""
-
-_WANTED_4096: dict[tuple[str, int], Shape] = {
-    ("row_e2m1", 2): (8, 1, 4, 1, 8),
-    ("row_e2m1", 4): (8, 1, 4, 1, 8),
-    ("row_e2m1", 16): (4, 1, 4, 2, 8, -1),
-    ("row_e2m1", 32): (4, 1, 12, 2, 8, -1),
-    ("row_e2m1", 64): (1, 4, 4, 2, 4, 1),
-    ("row_e4m3", 2): (8, 1, 4, 1, 8),
-    ("row_e4m3", 16): (8, 1, 12, 2, 4),
-    ("row_e4m3", 32): (1, 4, 4, 2, 4, 1),
-    ("row_e4m3", 64): (1, 4, 4, 3, 2, 2),
-    ("e2m1", 64): (4, 1, 12, 3, 4, 1),
-    ("int4", 32): (8, 1, 8, 1, 8),
-    ("int4", 64): (2, 2, 4, 2, 4, 1),
-}
-"""Likewise of K from 4096 to 6143 and more row tiles than multiprocessors: 30 plans each for 4096 -> 6144 and 4096."""
-
-_WANTED_MORE: dict[tuple[str, int], Shape] = {
-    ("e2m1", 16): (2, 4, 4, 3, 4, 1),
-    ("e2m1", 32): (2, 4, 4, 2, 4, 1),
-    ("e2m1", 64): (2, 4, 4, 2, 2, 1),
-    ("int4", 32): (2, 4, 4, 2, 4, 1),
-    ("int4", 64): (2, 4, 4, 2, 2, 1),
-}
-"""Likewise of longer K and three row tiles or more to two multiprocessors; of 32 and 64 rows, here and above, some 85
-plans each for 17 shapes (docs/measured/decode_plans_32_64.json)."""
-
-_WANTED_EARLY: dict[tuple[str, int], tuple[Shape | None, ...]] = {
-    # kind, most rows of x: K from 6144 on with few row tiles, or more; K from 4096, from 2048 on; shorter
-    ("row_e2m1", 2): ((8, 1, 8, 4, 3), (8, 1, 4, 1, 12), (8, 1, 4, 2, 4), (2, 1, 12, 4, 4), (2, 1, 8, 4, 3)),
-    ("row_e2m1", 4): ((8, 1, 8, 4, 3), (8, 1, 4, 2, 6), (8, 1, 12, 2, 4), (2, 1, 12, 4, 4), (2, 1, 8, 4, 3)),
-    ("row_e2m1", 8): ((8, 1, 16, 2, 6), (8, 1, 8, 4, 3), (4, 1, 12, 2, 8), (2, 1, 12, 4, 4), (2, 1, 8, 4, 3)),
-    ("row_e2m1", 16): ((8, 1, 16, 2, 6), (8, 1, 16, 2, 6), (4, 1, 12, 2, 8), (2, 1, 12, 4, 4), (2, 1, 12, 4, 3)),
-    ("row_e2m1", 32): ((8, 1, 4, 4, 3), (8, 1, 12, 4, 3), None, (1, 4, 4, 4, 2), (1, 2, 4, 4, 3)),
-    ("row_e2m1", 64): ((8, 1, 4, 4, 3), (8, 1, 12, 4, 3), None, None, (1, 2, 4, 4, 3)),
-    ("row_e4m3", 2): ((8, 2, 4, 2, 3), (8, 1, 8, 4, 3), (8, 1, 8, 1, 8), (4, 1, 8, 4, 2), (2, 1, 16, 1, 12)),
-    ("row_e4m3", 4): ((8, 1, 4, 2, 6), (8, 1, 8, 4, 3), (8, 1, 12, 1, 8), (2, 2, 4, 4, 2), (2, 1, 16, 1, 12)),
-    ("row_e4m3", 8): ((8, 1, 12, 1, 12), (8, 1, 16, 4, 3), (4, 1, 12, 2, 8), (2, 2, 4, 4, 2), (2, 1, 16, 2, 6)),
-    ("row_e4m3", 16): ((8, 1, 16, 1, 12), (8, 1, 16, 4, 3), (4, 1, 12, 2, 8), (2, 2, 8, 4, 2), (2, 1, 16, 1, 12)),
-    ("row_e4m3", 32): ((8, 1, 4, 4, 3), (8, 1, 12, 4, 3), None, (1, 4, 4, 4, 2), (1, 2, 4, 4, 3)),
-    ("row_e4m3", 64): ((8, 1, 4, 4, 3), (8, 1, 12, 4, 3), None, None, (1, 2, 4, 4, 3)),
-}
-"""The same of plans with waves of their own for x, which are preferred where there are any, but for None. Of up to 150
-plans each."""
-
-
-def _large(row_tiles: int, cu_count: int) -> bool:
-    """Whether a block has many row groups to take."""
-    return row_tiles >= 8 * cu_count
-
-
-_WANTED_PAIR: Shape = (1, 1, 16, 2, 8, 1)
-"""Of blocks that are pairs, what measured best of nine plans on an H200, for N = 28672 (docs/decode_log.md)."""
-
-
-def _even_in_pairs(row_tiles: int, cu_count: int) -> bool:
-    """Whether the multiprocessor with most row tiles has fewer by that than by any blocks of their own."""
-
-    def most(of_block: int) -> int:
-        return -(-row_tiles // (of_block * cu_count)) * of_block
-
-    return most(_WANTED_PAIR[2] - COMMON // 2) < min(most(of_block) for of_block in (8, 12, 16))
-
-
-def _beside(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int) -> Shape | None:
-    """What is wanted of plans with waves for x where a launch leaves half of the multiprocessors to the next, whose
-    weights arrive there while this one multiplies: e4m3 of K from 1536 to 2048, as measured on an H200
-    (docs/decode_log.md). Of one or two rows beyond 1536 less is gained so than lost where no launch overlaps."""
-    if kind != "row_e4m3" or m > 16 or not 24 <= tiles <= (24 if m <= 2 else 32):
-        return None
-    held = -(-tiles // 2)  # by a wave; twelve waves hold sixteen beside as many rows of x, sixteen hold twelve
-    choices, depth = ((8, 12, 16), 1) if held == 12 else ((12,), 4)
-    for waves_n in choices:
-        if cu_count // 3 < 2 * -(-row_tiles // waves_n) <= cu_count // 2:
-            return (2, 1, waves_n, depth, -(-held // depth))
-    return None
-
-
-def _wanted(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, early: bool) -> tuple[Shape, bool]:
-    """What is wanted, and whether it has waves for x, which may be only if there is such a plan: `early`."""
-    most = next(most for most in (1, 2, 4, 8, 16, 32, 64) if m <= most and (kind, most) in _WANTED)
-    if _large(row_tiles, cu_count):
-        # Measured at K = 8192: a shorter one is shared by fewer, so that waves go on as long.
-        split, waves_k, *rest = _WANTED[kind, most][0]
-        fewer = max(min(split, 2), split * min(tiles, 128) // 128)
-        if kind == "row_e2m1":  # measured at K = 4096 too
-            waves_k = max(1, min(waves_k, split * waves_k * min(tiles, 128) // (128 * fewer)))
-        return (fewer, waves_k, *rest), False
-    which = 3 if tiles < 64 else 1 if row_tiles <= cu_count else 2
-    by_k = which - 1 if tiles >= 96 else 2 if tiles >= 64 else 3 if tiles >= 32 else 4
-    if early and (in_time := _beside(kind, m, tiles, row_tiles, cu_count) or _WANTED_EARLY[kind, most][by_k]):
-        return in_time, True
-    wanted = _WANTED[kind, most][which]
-    if which == 2 and (tiles < 96 or 2 * row_tiles >= 3 * cu_count):
-        return (_WANTED_4096 if tiles < 96 else _WANTED_MORE).get((kind, most), wanted), False
-    return wanted, False
 
 
 def _distance(plan: DecodePlan, w: DecodeWeights, wanted: Shape, tiles: int, row_tiles: int, cu_count: int) -> float:
@@ -323,33 +184,51 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, activated: bool = 
     if not found:
         raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
-    wanted, early = _wanted(w.kind, min(m, rows), tiles, row_tiles, cu_count, any(p.early for p in found))
-    paired = rows in w.paired and _large(row_tiles, cu_count) and _even_in_pairs(row_tiles, cu_count)
-    if paired:
-        wanted = _WANTED_PAIR
+    wanted = wanted_of(w.kind, min(m, rows), tiles, row_tiles, cu_count, any(p.early for p in found))
+    if wanted.apart:
+        found = list(dict.fromkeys(found + [_apart(p) for p in found if _one_each(p, m, cu_count)]))
+    paired = rows in w.paired and is_large(row_tiles, cu_count) and even_in_pairs(row_tiles, cu_count)
+    shape = WANTED_PAIR if paired else wanted.shape
 
-    def distance(p: DecodePlan) -> tuple[bool, bool, float]:
-        return p.early != early, p.paired != paired, _distance(p, w, wanted, tiles, row_tiles, cu_count)
+    def distance(p: DecodePlan) -> tuple[bool, bool, bool, float]:
+        beside = wanted.apart and _beside_each_other(p.lds) > 1
+        return (
+            p.early != wanted.early,
+            p.paired != paired,
+            beside,
+            _distance(p, w, shape, tiles, row_tiles, cu_count),
+        )
 
     return tuple(sorted(found, key=distance))
 
 
-def _in_clusters(cu_count: int, split: int) -> int:
-    """Multiprocessors that clusters of `split` blocks find places on: a cluster stays within one of the GPU's groups,
-    of which not all are whole. Of an H100's 132, 120 (cuOccupancyMaxActiveClusters)."""
-    return cu_count if split <= 2 else cu_count * 10 // 11
+def _one_each(plan: DecodePlan, m: int, cu_count: int) -> bool:
+    """Whether there is a multiprocessor for every block."""
+    return -(-m // plan.rows) * plan.blocks <= in_clusters(cu_count, plan.cluster)
+
+
+def _apart(plan: DecodePlan) -> DecodePlan:
+    """With so much shared memory that no multiprocessor has two blocks. Else, while some still have one of the launch
+    in front, others may have two of this one's."""
+    all_of_it = arch_facts("sm_90").lds_bytes + 1024
+    return replace(plan, lds=max(plan.lds, all_of_it // 2 - 1024 + 128))
+
+
+def _beside_each_other(lds: int) -> int:
+    """Blocks that find so many bytes of shared memory on one multiprocessor."""
+    return (arch_facts("sm_90").lds_bytes + 1024) // (lds + 1024)
 
 
 def _resident(w: DecodeWeights, lds: int, rows: int, waves: int, x_waves: int = 0) -> int:
     """Blocks of so many waves that find a place on one multiprocessor."""
     registers_for = _EARLY_WAVES[rows] if x_waves else w.resident_waves(rows)
-    return min((arch_facts("sm_90").lds_bytes + 1024) // (lds + 1024), registers_for // (waves + x_waves))
+    return min(_beside_each_other(lds), registers_for // (waves + x_waves))
 
 
 def _places(w: DecodeWeights, plan: DecodePlan, cu_count: int) -> int:
     """Blocks of a plan that run at the same time."""
     resident = _resident(w, plan.lds, plan.rows, plan.waves, plan.x_waves)
-    return _in_clusters(cu_count, plan.cluster) * resident
+    return in_clusters(cu_count, plan.cluster) * resident
 
 
 def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: int, activated: bool) -> list[DecodePlan]:
@@ -368,12 +247,17 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
         for depth, ring in itertools.product((1, 2, 4), (1, 2, 4)):
             chunk = ring_chunk(mine, depth, ring)
             lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk)
-            places = _in_clusters(cu_count, split) * _resident(w, lds, rows, waves)
+            places = in_clusters(cu_count, split) * _resident(w, lds, rows, waves)
             if places and rows <= MANY_M[-1]:
                 groups = min(row_groups, max(1, places // (split * row_blocks)))
                 plan = DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds)
-                found += [plan, replace(plan, share=RESIDENT)] if rows >= max(8, w.wide_from) else [plan]
-            if w.x_bytes == 1 and early_tiles(rows, depth, chunk) >= most_tiles and not _large(row_tiles, cu_count):
+                found.append(plan)
+                if rows >= max(8, w.wide_from):
+                    # a launch in front prepares x: multiprocessors are left to it, unless that takes more rounds
+                    fewer = in_clusters(cu_count, 4) * places // in_clusters(cu_count, split) // (split * row_blocks)
+                    fewer = max(-(-row_groups // -(-row_groups // groups)), min(groups, fewer))
+                    found.append(replace(plan, groups=fewer, share=RESIDENT))
+            if w.x_bytes == 1 and early_tiles(rows, depth, chunk) >= most_tiles and not is_large(row_tiles, cu_count):
                 lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, early=True)
                 x_waves = -(-min(m, rows) // (rows // MOST_X_WAVES))  # a row each, or two
                 plan = DecodePlan(rows, split, waves_k, waves_n, row_groups, depth, chunk, lds, x_waves=x_waves)
@@ -399,7 +283,7 @@ def _enumerate_prepared(w: DecodeWeights, rows: int, n: int, k: int, activated: 
         if (waves_n > row_tiles and waves_n > 4) or (activated and owned % TILE_ROWS):
             continue
         groups = -(-row_groups // plan.together) * plan.together
-        for chunk, blocks in itertools.product((1, 2, 4, 8), (1, 2)):  # blocks to a multiprocessor
+        for chunk, blocks in itertools.product((1, 2, 4, 6, 8, 12), (1, 2)):  # blocks to a multiprocessor
             stages = -(-tiles // (split * chunk * waves_k))
             for depth in range(min(8, stages), min(2, stages) - 1, -1):
                 lds = prepared_lds(w, rows, split, waves_k, waves_n, depth, chunk, paired=paired)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sglang_amd_quant.kernels.hip.manifest import (
+    ALONE_M,
     DECODE_M,
     E2M1_SCHEMES,
     E4M3_SCHEMES,
@@ -39,6 +40,7 @@ class DecodeWeights:
         x_bytes: of an activation there.
         waves: that find registers on a multiprocessor, by rows; elsewhere 16.
         paired: rows of activations that blocks which are pairs multiply.
+        alone: rows of which blocks with a multiprocessor for themselves have an entry point that takes more registers.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class DecodeWeights:
     x_bytes: int = 2
     waves: Mapping[int, int] = field(default_factory=lambda: {16: 28, 32: 20})
     paired: tuple[int, ...] = ()
+    alone: tuple[int, ...] = ()
 
     def resident_waves(self, rows: int) -> int:
         return self.waves.get(rows, 16)
@@ -70,8 +73,9 @@ _ROW_E2M1, _ROW_E4M3 = (
         x_bytes=1,
         waves={8: 32, 16: 20, 32: 20},
         paired=paired,
+        alone=alone,
     )
-    for kind, nbytes, paired in (("row_e2m1", 512 + 32, PAIRED_M), ("row_e4m3", 1024, ()))
+    for kind, nbytes, paired, alone in (("row_e2m1", 512 + 16, PAIRED_M, ALONE_M), ("row_e4m3", 1024, (), ()))
 )
 _INT4 = {
     group: DecodeWeights("int4", group, tile_k, nbytes, waves={16: 20} if group > 32 else {})

@@ -55,10 +55,10 @@ _SM90_DECODE: tuple[tuple[int, Range, Range], ...] = (
 _ON_H200 = "docs/decode.md: measured on an H200"
 _SM90_TILES: tuple[tuple[tuple[str, ...], Range, Range, Range], ...] = (
     # schemes, M, N, K: where tiles as high as M beat the decode kernel, which holds more of x in each block
-    (("w4a8", "mxfp4"), (3, 32), (16384, None), (1, None)),
-    (("w4a8", "mxfp4"), (33, 64), (16384, None), (1, 2048)),
+    (("w4a8", "mxfp4"), (3, 4), (16384, None), (1, None)),
+    (("w4a8", "mxfp4"), (5, 64), (16384, None), (1, 2048)),
     (("w4a8", "mxfp4"), (33, 64), (4096, 8448), (1, 3072)),
-    (("w4a8", "mxfp4"), (17, 32), (8193, None), (1, 4096)),
+    (("w4a8", "mxfp4"), (17, 32), (8193, 16383), (1, 4096)),
     (("mxfp8",), (17, 32), (6144, None), (1, 4096)),
     (("mxfp8",), (33, 64), (4096, 16383), (1, 4096)),
     (("mxfp8",), (33, 64), (16384, None), (1, 4095)),

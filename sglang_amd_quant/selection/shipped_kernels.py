@@ -288,12 +288,13 @@ def _hopper_tile(x_format: str) -> Callable[[GemmProblem], Config]:
 
 
 def _hopper_lds(x_bytes: int) -> Callable[[GemmProblem, Config], int]:
-    """Every stage holds a tile of x, and one of weights with, for e2m1, a scale byte a block (`HopperConfig`), for int4
-    a word a group."""
+    """Every stage holds a tile of x, and one of weights with, for e2m1, a scale byte a block, half of one where x is
+    e4m3 (`HopperConfig`), for int4 a word a group."""
 
     def need(problem: GemmProblem, config: Config) -> int:
         block_m, block_n, block_k = config.tile
-        scales = {"e2m1": block_k // 32, "e4m3": 0, "int4": 4 * max(1, block_k // (problem.group or block_k))}
+        e2m1 = block_k // (32 if x_bytes == 2 else 64)
+        scales = {"e2m1": e2m1, "e4m3": 0, "int4": 4 * max(1, block_k // (problem.group or block_k))}
         w = block_k * problem.weight_bits // 8 + scales[scheme(problem.scheme).weight]
         return (config.num_stages or 1) * (block_m * block_k * x_bytes + block_n * w)
 

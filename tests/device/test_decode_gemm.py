@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +19,7 @@ from sglang_amd_quant.formats import group_words
 from sglang_amd_quant.ops.hip import carry
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.runtime.decode_gemm import Epilogue, decode_gemm
-from sglang_amd_quant.runtime.decode_plans import plans, prepared_bytes
+from sglang_amd_quant.runtime.decode_plans import entry_point, plans, prepared_bytes
 from sglang_amd_quant.runtime.device import gpu
 from sglang_amd_quant.schemes import SCHEMES
 from sglang_amd_quant.tensor import MxTensor
@@ -67,6 +68,24 @@ def test_waves_that_have_all_of_k(device, scheme):
         reference = Reference(problem, m, seed)
         for plan in dice.sample(found, min(3, len(found))):
             assert reference.check(partial(launch, gpu, problem, 0, plan=plan), plan) < 1e-3
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "mxfp4", "mxfp8"])
+def test_every_entry_point(device, scheme):
+    """Those that plans of a few random shapes launch: all there are."""
+    gpu, dice, seen = device(scheme), random.Random(13), set()
+    for seed, m in enumerate((1, 8, 13, 16, 30, 32, 50, 64) * 2):
+        n, k = dice.choice(((dice.randint(1, 2000), 32 * dice.randint(1, 64)), (dice.randint(1, 6000), 8192)))
+        problem = Problem(scheme, k, n, seed, sets=1)
+        reference, by_name = Reference(problem, m, seed), defaultdict(list)
+        for plan in plans(scheme, m, n, k, gpu.cu_count):
+            by_name[entry_point(scheme, plan)].append(plan)
+        for found in by_name.values():
+            plan = dice.choice(found)
+            assert reference.check(partial(launch, gpu, problem, 0, plan=plan), plan) < 1e-3
+        seen |= by_name.keys()
+    names = {e.name for e in find(f"decode_{scheme}_m8", "sm_90")[0].entry_points}
+    assert seen == names - {f"prepare_{scheme}"}
 
 
 @pytest.mark.parametrize(("scheme", "m"), [("w4a8", 1), ("w4a16", 16), ("mxfp8", 64)])

@@ -54,6 +54,20 @@ def test_codes_are_the_twins(element: str | None, out: str, m: int, k: int, dtyp
 
 
 @GPU
+@pytest.mark.parametrize(("m", "k"), [(1, 32), (7, 160), (5, 2880), (64, 6144), (700, 2880), (520, 4096), (515, 7168)])
+@pytest.mark.parametrize("element", [None, "e2m1"])
+def test_rows_are_in_the_order_of_weights(element: str | None, m: int, k: int) -> None:
+    """And what fills them up to 64 elements is zero, whatever the memory held before."""
+    before = torch.full((m, -(-k // 64) * 64), 0xFF, dtype=torch.uint8, device="cuda")
+    del before
+    x = torch.randn(m, k, generator=torch.Generator("cuda").manual_seed(k), device="cuda").bfloat16()
+    made, want = (quant_mx(x, element, "row", arch="sm_90", ordered=True),
+                  quant_mx_torch(x, element, "row", ordered=True))  # fmt: skip
+    assert torch.equal(made[0].view(torch.uint8), want[0].view(torch.uint8))
+    assert torch.equal(made[1], want[1])
+
+
+@GPU
 def test_halves_are_rounded_as_twins_round_them() -> None:
     """Every finite fp16 up to 8, both ways: none of them may go to another code."""
     import triton

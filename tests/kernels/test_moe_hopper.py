@@ -21,7 +21,14 @@ from sglang_amd_quant.kernels.triton.hopper import (
     linear_hopper,
 )
 from sglang_amd_quant.kernels.triton.hopper_moe import rounds_of, unrolled
-from sglang_amd_quant.kernels.triton.hopper_pack import OCTAVES, HopperWeights, pack_hopper, row_order
+from sglang_amd_quant.kernels.triton.hopper_pack import (
+    OCTAVES,
+    HopperWeights,
+    in_x_order,
+    pack_hopper,
+    row_order,
+    x_order,
+)
 from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm_torch
 from sglang_amd_quant.kernels.triton.routing import route_torch
 from sm90 import GPU
@@ -46,28 +53,48 @@ def unpacked(p: HopperWeights) -> torch.Tensor:
         parts = p.data.view(e, groups, tiles, 2, 8, 4, 2, 2, 4).view(torch.float8_e4m3fn).double()
         values = parts.permute(0, 1, 7, 4, 2, 3, 6, 5, 8).reshape(e, groups * 16, tiles * 64)
         return (values * p.factors.double()[..., None])[:, : p.n, : p.k]
+    if p.orders_x:
+        return at_places(p)[:, : p.n, x_order(p.k).argsort()[: p.k]]
     q = p.data.view(torch.int32).view(e, groups, tiles, 8, 4, 2, 2).numpy().view(np.uint32)
-    octaves = p.scales.view(torch.uint8).view(e, groups, tiles, 8, 2, 2).permute(0, 1, 4, 3, 2, 5)
-    octaves = octaves.reshape(e, groups * 16, tiles * 2).double()
-    if p.x_format == "bf16":
-        words = (
-            q & 0x81C081C0,
-            (q << 3) & 0x01C001C0 | (q << 2) & 0x80008000,
-            (q << 6) & 0x81C081C0,
-            (q >> 4) & 0x01C001C0 | (q << 1) & 0x80008000,
-        )
-        halves = [np.stack([w & 0xFFFF, w >> 16], -1).astype(np.uint16).view(np.int16) for w in words]
-        codes = torch.stack([torch.from_numpy(h).view(torch.bfloat16).double() for h in halves])
-        scale = torch.exp2(octaves - 127)
-    else:
-        table = np.array([0, 0x08, 0x10, 0x14, 0x18, 0x1C, 0x20, 0x24], np.uint8)  # under the smallest scale
-        at = np.arange(4, dtype=np.uint32)
-        low = table[(q[..., None] >> 4 * at) & 7] | ((q[..., None] >> (8 * at + 7) & 1) << 7).astype(np.uint8)
-        high = table[(q[..., None] >> (16 + 4 * at)) & 7] | ((q[..., None] >> (8 * at + 3) & 1) << 7).astype(np.uint8)
-        codes = torch.from_numpy(np.stack([low, high])).view(torch.float8_e4m3fn).double()
-        scale = torch.exp2(octaves)
+    words = (
+        q & 0x81C081C0,
+        (q << 3) & 0x01C001C0 | (q << 2) & 0x80008000,
+        (q << 6) & 0x81C081C0,
+        (q >> 4) & 0x01C001C0 | (q << 1) & 0x80008000,
+    )
+    halves = [np.stack([w & 0xFFFF, w >> 16], -1).astype(np.uint16).view(np.int16) for w in words]
+    codes = torch.stack([torch.from_numpy(h).view(torch.bfloat16).double() for h in halves])
     values = codes.permute(1, 2, 7, 4, 3, 0, 6, 5, 8).reshape(e, groups * 16, tiles * 64)
+    octaves = p.scales.view(torch.uint8).view(e, groups, tiles, 8, 2, 2).permute(0, 1, 4, 3, 2, 5)
+    scale = torch.exp2(octaves.reshape(e, groups * 16, tiles * 2).double() - 127)
     return (values * scale.repeat_interleave(32, -1) * p.factors.double()[..., None])[:, : p.n, : p.k]
+
+
+def at_places(p: HopperWeights) -> torch.Tensor:
+    """fp64 [E, N rounded up to 16, K rounded up to 64]: what wgmma multiplies at each place, 32 at once, in which lane
+    4 g + t has places 16 h + 4 t + e of rows g and g + 8; of e2m1 x e4m3."""
+    e, groups, tiles = p.factors.shape[0], p.factors.shape[1] // 16, -(-p.k // 64)
+    q = p.data.view(torch.int32).view(e, groups, tiles, 8, 4, 2, 2, 1).numpy().view(np.uint32)
+    table = np.array([0, 0x08, 0x10, 0x14, 0x18, 0x1C, 0x20, 0x24], np.uint8)  # under the smallest scale
+    at = np.arange(4, dtype=np.uint32)
+    low = table[(q >> 4 * at) & 7] | ((q >> (8 * at + 7) & 1) << 7).astype(np.uint8)
+    high = table[(q >> (16 + 4 * at)) & 7] | ((q >> (8 * at + 3) & 1) << 7).astype(np.uint8)
+    codes = torch.from_numpy(np.stack([low, high])).view(torch.float8_e4m3fn).double()  # s, e, group, tile, g, t, h, r
+    lanes = p.scales.view(torch.uint8).view(e, groups, tiles, 16)[..., torch.arange(32) // 2].view(codes.shape[1:6])
+    steps = torch.stack([lanes & 15, lanes >> 4], -1)[..., None, :, None]
+    values = (codes * torch.exp2(steps.double())).permute(1, 2, 7, 4, 3, 0, 6, 5, 8)
+    return values.reshape(e, groups * 16, tiles * 64) * p.factors.double()[..., None]
+
+
+@pytest.mark.parametrize("k", [32, 64, 96, 160, 320])
+def test_x_has_at_each_place_what_weights_have_there(k: int) -> None:
+    g = torch.Generator().manual_seed(k)
+    w, scales = weights(g, "e2m1", 1, 48, k)
+    x = torch.randn(3, k, generator=g).to(torch.float8_e4m3fn)
+    left = in_x_order(x)
+    assert torch.equal(left.double(), torch.nn.functional.pad(x.double(), (0, -k % 64))[:, x_order(k)])
+    products = left.double() @ at_places(pack_hopper(w, scales, "e4m3"))[0].T
+    assert torch.equal(products, x.double() @ dequantize_mx(w, scales, "e2m1", torch.float64)[0].T)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +152,12 @@ def test_what_no_kernel_takes_is_refused() -> None:
     routing = route_torch(torch.zeros(1, 1, dtype=torch.int32), 1, 32)
     with pytest.raises(ValueError, match="route and pack again"):
         hopper_gemm(w, None, packed, torch.empty(1, 24), routing, HopperConfig(16))
+    ordered = pack_hopper(*weights(torch.Generator().manual_seed(4), "e2m1", 1, 24, 96), "e4m3")
+    x = torch.zeros(2, 96).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="takes 128 columns in x_order"):
+        hopper_gemm(x, torch.ones(2), ordered, torch.empty(2, 24), None, HopperConfig(16))
+    with pytest.raises(ValueError, match="takes 64 columns;"):
+        hopper_gemm(x, torch.ones(2), packed, torch.empty(2, 24), None, HopperConfig(16))
 
 
 @given(
@@ -148,7 +181,7 @@ def test_every_step_was_asked_for(k: int, block_k: int, stages: int, known: bool
 
 @pytest.mark.parametrize(("element", "x_format"), [(None, "bf16"), ("e4m3", "e4m3")])
 def test_tiles_of_dense_layers_compile(element: str | None, x_format: str) -> None:
-    """Those of selection's rules, and one that is as narrow as N."""
+    """Those of selection's rules, and one that is as narrow as N, with a tail of K."""
     from emulated_triton import emulated_triton
 
     from sglang_amd_quant.selection.rules import TILE_RULES
@@ -161,8 +194,8 @@ def test_tiles_of_dense_layers_compile(element: str | None, x_format: str) -> No
     with emulated_triton("sm_90") as launches:
         for tile in tiles:
             linear_hopper(x, packed, tile, element=element)
-        narrow = pack_hopper(*weights(g, "e2m1", 1, 80, 128), x_format)
-        linear_hopper(x, narrow, HopperConfig(8, max_registers=96), element=element)
+        narrow = pack_hopper(*weights(g, "e2m1", 1, 80, 96), x_format)
+        linear_hopper(x[:, :96].contiguous(), narrow, HopperConfig(8, max_registers=96), element=element)
     gemms = [made.compiled.report for made in launches if made.compiled.variant.function == "hopper_moe_kernel"]
     assert [report.problems for report in gemms] == [[]] * (len(tiles) + 1)
 
@@ -216,8 +249,8 @@ def test_one_token_takes_no_routing_launch(element: str | None, x_format: str, m
 
     monkeypatch.setattr(hopper, "overlap", lambda x: {"OVERLAP": True})
     g = torch.Generator().manual_seed(9)
-    w13 = pack_hopper(*weights(g, "e2m1", 4, 256, 128), x_format, "halves")
-    w2 = pack_hopper(*weights(g, "e2m1", 4, 128, 128), x_format)
+    w13 = pack_hopper(*weights(g, "e2m1", 4, 192, 128), x_format, "halves")
+    w2 = pack_hopper(*weights(g, "e2m1", 4, 128, 96), x_format)
     x, ids = torch.randn(1, 128, generator=g).bfloat16(), torch.tensor([[3, -1]])
     with emulated_triton("sm_90") as launches:
         config = HopperConfig(16)
@@ -307,8 +340,10 @@ def test_every_config_of_the_search_on_the_gpu(element: str, x_format: str, kind
     ids = torch.randint(-1, e, (tokens, top_k), generator=g).int()
     x = torch.randn(tokens, k, generator=g).bfloat16()
     bias, row_weights = torch.randn(e, n, generator=g).bfloat16(), torch.rand(tokens * top_k, generator=g)
-    left, factors = activations(x.cuda(), None if x_format == "bf16" else "e4m3", None, x_format)
+    act_element, ordered = None if x_format == "bf16" else "e4m3", (element, x_format) == ("e2m1", "e4m3")
+    left, factors = activations(x.cuda(), act_element, None, x_format)
     values = left.cpu().double() * (1 if factors is None else factors.cpu().double()[:, None])
+    left, factors = activations(x.cuda(), act_element, None, x_format, ordered)
     here = ids.flatten() >= 0
     act = Activation(kind, interleaved=kind == "swigluoai", limit=3.0)
     pairs = "interleaved" if act.interleaved else "halves"
@@ -374,7 +409,7 @@ def test_rows_quantized_by_the_kernel_are_those_of_a_launch(element: str, m: int
     x, ids = x.cuda(), torch.randint(-1, e, (m, 2), generator=g).int().cuda()
     routing = alone(ids, e, block_m) or route_torch(ids, e, block_m)
     results = []
-    for left, factors in (activations(x, "e4m3", None, "e4m3"), (x, None)):
+    for left, factors in (activations(x, "e4m3", None, "e4m3", packed.orders_x), (x, None)):
         y = torch.full((2 * m, n), torch.nan, device="cuda")
         hopper_gemm(left, factors, packed, y, routing, HopperConfig(block_m, 128, block_k), top_k=2)
         results.append(y)

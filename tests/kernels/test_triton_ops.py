@@ -126,6 +126,8 @@ def test_what_would_lose_bits_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="takes bf16 and fp16 .* use formats.quantize_mx"):
             quant_mx.quant_mx(x, element, out, front=front, dtype=dtype)
+    with pytest.raises(ValueError, match="order for row"):
+        quant_mx.quant_mx(torch.ones(1, 32).bfloat16(), "e4m3", ordered=True)
 
 
 @pytest.mark.parametrize("element", ["e2m1", "e4m3"])
@@ -151,6 +153,24 @@ def test_rows_in_chunks(arch: str, kind: str, element: str | None, out: str, m: 
     if runs(arch):
         assert scales is not None
         assert_same_codes(data, scales, quant_mx.quant_mx_torch(x, element, out, front=front))
+
+
+@pytest.mark.parametrize(("m", "k"), [(3, 96), (3, 2080), (600, 320)])
+@pytest.mark.parametrize("element", [None, "e2m1"])
+def test_rows_in_the_order_of_weights(arch: str, element: str | None, m: int, k: int) -> None:
+    """Of those that are as wide as the weights' tiles, and of those that zeros make so."""
+    x = rows_of(m, k, 6)
+    data, factors = quant_mx.quant_mx(x, element, "row", arch=arch, ordered=True)
+    assert data.shape == (m, -(-k // 64) * 64)
+    if runs(arch):
+        assert factors is not None
+        assert_same_codes(data, factors, quant_mx.quant_mx_torch(x, element, "row", ordered=True))
+
+
+def test_a_row_of_half_a_tile_is_filled_up(arch: str) -> None:
+    data, _ = quant_mx.quant_mx(torch.ones(2, 32).bfloat16(), None, "row", arch=arch, ordered=True)
+    if runs(arch):
+        assert torch.equal(data.float().ne(0), hopper_pack.x_order(32).expand(2, -1) < 32)
 
 
 @pytest.mark.parametrize("mode", ["floor", "rceil", "ceil", "even"])

@@ -221,11 +221,11 @@ def hopper_twins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         moved = torch.tensor(3)
         return hopper_pack.HopperWeights(w, scales, one, w_format, x_format, n, k, pairs, len(w), rounded=moved)
 
-    def activations(x, element, mode, x_format, beside=False, inside=False):  # type: ignore[no-untyped-def]
+    def activations(x, element, mode, x_format, ordered=False, beside=False, inside=False):  # type: ignore[no-untyped-def]
         out = "bf16" if x_format == "bf16" else "row"
         if element is None or (inside and x_format == "e4m3" and (element, mode) == ("e4m3", None)):
             return x, None
-        return quant_mx.quant_mx_torch(x, element, out, mode)
+        return quant_mx.quant_mx_torch(x, element, out, mode, ordered=ordered)
 
     def gemm(x, factors, w, y, routing, config, *, overlapping=None, top_k=1, bias=None, row_weights=None,
              activation="none", **f):  # type: ignore[no-untyped-def]  # fmt: skip
@@ -237,6 +237,10 @@ def hopper_twins(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             routing = route_torch(routing.block_experts.view(-1, 1), len(w.data), routing.block_m)
         if w.x_format == "e4m3" and factors is None:  # by the kernel itself
             x, factors = quant_mx.quant_mx_torch(x, None, "row")
+        elif w.orders_x:
+            assert x.shape[1] == -(-w.k // 64) * 64
+            x = x[:, hopper_pack.x_order(w.k).argsort()[: w.k]]
+        assert x.shape[1] == w.k
         assert (factors is not None) == (w.x_format == "e4m3")
         assert (x.dtype, config.block_m) == (
             {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}[w.x_format],

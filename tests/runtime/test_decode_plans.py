@@ -8,12 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang_amd_quant.kernels.hip.manifest import QUANTIZED_M
+from sglang_amd_quant.kernels.hip.manifest import QUANTIZED_M, find
 
 from sglang_amd_quant.errors import ShapeError
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.runtime.decode_gemm import decode_gemm
-from sglang_amd_quant.runtime.decode_plans import MOST_X_WAVES, RESIDENT, DecodePlan, lds_of, plans, prepared_bytes
+from sglang_amd_quant.runtime.decode_plans import (
+    MOST_X_WAVES,
+    DecodePlan,
+    entry_point,
+    lds_of,
+    plans,
+    prepared_bytes,
+)
+from sglang_amd_quant.runtime.decode_wanted import RESIDENT
 from sglang_amd_quant.selection.hopper_decode import (
     COMMON,
     DECODE_WEIGHTS,
@@ -26,6 +34,9 @@ from sglang_amd_quant.selection.hopper_decode import (
 
 H100, IN_CLUSTERS = 132, 120
 """Multiprocessors, and those that clusters of more than two blocks find places on."""
+
+APART = 114 * 1024 - 1024 + 128
+"""Bytes of shared memory of which a multiprocessor does not have twice as many, with what each block takes besides."""
 
 MOST_WAVES = 64
 """Of a multiprocessor; each block on it takes a KiB of shared memory besides its own."""
@@ -72,9 +83,10 @@ def check(plan: DecodePlan, scheme: str, m: int, n: int, k: int, activated: bool
     assert plan.groups * plan.row_tiles * TILE_ROWS >= n or not plan.one_group
     if plan.share > 0:
         sizes = plan.rows, plan.split, plan.waves_k, plan.waves_n, plan.depth, plan.chunk
-        assert plan.lds == prepared_lds(w, *sizes, paired=plan.paired)
+        need = prepared_lds(w, *sizes, paired=plan.paired)
     else:
-        assert plan.lds == lds_of(scheme, plan, k)
+        need = lds_of(scheme, plan, k)
+    assert plan.lds == need or (need < plan.lds == APART and plan.blocks <= H100)
     if plan.paired or plan.own_rows:
         assert plan.depth * plan.chunk * w.tile_bytes >= 16 * 32  # results go through a wave's ring: `OwnTile::store`
     if plan.paired:
@@ -177,7 +189,42 @@ def test_waves_that_have_all_of_k_have_a_kernel_of_their_own() -> None:
         assert plan.early or gemm.kernel == f"decode_{kind}_w4a8_m64"
 
 
-@pytest.mark.parametrize(("m", "k", "blocks"), [(64, 8192, 1), (64, 8256, 2), (16, 28672, 4), (100, 28672, 1)])
+def test_a_block_that_has_a_multiprocessor_for_itself_has_its_registers_too() -> None:
+    for n, k, alone in ((28672, 8192, True), (24576, 4096, True), (6144, 4096, False), (1536, 6144, False)):
+        first = plans("w4a8", 1, n, k, H100)[0]
+        assert (first.blocks <= H100) >= alone
+        assert ("alone" in entry_point("w4a8", first)) == alone
+    for plan in plans("w4a8", 8, 8192, 8192, H100):
+        beside = 2 * (plan.lds + 1024) <= (228 << 10)
+        name = entry_point("w4a8", plan)
+        assert name == f"decode_{'early_' * plan.early or 'alone_' * (not beside)}w4a8_m8"
+        assert name in {e.name for e in find(name, "sm_90")[0].entry_points}
+    assert not any("alone" in entry_point("mxfp8", plan) for plan in plans("mxfp8", 1, 28672, 8192, H100))
+
+
+@pytest.mark.parametrize(
+    ("n", "split", "waves_n", "most"),
+    [(8192, 1, 4, 4), (4096, 2, 4, 2), (10240, 2, 12, 6), (5120, 4, 12, 3), (24576, 1, 12, 12)],
+)
+@pytest.mark.parametrize("m", [12, 32, 64])
+def test_row_tiles_that_fall_evenly_to_multiprocessors_have_a_block_each(
+    m: int, n: int, split: int, waves_n: int, most: int
+) -> None:
+    """`most`: row tiles of a multiprocessor with all of K, where 132 have n / 16 / 132 in the mean."""
+    first = plans("w4a8", m, n, 6400, H100)[0]
+    assert (first.split, first.waves_n) == (split, waves_n)
+    assert first.blocks <= H100
+    assert first.lds >= APART
+    assert first.waves_n / first.split == most < 1.45 * n / 16 / H100
+
+
+def test_blocks_share_k_where_they_cannot_hold_long_rows_of_x() -> None:
+    for m, wanted in ((1, (8, 12)), (8, (8, 12)), (16, (8, 12)), (32, (1, 4)), (64, (1, 4))):
+        first = plans("w4a8", m, 8192, 28672, H100)[0]
+        assert (first.split, first.waves_n) == wanted
+
+
+@pytest.mark.parametrize(("m", "k", "blocks"), [(64, 8128, 1), (64, 8192, 2), (16, 28672, 4), (100, 28672, 1)])
 def test_long_rows_of_x_are_prepared_by_several_blocks(m: int, k: int, blocks: int) -> None:
     plan = next(p for p in plans("mxfp8", m, 4096, k, H100) if p.share > 0)
     x, y = torch.empty(m, k, dtype=torch.bfloat16), torch.empty(m, 4096, dtype=torch.bfloat16)

@@ -417,12 +417,14 @@ def padded(n: int, block_k: int) -> int:
 
 
 def hopper_bytes(case: Case) -> int:
-    """What its pipeline holds: each stage a tile of x, and one of weights with a scale byte a block of e2m1, or a word
-    for every group that it has a part of."""
+    """What its pipeline holds: each stage a tile of x, and one of weights with a scale byte a block of e2m1, four bits
+    where x is e4m3, or a word for every group that it has a part of."""
     p, c = case.p, case.choice.config
-    x = c.block_k * c.block_m * (1 if case.kernel == "triton_hopper_e4m3" else 2)
+    narrow = case.kernel == "triton_hopper_e4m3"
+    x = c.block_k * c.block_m * (1 if narrow else 2)
     w = c.block_k * c.block_n // (1 if p.scheme == "mxfp8" else 2)
-    scales = {"mxfp8": 0, "int4_w4a16": 4 * -(-c.block_k // p.group)}.get(p.scheme, c.block_k // 32)
+    blocks = c.block_k // 32
+    scales = {"mxfp8": 0, "int4_w4a16": 4 * -(-c.block_k // p.group)}.get(p.scheme, blocks / 2 if narrow else blocks)
     return int(c.num_stages * (x + w + c.block_n * scales))
 
 

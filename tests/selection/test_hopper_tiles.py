@@ -20,7 +20,7 @@ def chosen(scheme: str, k: int, n: int, m: int, cu_count: int = 132) -> KernelCh
         ("mxfp8", 2048, 6144, 64, 8), ("mxfp8", 1536, 6144, 33, 8), ("mxfp8", 4096, 6144, 32, 8),
         ("mxfp8", 4096, 4096, 64, 8), ("mxfp8", 3072, 8192, 64, 8), ("mxfp8", 4096, 24576, 32, 6),
         ("w4a8", 2048, 6144, 64, 10), ("w4a8", 1536, 6144, 48, 10), ("mxfp4", 3072, 8192, 64, 10),
-        ("w4a8", 2048, 4096, 64, 10), ("w4a8", 4096, 24576, 16, 6), ("w4a8", 4096, 24576, 32, 6),
+        ("w4a8", 2048, 4096, 64, 10), ("w4a8", 4096, 24576, 4, 6), ("w4a8", 2048, 24576, 32, 6),
     ],
 )  # fmt: skip
 def test_tiles_have_the_stages_that_measured_best(scheme: str, k: int, n: int, m: int, stages: int) -> None:

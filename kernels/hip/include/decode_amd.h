@@ -92,7 +92,7 @@ class Stream {
     DEVICE static int bytes(const DecodeArgs&) { return 0; }
 
     /// `each(tile of the wave's lanes, its number along K)` for all tiles of the next row group.
-    template <int, typename Begin, typename Each, typename Settle>
+    template <int, bool, typename Begin, typename Each, typename Settle>
     DEVICE void each_tile(Begin, Each each, Settle) {
 #pragma unroll 1
         for (int tile = s.wave_first; tile < s.wave_end; tile += DEPTH) {

@@ -3,8 +3,9 @@
 // Weights lie in tiles of 16 rows x 64 of K, in which lane l = 4 g + q finds what the matrix unit wants of it of rows g and
 // g + 8 together. Rows of e4m3 under one power of two (layout `hopper_e4m3`, kernels/triton/hopper_pack.py, shared with the prefill
 // kernels), e2m1 (`hopper_bf16`, likewise) and int4 (layout `mma_int4` + `tile_group`): k as in PTX's fragments. e4m3 (layout `mma_tile`,
-// sglang_amd_quant/layouts/mma_tile.py): k = 8 q ... 8 q + 7 of every MX block; which k a step of the matrix unit calls its own does
-// not matter as long as B agrees, so activations are held with that order in mind.
+// sglang_amd_quant/layouts/mma_tile.py): k = 8 q ... 8 q + 7 of every MX block; e2m1 that becomes e4m3 (`hopper_e4m3`): k = 16 q ... 16 q + 15,
+// so that a lane has codes of one block; which k a step of the matrix unit calls its own does not matter as long as B agrees, so
+// activations are held with that order in mind.
 //
 // Ways to multiply them: quantized activations by wgmma in e4m3 (decode_sm90_row_x.h, decode_sm90_rows.h); bf16 and fp16 ones, if few
 // rows, by mma.sync (decode_sm90_few.h), from 16 on by wgmma (decode_sm90_many.h, of int4 decode_sm90_groups.h). For wgmma another

@@ -33,40 +33,34 @@ DEVICE uint32_t look_up(uint32_t low, uint32_t high, uint32_t selector) {
     return bytes;
 }
 
-/// Byte `i` of a word. Logic and shifts would do, here and below, but share a unit with `look_up`; the multipliers are idle.
-DEVICE uint32_t byte_of(uint32_t word, int i) {
-    uint32_t byte;
-    asm("dp4a.u32.u32 %0, %1, %2, 0;" : "=r"(byte) : "r"(word), "r"(1 << 8 * i));
-    return byte;
-}
-
+/// A shift would do, but shares a unit with `look_up`; the multipliers are idle.
 DEVICE uint32_t upper_half(uint32_t word) {
     uint32_t half;
     asm("dp2a.lo.u32.u32 %0, %1, 256, 0;" : "=r"(half) : "r"(word));
     return half;
 }
 
-/// e4m3 of the magnitudes 0, .5, 1, 1.5 and 2, 3, 4, 6, times 2^(step - 5), 0 <= step < 12 being byte `i` of a word.
+/// e4m3 of the magnitudes 0, .5, 1, 1.5 and 2, 3, 4, 6, times 2^(step - 5), 0 <= step < 12.
 struct MagnitudesE4m3 {
     uint32_t low, high;
-    DEVICE MagnitudesE4m3(uint32_t steps, int i) {
-        const uint32_t step = byte_of(steps, i);
-        low = step * 0x08080800u + 0x14100800u, high = step * 0x08080808u + 0x24201c18u;
-    }
+    DEVICE explicit MagnitudesE4m3(uint32_t step) : low(step * 0x08080800u + 0x14100800u), high(step * 0x08080808u + 0x24201c18u) {}
 };
 
-/// A lane's part of a tile of e2m1 codes as the matrix unit's left operand: of both MX blocks, rows g and g + 8 by turns, lower K first.
-/// A word has four codes of either block: their magnitudes in its lower and upper half, signs where they fit. `steps`: bytes of the
-/// lane's four scales.
+/// The steps of this lane's block of a tile: of row g in the lower four bits of a byte, of row g + 8 in the upper.
+DEVICE uint32_t steps_of_lane(const uint32_t* of_tile) { return reinterpret_cast<const uint8_t*>(of_tile)[lane_index() / 2]; }
+
+/// A lane's part of a tile of e2m1 codes, which is of one MX block, as the matrix unit's left operand: of two steps, rows g and g + 8 by
+/// turns, lower K first. A word has four codes of either step: their magnitudes in its lower and upper half, signs where they fit.
+/// `steps`: as `steps_of_lane` gives them.
 DEVICE void e4m3_from_e2m1(const Words& codes, uint32_t steps, uint32_t (&fragments)[2][4]) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-        const MagnitudesE4m3 first(steps, 2 * row), second(steps, 2 * row + 1);
+        const MagnitudesE4m3 table(row == 0 ? steps & 15 : steps >> 4);
 #pragma unroll
         for (int i = row; i < 4; i += 2) {
             const uint32_t word = codes.v[i], magnitudes = word & 0x77777777u;
-            fragments[0][i] = look_up(first.low, first.high, magnitudes) | (word & 0x80808080u);
-            fragments[1][i] = look_up(second.low, second.high, upper_half(magnitudes)) | (word << 4 & 0x80808080u);
+            fragments[0][i] = look_up(table.low, table.high, magnitudes) | (word & 0x80808080u);
+            fragments[1][i] = look_up(table.low, table.high, upper_half(magnitudes)) | (word << 4 & 0x80808080u);
         }
     }
 }

@@ -3,8 +3,8 @@
 #pragma once
 
 /// One row group a block. Groups beyond the last, which fill up clusters, read that again.
-struct Alone {
-    DEVICE Alone(const DecodeArgs&, Share& s) { s.first_group = smaller(s.first_group, s.row_groups - 1); }
+struct Unpaired {
+    DEVICE Unpaired(const DecodeArgs&, Share& s) { s.first_group = smaller(s.first_group, s.row_groups - 1); }
     /// Whether this wave leaves stage `stage` of x to others.
     DEVICE bool skips(int) const { return false; }
 };

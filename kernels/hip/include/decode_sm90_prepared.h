@@ -59,8 +59,7 @@ DEVICE void prepare_row(const uint16_t* x, const float* x_scale, uint8_t* prepar
             saturate<A>(saturated, carry);
             const Codes codes = row_codes<A>(saturated[0], exponent, carry, static_scale);
             if (i >= mine) return;
-            uint8_t* place = to + piece(i) / 8 * room * XTile<W, 1>::BYTES + XTile<W, 1>::place(row & (room - 1), piece(i) % 8);
-            *reinterpret_cast<Codes*>(place) = codes;
+            XTile<W, 1>::keep(to + piece(i) / 8 * room * XTile<W, 1>::BYTES, row & (room - 1), piece(i) % 8, codes);
         };
 #pragma unroll
         for (int u = 0; u < HELD; u++)

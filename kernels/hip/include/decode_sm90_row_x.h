@@ -105,8 +105,8 @@ struct Activations<W, A, M, Way::ROWS> {
                 for (int i = 0; i < TOGETHER * HELD; i++) {
                     const int of = row + i / HELD * waves, u = i % HELD;
                     const Codes codes = row_codes<A>(held[i], exponents[i / HELD], carry, static_scale);
-                    uint8_t* to = values + ((first + lane) / 8 + u * (WAVE / 8)) * XTile<W, M>::BYTES + XTile<W, M>::place(of, lane % 8);
-                    if (of < rows.count && first + u * WAVE + lane < all) *reinterpret_cast<Codes*>(to) = codes;
+                    uint8_t* tile = values + ((first + lane) / 8 + u * (WAVE / 8)) * XTile<W, M>::BYTES;
+                    if (of < rows.count && first + u * WAVE + lane < all) XTile<W, M>::keep(tile, of, lane % 8, codes);
                 }
             }
         }
@@ -141,6 +141,6 @@ struct Activations<W, A, M, Way::ROWS> {
         Words eight[1] = {x};
         saturate<A>(eight, carry);
         const Codes codes = row_codes<A>(eight[0], wanted ? exponent_of<A>(largest[i], carry) : 0, carry, static_scale);
-        if (wanted) *reinterpret_cast<Codes*>(values + j / 8 * XTile<W, M>::BYTES + XTile<W, M>::place(i, j % 8)) = codes;
+        if (wanted) XTile<W, M>::keep(values + j / 8 * XTile<W, M>::BYTES, i, j % 8, codes);
     }
 };

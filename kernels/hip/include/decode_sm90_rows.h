@@ -2,8 +2,9 @@
 //
 // As with many rows of bf16, four waves multiply together by wgmma and weights are the operand in registers, or in shared memory if they were
 // brought into its order before x was there (`Stream::DECODED`). e2m1 codes become e4m3 with their block's scale by a look into a table of
-// eight, four codes an instruction; e4m3 codes are multiplied as they lie. The matrix unit adds e4m3 products with fewer bits than a float has (13 below the largest), so after every few tiles its sums are
-// added to others by float additions.
+// eight, four codes an instruction, one table for all that a lane has of a row's tile; e4m3 codes are multiplied as they lie. The matrix
+// unit adds e4m3 products with fewer bits than a float has (13 below the largest), so after every few tiles its sums are added to others by
+// float additions.
 #pragma once
 
 /// What a wave sums up for one row tile: rows g and g + 8 (g = l / 4) times the columns 2 q and 2 q + 1 of every eight.
@@ -20,7 +21,7 @@ struct Totals<W, A, M, Way::ROWS> : WideSums<M> {
     DEVICE void look(const Tiles& stream, int t) {
         if constexpr (W == Weight::row_e2m1) {
             ahead = load_words(stream.codes(t) + lane_index() * 16);
-            steps_ahead = stream.scale_words(t)[lane_index() / 4];
+            steps_ahead = steps_of_lane(stream.scale_words(t));
         }
     }
 
@@ -28,7 +29,7 @@ struct Totals<W, A, M, Way::ROWS> : WideSums<M> {
     /// block in the activations `x`.
     template <typename Tiles, typename Columns>
     DEVICE void add(const Tiles& stream, int t, const Columns& x, int block, Number<1>) {
-        uint32_t fragments[2][4];  // of two MX blocks: rows g and g + 8 by turns, lower K first
+        uint32_t fragments[2][4];  // of two steps: rows g and g + 8 by turns, lower K first
         if constexpr (W == Weight::row_e2m1) {
             e4m3_from_e2m1(ahead, steps_ahead, fragments);
             look(stream, t + 1);

@@ -11,7 +11,8 @@ struct Tile {
     static constexpr int BLOCKS = W == Weight::int4_g128 ? 4 : 2;  // of 32 elements of a row: MX blocks
     static constexpr int K = BLOCKS * MX_BLOCK;
     static constexpr int BYTES = TILE_ROWS * K / (W == Weight::e4m3 || W == Weight::row_e4m3 ? 1 : 2);
-    static constexpr int SCALES = W == Weight::row_e4m3 ? 0 : is_int4(W) ? TILE_ROWS * K / group_of(W) * 4 : TILE_ROWS * BLOCKS;
+    static constexpr int OF_BLOCKS = W == Weight::row_e4m3 ? 0 : TILE_ROWS * BLOCKS / (W == Weight::row_e2m1 ? 2 : 1);  // bytes of MX scales
+    static constexpr int SCALES = is_int4(W) ? TILE_ROWS * K / group_of(W) * 4 : OF_BLOCKS;
     static constexpr bool SHORT = W == Weight::int4_g32;  // a row's last tile may have scales for one block only
 };
 
@@ -66,9 +67,9 @@ DEVICE void by_turns(int count, Each each, Settle settle) {
     }
 }
 
-/// Where registers suffice to multiply throughout; streaming x takes fewer.
-template <Weight W, int M, bool Streaming>
-constexpr bool THROUGHOUT = is_row(W) && (M >= 16 || W == Weight::row_e4m3) && (M < 64 || Streaming);
+/// Where registers suffice to multiply throughout; streaming x takes fewer, and a block that has a multiprocessor for itself has more.
+template <Weight W, int M, bool Streaming, bool Alone = M >= 16>
+constexpr bool THROUGHOUT = is_row(W) && (Alone || W == Weight::row_e4m3) && (M < 64 || Streaming);
 
 /// Blocks of a launch, at most, beside which the next one's find multiprocessors.
 constexpr int BESIDE = 66;
@@ -120,7 +121,7 @@ class Stream {
 
     /// `each(t, number along K, Number of tiles)` for all tiles of the next row group, one or `Together` at a time; t is the
     /// first one's place in its chunk. `begin()` when a chunk has come. `settle`: as in `by_turns`.
-    template <int Together, typename Begin, typename Each, typename Settle>
+    template <int Together, bool Alone, typename Begin, typename Each, typename Settle>
     DEVICE void each_tile(Begin begin, Each each, Settle settle) {
         for (int first = s.wave_first; first < s.wave_end; first += s.wave_step) {
             const int count = smaller(a.chunk, s.wave_end - first);
@@ -132,7 +133,7 @@ class Stream {
                 if (Together > 1 && t < count) each(t, first + t, Number<1>{});
             } else {
                 begin();
-                by_turns<THROUGHOUT<W, M, false>, WAITS<W, M>>(
+                by_turns<THROUGHOUT<W, M, false, Alone>, WAITS<W, M>>(
                     count, [&](int t) { each(t, first + t, Number<1>{}); }, settle);
             }
             if constexpr (Early)
@@ -155,7 +156,7 @@ class Stream {
                     uint32_t fragments[2][4];
                     uint8_t* from = arriving() + t * (BY_TURNS ? TILE : Tile<W>::BYTES) + lane_index() * 16;
                     if constexpr (W == Weight::row_e2m1) {
-                        e4m3_from_e2m1(load_words(from), scales()[t * (Tile<W>::SCALES / 4) + lane_index() / 4], fragments);
+                        e4m3_from_e2m1(load_words(from), steps_of_lane(scales() + t * (Tile<W>::SCALES / 4)), fragments);
                     } else {
                         const Words words[2] = {load_words(from), load_words(from + TILE_ROWS * MX_BLOCK)};
 #pragma unroll

@@ -150,7 +150,7 @@ class Sums : public GroupSums {
     /// All threads that multiply: sums up, and tells them what was loaded ahead. `destination_of(row)`: its `destination`.
     template <typename T, typename DestinationOf>
     DEVICE void hand_over(const T& totals, int columns, bool first_group, DestinationOf destination_of) {
-        const int handed_on = ceil_div(smaller(columns, Room), T::TOGETHER) * T::TOGETHER;  // of a row
+        const int handed_on = ceil_div(smaller(anew(columns), Room), T::TOGETHER) * T::TOGETHER;  // of a row; not worked out before the group's products
         expect((a.split - 1) * a.waves_k * owned * handed_on, first_group);
         totals.each(columns, [&](int row, int column, const auto& values) {
             const Destination there = destination_of(row);

@@ -8,8 +8,18 @@ struct XTile {
     static constexpr int ROW_BYTES = is_row(W) ? 64 : 128, BYTES = M * ROW_BYTES;
     static constexpr int TILE_BYTES = Tile<W>::K / 64 * BYTES;  // of all that a tile of weights multiplies
 
-    /// Where eight codes of e4m3 are, the piece `j` of 64 of K, of one row.
-    DEVICE static int place(int row, int j) { return row * ROW_BYTES + (j / 2 ^ row / 2 % 4) * 16 + j % 2 * 8; }
+    /// Keeps eight codes of e4m3, the piece `j` of 64 of K, of one row.
+    DEVICE static void keep(uint8_t* tile, int row, int j, const Codes& codes) {
+        uint8_t* to = tile + row * ROW_BYTES;
+        const int turn = row / 2 % 4;
+        if constexpr (W == Weight::row_e4m3) {
+            *reinterpret_cast<Codes*>(to + (j / 2 ^ turn) * 16 + j % 2 * 8) = codes;
+        } else {  // lane q multiplies k = 16 q ... 16 q + 15, four of them in each half of two steps
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                *reinterpret_cast<uint32_t*>(to + ((j % 2 * 2 + half) ^ turn) * 16 + j / 2 * 4) = codes.v[half];
+        }
+    }
 
     /// Keeps eight values, the piece `j` of 64 of K, of one row.
     DEVICE static void keep(uint8_t* tile, int row, int j, const Words& values) {
