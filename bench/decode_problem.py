@@ -52,7 +52,7 @@ class Problem:
         scheme, dtype: what that stands for.
         weights: of each set, as formats have them.
         packed: of each set, see `pack`.
-        bytes: of a set, with scales, as kernels read them.
+        bytes: of a set, with scales, as a checkpoint has them; layouts may pack scales tighter.
     """
 
     def __init__(
