@@ -19,7 +19,7 @@ from sglang_amd_quant.kernels.triton.hopper import (
     hopper_gemm,
     routed_hopper,
 )
-from sglang_amd_quant.kernels.triton.hopper_pack import HopperWeights, pack_hopper, x_order
+from sglang_amd_quant.kernels.triton.hopper_pack import HopperWeights, in_x_order, pack_hopper
 from sglang_amd_quant.kernels.triton.quant_mx import quant_mx_torch
 from sglang_amd_quant.kernels.triton.routing import Routing, route
 
@@ -175,5 +175,5 @@ def quantized(
 def values_of(left: torch.Tensor, factors: torch.Tensor | None, w: HopperWeights) -> torch.Tensor:
     """fp64 [M, K] in the order of K: what the kernel takes for x."""
     if w.orders_x:
-        left = left.view(torch.uint8)[:, x_order(w.k).argsort()[: w.k].to(left.device)].view(left.dtype)
+        left = in_x_order(left)[:, : w.k]
     return left.double() * (1 if factors is None else factors.double()[:, None])

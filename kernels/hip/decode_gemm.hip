@@ -169,7 +169,7 @@ DEVICE void decode_early(const DecodeArgs& a) {
         if constexpr (Weights::DECODED) {
             totals.add_all(decoded, Weights::TILE, s.wave_end - s.wave_first, first_x);
         } else {
-            weights.template each_tile<1, M >= 16>(
+            weights.template each_tile<1>(
                 [] {}, [&](int tile, int number, auto) { totals.add(weights, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, Number<1>{}); },
                 [&](auto pending) { totals.settle(pending); });
         }

@@ -44,6 +44,9 @@ from .hopper_rows import factors_at, quantize_rows, rows_at, steps_of
 LONG = gl.constexpr(3072)
 """K from which on sums of e4m3 products, which wgmma keeps 14 bits of, are added up as fp32 every few steps."""
 
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+"""Shared memory of weights and scales: as they come."""
+
 
 @gluon.jit
 def multiply(acc, w_tile, s_tile, right, W_FORMAT: gl.constexpr, GROUP: gl.constexpr, WIDE: gl.constexpr,
@@ -51,7 +54,6 @@ def multiply(acc, w_tile, s_tile, right, W_FORMAT: gl.constexpr, GROUP: gl.const
              s_registers: gl.constexpr):  # fmt: skip
     """Start acc += weights times right for a stage of shared memory, PARTS times 64 of K."""
     GROUPS: gl.constexpr = BLOCK_N // 16
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     for part in gl.static_range(PARTS):
         if W_FORMAT == "int4":
             blocks = int4_words_of(w_tile.slice(part * GROUPS, GROUPS, 0), BLOCK_N, w_registers)
@@ -76,7 +78,7 @@ def multiply(acc, w_tile, s_tile, right, W_FORMAT: gl.constexpr, GROUP: gl.const
             acc = warpgroup_mma(c, right.slice(64 * part + 32, 16, 0), acc, is_async=True)
             acc = warpgroup_mma(d, right.slice(64 * part + 48, 16, 0), acc, is_async=True)
         else:
-            steps = s_tile._reinterpret(gl.uint8, [PARTS * GROUPS, 16], flat)
+            steps = s_tile._reinterpret(gl.uint8, [PARTS * GROUPS, 16], FLAT)
             a, b = e4m3_of(w_tile.slice(part * GROUPS, GROUPS, 0), steps.slice(part * GROUPS, GROUPS, 0), BLOCK_N,
                            operand, w_registers, s_registers)  # fmt: skip
             acc = warpgroup_mma(a, right.slice(64 * part, 32, 0), acc, is_async=True)
@@ -233,13 +235,12 @@ def hopper_moe_kernel(
         s_columns = gl.expand_dims(gl.arange(0, S_WIDTH, gl.SliceLayout(0, copy_s)), 0)
         s_from = w_scales + group * (S_TILES * S_WIDTH) + ((s_groups * S_TILES + s_parts) * S_WIDTH + s_columns)
 
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     x_shared: gl.constexpr = gl.NVMMASharedLayout(min(128, BLOCK_K * (2 if WIDE else 1)), 16 if WIDE else 8, 2)
     x_type: gl.constexpr = gl.float8e4nv if QUANTIZE else x.dtype.element_ty
     X_STAGES: gl.constexpr = steps_of(X_K, BLOCK_K, 1 if ALONE else BLOCK_M, NUM_WARPS) if QUANTIZE else STAGES
     x_stages = gl.allocate_shared_memory(x_type, [X_STAGES, BLOCK_M, BLOCK_K], x_shared)
-    w_stages = gl.allocate_shared_memory(w.dtype.element_ty, [STAGES, ROWS, WIDTH], flat)
-    s_stages = gl.allocate_shared_memory(gl.int32, [STAGES, max(S_PARTS, 1) * GROUPS, S_WIDTH], flat)
+    w_stages = gl.allocate_shared_memory(w.dtype.element_ty, [STAGES, ROWS, WIDTH], FLAT)
+    s_stages = gl.allocate_shared_memory(gl.int32, [STAGES, max(S_PARTS, 1) * GROUPS, S_WIDTH], FLAT)
 
     # DEEP steps are on their way while one is multiplied and the one before may still be.
     #

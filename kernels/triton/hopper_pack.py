@@ -147,7 +147,8 @@ def x_order(k: int) -> torch.Tensor:
 
 
 def in_x_order(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of x, e4m3 [M, K], in `x_order`: [M, K rounded up to 64]. No host read of device data."""
+    """Rows of x, e4m3 [M, K], in `x_order`: [M, K rounded up to 64]; such rows in the order of K again. No host read of
+    device data."""
     padded = torch.nn.functional.pad(rows.view(torch.uint8), (0, -rows.shape[1] % 64))
     words = padded.view(torch.int32).unflatten(1, (-1, 4, 4)).transpose(2, 3)
     return words.flatten(1).view(rows.dtype)

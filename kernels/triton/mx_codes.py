@@ -109,6 +109,12 @@ _TWICE_FOUR = tl.constexpr(
 
 
 @triton.jit
+def e4m3_codes(y, ARCH: tl.constexpr):
+    """fp32 values to nearest, saturated, as bytes of e4m3; gfx950 has a conversion of two at once (`store_codes`)."""
+    return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if ARCH == "sm_90" else encode(y, "e4m3").to(tl.uint8)
+
+
+@triton.jit
 def store_codes(data, wide, first, K, inside_m, y, ELEMENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
                 ARCH: tl.constexpr):  # fmt: skip
     """Store values over their scales, fp32 [BLOCK_M, BLOCK_K], as the codes of rows `wide`, columns `first` and on, of
@@ -137,12 +143,10 @@ def store_codes(data, wide, first, K, inside_m, y, ELEMENT: tl.constexpr, BLOCK_
             codes = tl.inline_asm_elementwise(
                 _TWICE_FOUR, "=&v,v,v,v,v,v,v,v,v", [a, b, c, d], dtype=tl.int16, is_pure=True, pack=2
             )
-    elif ARCH == "sm_90" and ELEMENT == "e4m3":  # its conversion saturates
-        codes = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    elif ELEMENT == "e4m3":
+        codes = e4m3_codes(y, ARCH)
     elif ARCH == "sm_90":
         codes = e2m1_of_halves(even, odd)
-    elif ELEMENT == "e4m3":
-        codes = encode(y, ELEMENT).to(tl.uint8)
     else:
         codes = (encode(even, ELEMENT) | encode(odd, ELEMENT) << 4).to(tl.uint8)
     tl.store(places, codes, mask=mask)
@@ -152,8 +156,7 @@ def store_codes(data, wide, first, K, inside_m, y, ELEMENT: tl.constexpr, BLOCK_
 def store_ordered(data, wide, first, K, inside_m, y, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ARCH: tl.constexpr):
     """As `store_codes` of e4m3, but in `x_order` of `hopper_pack.py`, K rounded up to 64: the 4 x 4 words of every 64
     bytes are transposed. Two stores, each of every second word, so that no value goes to another thread."""
-    codes = y.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if ARCH == "sm_90" else encode(y, "e4m3").to(tl.uint8)
-    here, there = tl.split(codes.reshape(BLOCK_M, BLOCK_K // 8, 2, 4).permute(0, 1, 3, 2))
+    here, there = tl.split(e4m3_codes(y, ARCH).reshape(BLOCK_M, BLOCK_K // 8, 2, 4).permute(0, 1, 3, 2))
     width = tl.cdiv(K, 64) * 64
     columns = first + tl.arange(0, BLOCK_K // 2) // 4 * 8 + tl.arange(0, BLOCK_K // 2) % 4
     columns = (columns & -64) | (columns & 8) << 2 | (columns & 48) >> 2 | (columns & 3)

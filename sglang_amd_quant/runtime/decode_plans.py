@@ -15,9 +15,7 @@ from sglang_amd_quant.kernels.hip.manifest import MANY_M
 from sglang_amd_quant.runtime.arch import arch_facts
 from sglang_amd_quant.runtime.decode_wanted import (
     RESIDENT,
-    WANTED_PAIR,
     Shape,
-    even_in_pairs,
     in_clusters,
     is_large,
     wanted_of,
@@ -184,19 +182,18 @@ def plans(scheme: str, m: int, n: int, k: int, cu_count: int, activated: bool = 
     if not found:
         raise ShapeError(f"decode GEMM M={m} N={n} K={k}", "activations do not fit in shared memory", "use the GEMM")
     tiles, row_tiles = -(-k // TILE_K), -(-n // TILE_ROWS)
-    wanted = wanted_of(w.kind, min(m, rows), tiles, row_tiles, cu_count, any(p.early for p in found))
+    early, paired = any(p.early for p in found), any(p.paired for p in found)
+    wanted = wanted_of(w.kind, min(m, rows), tiles, row_tiles, cu_count, early=early, paired=paired)
     if wanted.apart:
         found = list(dict.fromkeys(found + [_apart(p) for p in found if _one_each(p, m, cu_count)]))
-    paired = rows in w.paired and is_large(row_tiles, cu_count) and even_in_pairs(row_tiles, cu_count)
-    shape = WANTED_PAIR if paired else wanted.shape
 
     def distance(p: DecodePlan) -> tuple[bool, bool, bool, float]:
         beside = wanted.apart and _beside_each_other(p.lds) > 1
         return (
             p.early != wanted.early,
-            p.paired != paired,
+            p.paired != wanted.paired,
             beside,
-            _distance(p, w, shape, tiles, row_tiles, cu_count),
+            _distance(p, w, wanted.shape, tiles, row_tiles, cu_count),
         )
 
     return tuple(sorted(found, key=distance))
@@ -247,16 +244,17 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
         for depth, ring in itertools.product((1, 2, 4), (1, 2, 4)):
             chunk = ring_chunk(mine, depth, ring)
             lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk)
-            places = in_clusters(cu_count, split) * _resident(w, lds, rows, waves)
-            if places and rows <= MANY_M[-1]:
-                groups = min(row_groups, max(1, places // (split * row_blocks)))
+            resident = _resident(w, lds, rows, waves)
+            if resident and rows <= MANY_M[-1]:
+                of_group = split * row_blocks
+                groups = min(row_groups, max(1, in_clusters(cu_count, split) * resident // of_group))
                 plan = DecodePlan(rows, split, waves_k, waves_n, groups, depth, chunk, lds)
                 found.append(plan)
                 if rows >= max(8, w.wide_from):
                     # a launch in front prepares x: multiprocessors are left to it, unless that takes more rounds
-                    fewer = in_clusters(cu_count, 4) * places // in_clusters(cu_count, split) // (split * row_blocks)
-                    fewer = max(-(-row_groups // -(-row_groups // groups)), min(groups, fewer))
-                    found.append(replace(plan, groups=fewer, share=RESIDENT))
+                    as_many_rounds = -(-row_groups // -(-row_groups // groups))
+                    fewer = min(groups, cu_count * 10 // 11 * resident // of_group)
+                    found.append(replace(plan, groups=max(as_many_rounds, fewer), share=RESIDENT))
             if w.x_bytes == 1 and early_tiles(rows, depth, chunk) >= most_tiles and not is_large(row_tiles, cu_count):
                 lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, early=True)
                 x_waves = -(-min(m, rows) // (rows // MOST_X_WAVES))  # a row each, or two

@@ -167,17 +167,17 @@ def is_large(row_tiles: int, cu_count: int) -> bool:
     return row_tiles >= 8 * cu_count
 
 
-WANTED_PAIR: Shape = (1, 1, 16, 2, 8, 1)
+_WANTED_PAIR: Shape = (1, 1, 16, 2, 8, 1)
 """Of blocks that are pairs, what measured best of nine plans on an H200, for N = 28672 (docs/decode_log.md)."""
 
 
-def even_in_pairs(row_tiles: int, cu_count: int) -> bool:
+def _even_in_pairs(row_tiles: int, cu_count: int) -> bool:
     """Whether the multiprocessor with most row tiles has fewer by that than by any blocks of their own."""
 
     def most(of_block: int) -> int:
         return -(-row_tiles // (of_block * cu_count)) * of_block
 
-    return most(WANTED_PAIR[2] - COMMON // 2) < min(most(of_block) for of_block in (8, 12, 16))
+    return most(_WANTED_PAIR[2] - COMMON // 2) < min(most(of_block) for of_block in (8, 12, 16))
 
 
 def _beside(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int) -> Shape | None:
@@ -200,21 +200,25 @@ class Wanted(NamedTuple):
     Attributes:
         shape: of the plan.
         early: with waves for x.
+        paired: blocks that are pairs.
         apart: no multiprocessor may have two of its blocks.
     """
 
     shape: Shape
     early: bool = False
+    paired: bool = False
     apart: bool = False
 
 
-def wanted_of(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, early: bool) -> Wanted:
-    """What is wanted; with waves for x only if there is such a plan: `early`."""
+def wanted_of(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, *, early: bool, paired: bool) -> Wanted:
+    """What is wanted; with waves for x, and blocks that are pairs, only if there are such plans: `early`, `paired`."""
     most = next(most for most in (1, 2, 4, 8, 16, 32, 64) if m <= most and (kind, most) in _WANTED)
     which = 3 if tiles < 64 else 1 if row_tiles <= cu_count else 2
     by_k = which - 1 if tiles >= 96 else 2 if tiles >= 64 else 3 if tiles >= 32 else 4
     if early and (in_time := _beside(kind, m, tiles, row_tiles, cu_count) or _WANTED_EARLY[kind, most][by_k]):
         return Wanted(in_time, early=True)
+    if paired and is_large(row_tiles, cu_count) and _even_in_pairs(row_tiles, cu_count):
+        return Wanted(_WANTED_PAIR, paired=True)
     if even := _wanted_even(kind, most, tiles, row_tiles, cu_count):
         return Wanted(even, apart=True)
     if is_large(row_tiles, cu_count):

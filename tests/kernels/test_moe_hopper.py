@@ -93,6 +93,7 @@ def test_x_has_at_each_place_what_weights_have_there(k: int) -> None:
     x = torch.randn(3, k, generator=g).to(torch.float8_e4m3fn)
     left = in_x_order(x)
     assert torch.equal(left.double(), torch.nn.functional.pad(x.double(), (0, -k % 64))[:, x_order(k)])
+    assert torch.equal(in_x_order(left)[:, :k].double(), x.double())
     products = left.double() @ at_places(pack_hopper(w, scales, "e4m3"))[0].T
     assert torch.equal(products, x.double() @ dequantize_mx(w, scales, "e2m1", torch.float64)[0].T)
 

@@ -121,7 +121,7 @@ class Stream {
 
     /// `each(t, number along K, Number of tiles)` for all tiles of the next row group, one or `Together` at a time; t is the
     /// first one's place in its chunk. `begin()` when a chunk has come. `settle`: as in `by_turns`.
-    template <int Together, bool Alone, typename Begin, typename Each, typename Settle>
+    template <int Together, bool Alone = M >= 16, typename Begin, typename Each, typename Settle>
     DEVICE void each_tile(Begin begin, Each each, Settle settle) {
         for (int first = s.wave_first; first < s.wave_end; first += s.wave_step) {
             const int count = smaller(a.chunk, s.wave_end - first);
