@@ -20,7 +20,8 @@
 #include "decode_int4.h"
 #endif
 
-/// What this block finishes of a row group. `plain`: where it goes if nothing else is to be done (`plain_results`).
+/// What this block finishes of a row group. `plain`: where it goes, from the thread's first column on, if nothing else is to be done
+/// (`plain_results`).
 template <Weight W, Act A, bool Grouped, typename AllSums>
 DEVICE void finish_group(const DecodeArgs& a, const Share& s, const Rows<Grouped>& rows, const AllSums& sums, const Output& output, int group,
                          uint16_t* plain) {
@@ -28,13 +29,14 @@ DEVICE void finish_group(const DecodeArgs& a, const Share& s, const Rows<Grouped
     const int first = group * s.waves_n * TILE_ROWS + sums.first;
     if (first + output.row >= a.n) return;
     if (plain != nullptr) {  // few instructions, each of which is fetched and waited for
-        for (int column = output.first_column; column < rows.count; column += output.step) {
+        for (int column = output.first_column; column < rows.count; column += output.step, plain += anew(output.step) * a.y_stride) {
             float value[COLUMNS];
             sums.sum(output.row, column, value);
             finish<W, A>(a, s, rows.expert, first + output.row, value);
+            uint16_t* to = plain;
 #pragma unroll
-            for (int c = 0; c < COLUMNS; c++)
-                if (column + c < rows.count) plain[(column + c) * a.y_stride] = bf16_from_float(value[c]);
+            for (int c = 0; c < COLUMNS; c++, to += a.y_stride)
+                if (column + c < rows.count) *to = bf16_from_float(value[c]);
         }
         return;
     }
@@ -125,34 +127,39 @@ DEVICE void decode_early(const DecodeArgs& a) {
     constexpr bool PREPARED = M >= EARLY_PREPARED;
     using AllSums = std::conditional_t<PREPARED, HalfSums<M>, Sums<M, 4>>;
     allow_next_launch();
-    const Share s(a, Tile<W>::K, share_rank(a));
-    const int waves = a.waves_k * a.waves_n, wave = wave_index();
-    const auto rows = Rows<false>::template of<M>(a);
-    uint8_t *rings = dynamic_lds() + barrier_bytes(waves * a.depth), *of_x = rings + waves * Weights::bytes(a);
-    const int used = waves * Weights::bytes(a) + X::bytes(a, s);
+    const Share s(a, Tile<W>::K, cluster_rank(), true);
+    const int waves = a.waves_k * a.waves_n;
+    uint8_t* rings = dynamic_lds() + barrier_bytes(waves * a.depth);
+    // Not worked out before weights are asked for.
+    const auto of_x = [&] { return rings + anew(waves) * Weights::bytes(a); };
+    const auto rows = [&] { return Rows<false>::template of<M>(a, s.row_block); };
     const Crew crew{s.threads, block_threads() - s.threads};
-    if (wave >= waves) {  // does nothing else before: a block that starts late has x to wait for
+    if (s.wave() >= waves) {  // does nothing else before: a block that starts late has x to wait for
         if (a.split > 1) cluster_arrive();
-        X x(a, s, of_x, crew);
+        X x(a, s, of_x(), crew);
         wait_for_previous_launch();
         if constexpr (PREPARED)
-            x.fetch_prepared(a, rows);
+            x.fetch_prepared(a, rows());
         else
-            x.template stage_by_rows<M / 8>(a, s, rows);
+            x.template stage_by_rows<M / 8>(a, s, rows());
         return block_barrier();
     }
     uint64_t* barriers = own_barriers();
     // Scales are where sums will be: these come when all blocks have decoded.
-    Weights weights(a, s, 0, rings + wave * Weights::bytes(a), barriers + OWN_BARRIERS + wave * a.depth,
-                    rings + AllSums::behind(a, used) + AllSums::ahead_of_partial(a) + wave * Weights::scale_room(a));
-    X x(a, s, of_x, crew);
-    AllSums sums(a, s, rings, used, barriers, x.factors);
+    const auto used = [&](int waves) { return waves * Weights::bytes(a) + X::bytes(a, s); };
+    uint8_t* scales = rings + AllSums::behind(a, used(waves)) + AllSums::ahead_of_partial(a) + s.wave() * Weights::scale_room(a);
+    Weights weights(a, s, 0, rings + s.wave() * Weights::bytes(a), barriers + OWN_BARRIERS + s.wave() * a.depth, scales,
+                    PREPARED || grid_blocks() > BESIDE);
+    X x(a, s, of_x(), crew);
+    AllSums sums(a, s, rings, used(anew(waves)), barriers, x.factors);
     if constexpr (!PREPARED) sums.template look_ahead<W, A, M>(0, s.first_group);
+    weights.begin();  // beside the launch in front only now, when that has asked for its x
     weights.decode();
     if constexpr (PREPARED) sums.template look_ahead<W, A, M>(0, s.first_group);  // registers do not hold what it asks for meanwhile
     sums.ready();
     const Output output = sums.output().kept();
-    uint16_t* plain = plain_results(a, s, rows.first, sums, output, s.first_group);
+    if constexpr (PREPARED) sums.look_at(output);
+    uint16_t* plain = plain_results(a, s, rows().first, sums, output, s.first_group);
     const uint32_t first_x = x.at((s.wave_first - s.block_first) * Tile<W>::BLOCKS, 0);
     const LeftMatrix decoded = weights.decoded();
     sums.meet();
@@ -160,23 +167,27 @@ DEVICE void decode_early(const DecodeArgs& a) {
     if constexpr (PREPARED) {
         asm volatile("" ::"l"(plain), "r"(first_x), "r"(decoded.low), "r"(decoded.high) : "memory");  // not later
         block_barrier();
-        totals.add_all(decoded, Weights::TILE, s.wave_end - s.wave_first, first_x);
-        sums.hand_over(totals, rows.count);
+        const bool by_fours = sums.by_fours();  // by turns: sums of the first travel while others are multiplied
+        if (by_fours) after_four_in_front(s.wave() / 4);
+        totals.add_all(decoded, Weights::TILE, s.wave_end - s.wave_first, first_x, [&] {
+            if (by_fours) let_four_behind(s.wave() / 4, waves / 4);
+        });
+        sums.hand_over(totals, rows().count);
     } else {
         const auto destination = sums.destination(row_by_fours());
         asm volatile("" ::"r"(destination.to), "r"(destination.barrier), "l"(plain), "r"(first_x), "r"(decoded.low), "r"(decoded.high) : "memory");
         block_barrier();
         if constexpr (Weights::DECODED) {
-            totals.add_all(decoded, Weights::TILE, s.wave_end - s.wave_first, first_x);
+            totals.add_all(decoded, Weights::TILE, s.wave_end - s.wave_first, first_x, [] {});
         } else {
             weights.template each_tile<1>(
                 [] {}, [&](int tile, int number, auto) { totals.add(weights, tile, x, (number - s.block_first) * Tile<W>::BLOCKS, Number<1>{}); },
                 [&](auto pending) { totals.settle(pending); });
         }
         totals.join(x);
-        sums.hand_over(totals, rows.count, true, [&](int) { return destination; });
+        sums.hand_over(totals, rows().count, true, [&](int) { return destination; });
     }
-    finish_group<W, A>(a, s, rows, sums, output, s.first_group, plain);
+    finish_group<W, A>(a, s, rows(), sums, output, s.first_group, plain);
     sums.leave();
 }
 

@@ -87,7 +87,8 @@ def decode_gemm(
     if plan.one_group and plan.groups * plan.row_tiles * TILE_ROWS < n:
         raise ShapeError(f"N={n}", f"{plan} has one row group a block", "take a plan for this N")
     if plan.early:
-        if early_tiles(plan.rows, plan.depth, plan.chunk) * plan.waves_k * plan.split * TILE_K < k:
+        sharing = plan.waves_k * plan.split
+        if early_tiles(plan.rows, plan.depth, plan.chunk, sharing) * sharing * TILE_K < k:
             raise ShapeError(f"K={k}", f"{plan} holds less", "take a plan for this K")
         if plan.rows >= EARLY_PREPARED and plan.share != RESIDENT:
             raise ShapeError(f"{plan.rows} rows of x", f"{plan} quantizes them in every block", "have them prepared")

@@ -102,17 +102,17 @@ _WANTED_EARLY: dict[tuple[str, int], tuple[Shape | None, ...]] = {
     ("row_e2m1", 4): ((8, 1, 8, 4, 3), (8, 1, 4, 2, 6), (8, 1, 12, 2, 4), (2, 1, 12, 4, 4), (2, 1, 8, 4, 3)),
     ("row_e2m1", 8): ((8, 1, 16, 2, 6), (8, 1, 8, 4, 3), (4, 1, 12, 2, 8), (2, 1, 12, 4, 4), (2, 1, 8, 4, 3)),
     ("row_e2m1", 16): ((8, 1, 16, 2, 6), (8, 1, 16, 2, 6), (2, 2, 4, 4, 4, -1), (2, 1, 12, 4, 4), (2, 1, 12, 4, 3)),
-    ("row_e2m1", 32): ((8, 1, 4, 1, 12), (8, 1, 12, 1, 12), None, (1, 4, 4, 1, 8), (1, 2, 4, 1, 12)),
-    ("row_e2m1", 64): ((8, 1, 4, 1, 12), (8, 1, 12, 1, 12), None, None, (1, 2, 4, 1, 12)),
-    ("row_e4m3", 2): ((8, 2, 4, 2, 3), (8, 1, 8, 4, 3), (8, 1, 8, 1, 8), (4, 1, 8, 4, 2), (2, 1, 16, 1, 12)),
+    ("row_e2m1", 32): ((8, 1, 4, 1, 12), (8, 1, 12, 1, 12), None, (4, 1, 4, 1, 8), (2, 1, 4, 1, 12)),
+    ("row_e2m1", 64): ((8, 1, 4, 4, 3), (8, 1, 12, 1, 12), None, (4, 1, 4, 4, 2), (2, 1, 4, 2, 6)),
+    ("row_e4m3", 2): ((8, 2, 4, 2, 3), (8, 1, 8, 4, 3), (8, 1, 8, 1, 8), (4, 1, 8, 2, 4), (2, 1, 16, 1, 12)),
     ("row_e4m3", 4): ((8, 1, 4, 2, 6), (8, 1, 8, 4, 3), (8, 1, 12, 1, 8), (2, 2, 4, 4, 2), (2, 1, 16, 1, 12)),
     ("row_e4m3", 8): ((8, 1, 12, 1, 12), (8, 1, 16, 4, 3), (4, 1, 12, 2, 8), (2, 2, 4, 4, 2), (2, 1, 16, 2, 6)),
     ("row_e4m3", 16): ((8, 1, 16, 1, 12), (8, 1, 16, 4, 3), (4, 1, 12, 2, 8), (2, 2, 8, 4, 2), (2, 1, 16, 1, 12)),
-    ("row_e4m3", 32): ((8, 1, 4, 4, 3), (8, 1, 12, 4, 3), None, (1, 4, 4, 4, 2), (1, 2, 4, 4, 3)),
-    ("row_e4m3", 64): ((8, 1, 4, 4, 3), (8, 1, 12, 4, 3), None, None, (1, 2, 4, 4, 3)),
+    ("row_e4m3", 32): ((8, 1, 4, 4, 3), (8, 1, 12, 4, 3), None, (4, 1, 4, 4, 2), (2, 1, 4, 4, 3)),
+    ("row_e4m3", 64): ((8, 1, 4, 4, 3), (8, 1, 12, 4, 3), None, (4, 1, 4, 4, 2), (2, 1, 4, 4, 3)),
 }
 """The same of plans with waves of their own for x, which are preferred where there are any, but for None. Of up to 150
-plans each."""
+plans each; of 32 and 64 rows, of all for 15 shapes on an H200 (docs/measured/decode_first_h200.json)."""
 
 
 _WANTED_EVEN: dict[tuple[str, int], tuple[float, int, int, int, int]] = {
@@ -131,9 +131,10 @@ _WANTED_EVEN_LARGE: dict[tuple[str, int], tuple[float, int, int, int, int]] = {
     ("row_e2m1", 2): (0.9, 16, 2, 6, 0),
     ("row_e2m1", 4): (0.9, 16, 4, 4, -1),
     ("row_e2m1", 8): (0.9, 16, 4, 4, -1),
-    ("row_e2m1", 16): (0.9, 16, 2, 8, -1),
+    ("row_e2m1", 16): (0.9, 16, 3, 8, 1),
     ("row_e2m1", 32): (0.9, 16, 3, 8, 1),
     ("row_e2m1", 64): (0.9, 16, 2, 8, 1),
+    ("row_e4m3", 16): (0.9, 16, 2, 6, 1),
     ("row_e4m3", 32): (0.9, 16, 2, 8, 1),
     ("row_e4m3", 64): (0.9, 16, 3, 4, 1),
 }
@@ -182,16 +183,36 @@ def _even_in_pairs(row_tiles: int, cu_count: int) -> bool:
 
 def _beside(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int) -> Shape | None:
     """What is wanted of plans with waves for x where a launch leaves half of the multiprocessors to the next, whose
-    weights arrive there while this one multiplies: e4m3 of K from 1536 to 2048, as measured on an H200
-    (docs/decode_log.md). Of one or two rows beyond 1536 less is gained so than lost where no launch overlaps."""
-    if kind != "row_e4m3" or m > 16 or not 24 <= tiles <= (24 if m <= 2 else 32):
+    weights arrive there while this one multiplies: e4m3 of K from 1536 to 2048, of more than 16 rows from 1024 to 1536,
+    as measured on an H200 (docs/decode_log.md). Of one or two rows beyond 1536 less is gained so than lost where no
+    launch overlaps."""
+    least, most = (16, 24) if m > 16 else (24, 24 if m <= 2 else 32)
+    if kind != "row_e4m3" or m > 32 or not least <= tiles <= most:
         return None
     held = -(-tiles // 2)  # by a wave; twelve waves hold sixteen beside as many rows of x, sixteen hold twelve
-    choices, depth = ((8, 12, 16), 1) if held == 12 else ((12,), 4)
+    choices, depth = ((8, 12, 16), 1) if held == 12 and m <= 16 else ((12,), 4)
     for waves_n in choices:
         if cu_count // 3 < 2 * -(-row_tiles // waves_n) <= cu_count // 2:
             return (2, 1, waves_n, depth, -(-held // depth))
     return None
+
+
+_WANTED_EARLY_3072: dict[str, Shape] = {"row_e2m1": (4, 1, 12, 1, 12), "row_e4m3": (4, 1, 12, 4, 3)}
+_WANTED_EARLY_FEW: Shape = (4, 1, 8, 2, 4)
+"""Likewise of 32 and 64 rows with K from 3072 to 4095, and of 64 with K from 2048 to 3071 and three row tiles or fewer
+to two multiprocessors."""
+
+
+def _wanted_early(kind: str, m: int, most: int, tiles: int, row_tiles: int, cu_count: int) -> Shape | None:
+    """What is wanted of plans with waves for x; None where others are preferred."""
+    if beside := _beside(kind, m, tiles, row_tiles, cu_count):
+        return beside
+    if most >= EARLY_PREPARED and 48 <= tiles < 64:
+        return _WANTED_EARLY_3072[kind]
+    if most == 64 and 32 <= tiles < 48 and 2 * row_tiles <= 3 * cu_count:
+        return _WANTED_EARLY_FEW
+    by_k = (0 if row_tiles <= cu_count else 1) if tiles >= 96 else 2 if tiles >= 64 else 3 if tiles >= 32 else 4
+    return _WANTED_EARLY[kind, most][by_k]
 
 
 class Wanted(NamedTuple):
@@ -214,8 +235,7 @@ def wanted_of(kind: str, m: int, tiles: int, row_tiles: int, cu_count: int, *, e
     """What is wanted; with waves for x, and blocks that are pairs, only if there are such plans: `early`, `paired`."""
     most = next(most for most in (1, 2, 4, 8, 16, 32, 64) if m <= most and (kind, most) in _WANTED)
     which = 3 if tiles < 64 else 1 if row_tiles <= cu_count else 2
-    by_k = which - 1 if tiles >= 96 else 2 if tiles >= 64 else 3 if tiles >= 32 else 4
-    if early and (in_time := _beside(kind, m, tiles, row_tiles, cu_count) or _WANTED_EARLY[kind, most][by_k]):
+    if early and (in_time := _wanted_early(kind, m, most, tiles, row_tiles, cu_count)):
         return Wanted(in_time, early=True)
     if paired and is_large(row_tiles, cu_count) and _even_in_pairs(row_tiles, cu_count):
         return Wanted(_WANTED_PAIR, paired=True)

@@ -59,7 +59,7 @@ class Driver(ABC):
         """The driver's name and sentence for a status code."""
 
     def allow_lds(self, function: c_void_p, device: int) -> None:  # noqa: B027
-        """Let a function take as much dynamic LDS as the device has; HIP needs no leave for that."""
+        """Let a function take as much dynamic LDS as the device has, beside others; HIP needs no leave for that."""
 
     def load(self, image: bytes, what: str) -> int:
         """Load a code object on the current device. Returns the module. Raises DriverError."""
@@ -104,6 +104,8 @@ class _LaunchAttribute(ctypes.Structure):
 
 
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
+_SHARED_MEMORY_CARVEOUT = 9
+"""CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT."""
 
 _LAUNCH_CONFIG = struct.Struct("@7IPPI0P")
 """CUlaunchConfig: grid, block, LDS; stream; attributes and their number."""
@@ -175,11 +177,16 @@ class CudaDriver(Driver):
             self.check(self._set_current(previous), "cuCtxSetCurrent")
 
     def allow_lds(self, function: c_void_p, device: int) -> None:
-        """Beyond 48 KiB a function must be allowed its dynamic shared memory."""
+        """Beyond 48 KiB a function must be allowed its dynamic shared memory.
+
+        And a multiprocessor's memory stays divided into cache and shared memory as its first block wanted it until none
+        runs there any more: blocks that want little would keep those of the next launch out, which want nearly all.
+        """
         static = c_int()
         self.check(self._get_function(byref(static), 1, function), "cuFuncGetAttribute")
         most = self._device_attribute(device, 97)  # MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
         self.check(self._set_function(function, 8, most - static.value), "cuFuncSetAttribute")
+        self.check(self._set_function(function, _SHARED_MEMORY_CARVEOUT, 100), "cuFuncSetAttribute")  # percent
 
     def describe(self, code: int) -> tuple[str, str]:
         """From cuGetErrorName and cuGetErrorString."""

@@ -98,13 +98,26 @@ EARLY_PREPARED, MOST_ADDED = 32, 12
 wave, at most, then: what the matrix unit adds up (`Totals::add_all`)."""
 
 
-def early_tiles(rows: int, depth: int, chunk: int) -> int:
-    """Tiles of a wave, at most, that a plan with waves for x takes."""
-    return min(depth * chunk, MOST_ADDED) if rows >= EARLY_PREPARED else depth * chunk
+def early_tiles(rows: int, depth: int, chunk: int, shared_by: int) -> int:
+    """Tiles of a wave, at most, that a plan with waves for x takes where so many waves and blocks share K. What four
+    waves send of their sums, of 64 rows, lies where two of their tiles did."""
+    if rows >= EARLY_PREPARED:
+        return min(depth * chunk, MOST_ADDED) if depth * chunk * 32 >= rows or shared_by == 1 else 0
+    return depth * chunk
+
+
+def _whole_lines(nbytes: int) -> int:
+    return -(-nbytes // 128) * 128
+
+
+def _ring(w: DecodeWeights, rows: int, depth: int, chunk: int) -> int:
+    """Bytes of a wave's ring: `Stream::bytes`."""
+    used = depth * chunk * w.tile_bytes
+    return _whole_lines(used) if w.kind == "row_e2m1" and rows < 64 else used
 
 
 def _barriers(of_rings: int) -> int:
-    return -(-(OWN_BARRIERS + of_rings) * 8 // 128) * 128
+    return _whole_lines((OWN_BARRIERS + of_rings) * 8)
 
 
 def lds_bytes(
@@ -125,7 +138,7 @@ def lds_bytes(
     of_rows = 4 * waves_n * TILE_ROWS  # bytes of a column of sums
     barriers = _barriers(waves * depth)
     held = waves * depth * chunk
-    ring = held * (TILE_ROWS * TILE_K if early else w.tile_bytes)
+    ring = held * TILE_ROWS * TILE_K if early else waves * _ring(w, rows, depth, chunk)
     if w.x_bytes == 1:
         activations = 1024 + most * rows * TILE_K + 8 * rows
     elif rows < w.wide_from:
@@ -147,8 +160,9 @@ def prepared_lds(
     partial sums: of waves, which use the rings again, and of blocks; or those of rows that a pair has in common."""
     of_rows = 4 * waves_n * TILE_ROWS
     barriers = _barriers((2 + waves_k * waves_n) * depth)
-    rings = 1024 + depth * waves_k * chunk * (w.tile_k * w.x_bytes * rows + waves_n * w.tile_bytes)
-    used = rings + (4 * rows if w.x_bytes == 1 else 0)
+    of_x = depth * waves_k * chunk * w.tile_k * w.x_bytes * rows
+    rings = 1024 + of_x + waves_k * waves_n * _ring(w, rows, depth, chunk)
+    used = rings + (_whole_lines(4 * rows) if w.x_bytes == 1 else 0)
     if split * waves_k == 1:
         return barriers + used + 2 * of_rows + (4 * (COMMON // 2 * TILE_ROWS) * rows if paired else 0)
     return barriers + max(used, waves_k * of_rows * rows) + 2 * of_rows // split + (of_rows * rows if split > 1 else 0)

@@ -70,6 +70,18 @@ def test_waves_that_have_all_of_k(device, scheme):
             assert reference.check(partial(launch, gpu, problem, 0, plan=plan), plan) < 1e-3
 
 
+def check_rounded(gpu, problem, reference, plan):
+    """bf16 with nothing fused behind goes a way of its own: the same sums, rounded, in rows that lie apart."""
+    m, n = reference.want.shape
+    exact = torch.full((m, n), torch.nan, device="cuda")
+    around = torch.full((m, n + 24), torch.nan, dtype=torch.bfloat16, device="cuda")
+    for y in (exact, around[:, 8 : 8 + n]):
+        launch(gpu, problem, 0, reference.x, y, plan)
+    assert torch.equal(around[:, 8 : 8 + n], exact.bfloat16())
+    assert around[:, :8].isnan().all()
+    assert around[:, 8 + n :].isnan().all()
+
+
 @pytest.mark.parametrize("scheme", ["w4a8", "mxfp4", "mxfp8"])
 def test_every_entry_point(device, scheme):
     """Those that plans of a few random shapes launch: all there are."""
@@ -83,6 +95,7 @@ def test_every_entry_point(device, scheme):
         for found in by_name.values():
             plan = dice.choice(found)
             assert reference.check(partial(launch, gpu, problem, 0, plan=plan), plan) < 1e-3
+            check_rounded(gpu, problem, reference, plan)
         seen |= by_name.keys()
     names = {e.name for e in find(f"decode_{scheme}_m8", "sm_90")[0].entry_points}
     assert seen == names - {f"prepare_{scheme}"}

@@ -19,8 +19,8 @@ def chosen(scheme: str, k: int, n: int, m: int, cu_count: int = 132) -> KernelCh
     [
         ("mxfp8", 2048, 6144, 64, 8), ("mxfp8", 1536, 6144, 33, 8), ("mxfp8", 4096, 6144, 32, 8),
         ("mxfp8", 4096, 4096, 64, 8), ("mxfp8", 3072, 8192, 64, 8), ("mxfp8", 4096, 24576, 32, 6),
-        ("w4a8", 2048, 6144, 64, 10), ("w4a8", 1536, 6144, 48, 10), ("mxfp4", 3072, 8192, 64, 10),
-        ("w4a8", 2048, 4096, 64, 10), ("w4a8", 4096, 24576, 4, 6), ("w4a8", 2048, 24576, 32, 6),
+        ("w4a8", 2048, 6144, 64, 10), ("w4a8", 1536, 8192, 48, 10), ("mxfp4", 3072, 8192, 64, 10),
+        ("w4a8", 3072, 6144, 64, 10), ("w4a8", 4096, 24576, 4, 6), ("w4a8", 2048, 24576, 32, 6),
     ],
 )  # fmt: skip
 def test_tiles_have_the_stages_that_measured_best(scheme: str, k: int, n: int, m: int, stages: int) -> None:
@@ -34,6 +34,8 @@ def test_tiles_have_the_stages_that_measured_best(scheme: str, k: int, n: int, m
     [
         ("w4a8", 4096, 6144, 64), ("w4a8", 4096, 4096, 64), ("w4a8", 3072, 8192, 32), ("w4a8", 2048, 6144, 32),
         ("w4a8", 6144, 2304, 64), ("w4a8", 8192, 28672, 64), ("mxfp8", 6144, 2304, 64), ("mxfp8", 2048, 6144, 16),
+        ("w4a8", 1536, 6144, 48), ("w4a8", 3072, 4096, 64), ("w4a8", 2048, 5120, 64), ("mxfp8", 1536, 8192, 32),
+        ("mxfp8", 2048, 4096, 64), ("mxfp8", 1024, 6144, 17),
     ],
 )  # fmt: skip
 def test_decode_kernels_keep_what_they_measured_best(scheme: str, k: int, n: int, m: int) -> None:

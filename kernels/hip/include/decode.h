@@ -17,7 +17,9 @@ constexpr DEVICE bool is_wide(Weight w, int rows) { return TARGET_SM90 && (rows 
 /// A block's shared memory begins with barriers: of its sums, on sm_90 of pieces of x, and then of rings.
 constexpr int X_PIECES = TARGET_SM90 ? 4 : 0, OWN_BARRIERS = 1 + X_PIECES;
 DEVICE uint64_t* own_barriers() { return reinterpret_cast<uint64_t*>(dynamic_lds()); }
-constexpr DEVICE int barrier_bytes(int of_rings) { return ceil_div((OWN_BARRIERS + of_rings) * 8, 128) * 128; }
+/// So many bytes, up to the end of a line of shared memory.
+constexpr DEVICE int whole_lines(int bytes) { return ceil_div(bytes, 128) * 128; }
+constexpr DEVICE int barrier_bytes(int of_rings) { return whole_lines((OWN_BARRIERS + of_rings) * 8); }
 
 constexpr int TILE_ROWS = 16;  // rows of weights that a wave takes together: one side of the matrix unit, everywhere
 
@@ -70,6 +72,12 @@ DEVICE int anew(int value) {
     return value;
 }
 
+/// `value`, of which the compiler knows that it is not negative.
+DEVICE int counted(int value) {
+    __builtin_assume(value >= 0);
+    return value;
+}
+
 /// a / b, of 0 <= a < 2^20 and b > 0. On sm_90 by the float unit, for a fraction of an integer division's instructions: (a + 1/2) / b
 /// is at least 1 / 2b from the next integer, and comes out wrong by 2^-22 of it at most.
 DEVICE int quotient(int a, int b) {
@@ -99,24 +107,36 @@ struct Share {
     int waves_n, groups;               // as in DecodeArgs
     int rank;                          // in the blocks that share K
     int tiles, row_tiles, row_groups;  // along K, along N, and of waves_n row tiles
-    int first_group;
+    int first_group, row_block = 0;    // the latter of x, where `one_group`
     int block_first, block_tiles;      // K of this block in tiles ...
     int wave_first, wave_end;          // ... and of this wave,
     int wave_step;                     // which takes chunks so far apart
 
-    DEVICE Share(const DecodeArgs& a, int tile_k, int rank) : rank(rank) {
+    /// `one_group`: every block has one row group, and `split` blocks are a cluster. In few instructions then, as each that a block begins with is
+    /// fetched, and waited for, before it asks for its weights.
+    DEVICE Share(const DecodeArgs& a, int tile_k, int rank, bool one_group = false) : rank(rank) {
         threads = a.waves_k * a.waves_n * WAVE;
         waves_n = opaque(a.waves_n), groups = opaque(a.groups);
-        wave_k = quotient(wave_index(), a.waves_n), wave_n = remainder_of(wave_index(), a.waves_n);
+        const int block = shared_by(block_index(), a.split);
+        if (one_group) {
+            const int wave = wave_index();
+            wave_k = (wave >= waves_n) + (wave >= 2 * waves_n) + (wave >= 3 * waves_n), wave_n = wave - wave_k * waves_n;
+        } else {
+            wave_k = quotient(wave_index(), a.waves_n), wave_n = remainder_of(wave_index(), a.waves_n);
+        }
         tiles = ceil_div(a.k, tile_k);
-        row_tiles = ceil_div(a.n, TILE_ROWS), row_groups = quotient(row_tiles + a.waves_n - 1, a.waves_n);
-        first_group = remainder_of(shared_by(block_index(), a.split), a.groups);
+        row_tiles = ceil_div(a.n, TILE_ROWS), row_groups = one_group ? groups : quotient(row_tiles + a.waves_n - 1, a.waves_n);
+        first_group = one_group ? block : remainder_of(block, a.groups);
+#pragma unroll 1
+        for (; one_group && first_group >= groups; row_block++) first_group -= groups;
         block_first = shared_by(tiles * rank, a.split);
         block_tiles = shared_by(tiles * (rank + 1), a.split) - block_first;
         wave_first = block_first + shared_by(block_tiles * wave_k, a.waves_k);
         wave_end = block_first + shared_by(block_tiles * (wave_k + 1), a.waves_k);
         wave_step = a.chunk;
     }
+
+    DEVICE int wave() const { return counted(wave_k * waves_n + wave_n); }
 
     /// Tiles along K of the block that has most of those that share it.
     DEVICE int most_tiles(const DecodeArgs& a) const { return shared_by(tiles + a.split - 1, a.split); }
@@ -163,8 +183,11 @@ struct Rows {
     int first, count, expert, top_k;
 
     template <int Room>
-    DEVICE static Rows of(const DecodeArgs& a) {
-        const int block = quotient(shared_by(block_index(), a.split), a.groups), first = block * Room;
+    DEVICE static Rows of(const DecodeArgs& a) { return of<Room>(a, quotient(shared_by(block_index(), a.split), a.groups)); }
+    /// Those of row block `block`.
+    template <int Room>
+    DEVICE static Rows of(const DecodeArgs& a, int block) {
+        const int first = block * Room;
         if constexpr (Grouped) {
             const bool used = lane_index() < Room && a.row_ids[first + lane_index()] < a.m;
             const int count = count_lanes(used);  // padding comes last

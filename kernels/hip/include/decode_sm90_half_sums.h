@@ -22,24 +22,32 @@ class HalfSums : public MetSums<Room> {
           halves(reinterpret_cast<uint16_t*>(rings + Base::met_bytes(a))), others(reinterpret_cast<uint16_t*>(Base::partial)),
           factors(factors), of_x(reinterpret_cast<float*>(rings + behind(a, used))) {}
 
+    /// Whether four waves that multiply together send what they have summed up while others still multiply: from where their weights were.
+    DEVICE bool by_fours() const { return a.split > 1 && a.waves_k == 1; }
+
+    /// Before sums are there, as each instruction behind that is waited for: works out where those of a thread will be.
+    DEVICE void look_at(const Output& output) {
+        const int row = output.row, in_group = first + row, four = in_group / FOUR;
+        const uint16_t* own_row = by_fours() ? of_four(four) + (in_group - four * FOUR) * Room : halves + in_group * Room;
+        looked_at = row, turn = anew(turn_of(row));
+        own = shared_address(own_row), other = shared_address(others + row * Room);
+        asm volatile("" : "+r"(own), "+r"(other));
+    }
+
     /// All threads that multiply: sums up, and tells them what was loaded ahead.
     template <typename T>
     DEVICE void hand_over(const T& totals, int columns) {
         Base::expect((a.split - 1) * owned * (Room / 2), true);
+        if (by_fours()) return hand_over_by_fours(totals);
         if (thread_index() < Room) of_x[thread_index()] = factors[thread_index()];
         everybody_has();
-        const int row_of_wave = s.wave_n * TILE_ROWS;
-        if (a.split > 1 && a.waves_k == 1) {
-            totals.each_pair(columns, [&](int row, int column, const Floats<2>& sums) { halve(row_of_wave + row, column, sums.v[0], sums.v[1]); });
-        } else {
-            float* mine = of_waves + (s.wave_k * Base::rows() + row_of_wave) * Room;
-            totals.each_pair(columns, [&](int row, int column, const auto& sums) { store_floats(mine + place(row, column), sums); });
-            if (a.split > 1) {
-                everybody_has();
-                Base::each_sum(columns, [&](int row, int column, const Floats<4>& sum) {
-                    halve(row, column, sum.v[0], sum.v[1]), halve(row, column + 2, sum.v[2], sum.v[3]);
-                });
-            }
+        float* mine = of_waves + (s.wave_k * Base::rows() + s.wave_n * TILE_ROWS) * Room;
+        totals.each_pair(columns, [&](int row, int column, const auto& sums) { store_floats(mine + place(row, column), sums); });
+        if (a.split > 1) {
+            everybody_has();
+            Base::each_sum(columns, [&](int row, int column, const Floats<4>& sum) {
+                halve(halves, row, column, sum.v[0], sum.v[1]), halve(halves, row, column + 2, sum.v[2], sum.v[3]);
+            });
         }
         Base::publish();
         if (a.split > 1) show_to_async();
@@ -52,16 +60,15 @@ class HalfSums : public MetSums<Room> {
 
     /// The finished sums of an owned row, columns `column` ... , in an order that never changes.
     DEVICE void sum(int row, int column, float (&total)[COLUMNS]) const {
-        const auto times_x = *reinterpret_cast<const Floats<4>*>(of_x + column);
+        const auto times_x = *reinterpret_cast<const Floats<4>*>((by_fours() ? factors : of_x) + column);
 #pragma unroll
         for (int c = 0; c < COLUMNS; c++) total[c] = 0;
         if (a.split > 1) {
-            const int at = place_of_half(row, column);  // owned rows are multiples of eight
-            const uint16_t* own = halves + first * Room;
+            const int at = ((row - looked_at) * Room + (column ^ turn)) * 2;  // the former is 8 or 0
 #pragma unroll 4
             for (int i = 0; i < a.split; i++) {
-                const auto four = *reinterpret_cast<const Codes*>((i == s.rank ? own : others + i * owned * Room) + at);
-                const Float2 low = floats_from_half2(four.v[0]), high = floats_from_half2(four.v[1]);
+                const auto four = load_shared((i == s.rank ? own : other + i * owned * Room * 2) + at);
+                const Float2 low = floats_from_half2(bits<uint32_t>(four.v[0])), high = floats_from_half2(bits<uint32_t>(four.v[1]));
                 total[0] += low.x, total[1] += low.y, total[2] += high.x, total[3] += high.y;
             }
 #pragma unroll
@@ -84,13 +91,53 @@ class HalfSums : public MetSums<Room> {
     DEVICE static int halves_bytes(const DecodeArgs& a) { return a.split > 1 ? a.waves_n * TILE_ROWS * Room * 2 : 0; }
 
     /// Columns of a row are turned by it, so that pairs of columns of eight rows lie in all banks.
-    DEVICE static int place_of_half(int row, int column) { return row * Room + (column ^ row % 8 / (64 / Room) * 8); }
+    DEVICE static int turn_of(int row) { return row % 8 / (64 / Room) * 8; }
+    DEVICE static int place_of_half(int row, int column) { return row * Room + (column ^ turn_of(row)); }
 
-    DEVICE void halve(int row, int column, float first, float second) const {
-        *reinterpret_cast<Half2*>(halves + place_of_half(row, column)) = half2_from_floats({first * DOWN, second * DOWN});
+    /// Two neighbours of what a lane has of eight columns, as they travel.
+    DEVICE static uint32_t half_of(const float (&sums)[4], int first) {
+        return bits<uint32_t>(half2_from_floats({sums[first] * DOWN, sums[first + 1] * DOWN}));
+    }
+
+    DEVICE static void halve(uint16_t* rows, int row, int column, float first, float second) {
+        *reinterpret_cast<Half2*>(rows + place_of_half(row, column)) = half2_from_floats({first * DOWN, second * DOWN});
+    }
+
+    static constexpr int FOUR = 4 * TILE_ROWS, WAVES_RING = 4 * TILE_ROWS * 64;  // rows of four waves, and bytes of a tile of each in their rings
+
+    /// Where four waves that multiply together had their weights.
+    DEVICE uint16_t* of_four(int four) const { return reinterpret_cast<uint16_t*>(of_waves) + four * (a.depth * a.chunk * WAVES_RING / 2); }
+
+    /// As `hand_over`. Four waves wait for nobody else before they send.
+    template <typename T>
+    DEVICE void hand_over_by_fours(const T& totals) {
+        const int four = s.wave() / 4, wave = s.wave() % 4;
+        uint16_t* const mine = of_four(four);
+        four_has(four);  // multiplied
+        const int lane = anew(counted(thread_index()) % WAVE), row = wave * TILE_ROWS + lane % 16;
+        const uint32_t to = shared_address(mine + row * Room), turn = turn_of(lane % 8), second = lane / 16 * 8;
+#pragma unroll
+        for (int set = 0; set < Room / 8; set += 2)
+            store_rows(to + ((8 * set + second) ^ turn) * 2, half_of(totals.sum[set], 0), half_of(totals.sum[set], 2), half_of(totals.sum[set + 1], 0),
+                       half_of(totals.sum[set + 1], 2));
+        show_to_async();
+        four_has(four);  // what is sent
+        const int first_row = four * FOUR;
+        for (int owner = Base::of_owner.of(first_row) + wave; owner * owned < first_row + FOUR; owner += 4) {
+            if (owner == s.rank || !elected()) continue;
+            const int from = larger(owner * owned, first_row), count = smaller((owner + 1) * owned, first_row + FOUR) - from;
+            uint16_t* to = others + (s.rank * owned + from - owner * owned) * Room;
+            bulk_send(address_in(to, owner), mine + (from - first_row) * Room, count * Room * 2, address_in(Base::barrier, owner));
+        }
+        Base::publish();
+        everybody_has();
+        Base::wait();
+        Base::ready();
     }
 
     uint16_t *const halves, *const others;
     const float* const factors;
     float* const of_x;
+    int looked_at = 0, turn = 0;  // an owned row, and by what its columns are turned
+    uint32_t own = 0, other = 0;  // where this block's halves of it are, and the cluster's first block's
 };

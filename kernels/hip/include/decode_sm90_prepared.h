@@ -91,7 +91,7 @@ class XRing {
    public:
     /// `barriers`: `depth` that say what has arrived, and `depth` for what has been read.
     DEVICE XRing(const DecodeArgs& a, const Share& s, uint8_t* lds, uint64_t* barriers)
-        : a(a), s(s), lds(matrix_aligned(lds + FACTORS)), full(barriers), empty(barriers + a.depth), factors(reinterpret_cast<float*>(lds)),
+        : a(a), s(s), lds(matrix_aligned(lds + whole_lines(FACTORS))), full(barriers), empty(barriers + a.depth), factors(reinterpret_cast<float*>(lds)),
           share(Shares ? shared_by(cluster_blocks(), a.split) : 1) {
         stages = quotient(s.block_tiles + a.waves_k * a.chunk - 1, a.waves_k * a.chunk);
         if (thread_index() != 0) return;
@@ -100,7 +100,7 @@ class XRing {
         barriers_are_ready();
     }
 
-    DEVICE static int bytes(const DecodeArgs& a) { return FACTORS + 1024 + a.depth * a.waves_k * a.chunk * XTile<W, M>::TILE_BYTES; }
+    DEVICE static int bytes(const DecodeArgs& a) { return whole_lines(FACTORS) + 1024 + a.depth * a.waves_k * a.chunk * XTile<W, M>::TILE_BYTES; }
 
     /// Once x is there, and all blocks that share it: starts fetching, what sums of rows are to be multiplied by too.
     DEVICE void begin(int row_block) {

@@ -52,8 +52,9 @@ struct Totals<W, A, M, Way::ROWS> : WideSums<M> {
 
     /// Adds `count` tiles that lie in shared memory as the matrix unit reads them, `stride` bytes apart, times `x` (`at`) from the first on; of
     /// many rows of x MOST at most, as registers do not hold other sums. The unit takes both addresses from registers of a slow kind: they
-    /// are added to, and nothing else.
-    DEVICE void add_all(LeftMatrix tiles, int stride, int count, uint32_t x) {
+    /// are added to, and nothing else. `asked()`: of many rows, when the unit has been asked for all of it.
+    template <typename Asked>
+    DEVICE void add_all(LeftMatrix tiles, int stride, int count, uint32_t x, Asked asked) {
 #pragma unroll 1
         for (int first = 0; first < count; first += MOST) {
             const auto second_half = [&] {
@@ -65,7 +66,7 @@ struct Totals<W, A, M, Way::ROWS> : WideSums<M> {
 #pragma unroll 4
             for (int t = smaller(MOST, count - first) - 1; t > 0; t--) warpgroup_matrix_e4m3<true>(tiles.low, tiles.high, x, part), second_half();
             warpgroup_commit();
-            if constexpr (M >= EARLY_PREPARED) return take();
+            if constexpr (M >= EARLY_PREPARED) return asked(), take();
             settle(Number<0>{});
         }
     }

@@ -97,10 +97,10 @@ class Stream {
     /// `lds` is this wave's part, `bytes(a)` long, and early `scales_lds` that of scales, `scale_room(a)` long. Starts fetching, if
     /// `now`: weights depend on no launch before this one.
     DEVICE Stream(const DecodeArgs& a, const Share& s, int expert, uint8_t* lds, uint64_t* barriers, uint8_t* scales_lds = nullptr, bool now = true)
-        : a(a), s(s), ring(BY_TURNS ? lds - wave_index() % 4 * (bytes(a) - ROOM) : lds), early_scales(scales_lds), barriers(barriers), expert(expert),
+        : a(a), s(s), ring(BY_TURNS ? lds - s.wave() % 4 * (bytes(a) - ROOM) : lds), early_scales(scales_lds), barriers(barriers), expert(expert),
           group(s.first_group) {
         seek();
-        if (lane_index() == 0 && group < s.row_groups) {
+        if (!Early && lane_index() == 0 && group < s.row_groups) {
 #pragma unroll 1
             for (int i = 0; i < a.depth; i++) barrier_init(barriers + i);
             barriers_are_ready();
@@ -109,15 +109,23 @@ class Stream {
         if (now) begin(Early ? at_once() : M >= 16 ? 1 : a.depth);
     }
 
+    /// Early: asks for what is asked for at first.
+    DEVICE void begin() { begin(at_once()); }
+
     /// Makes sure that the first `chunks` have been asked for. Many rows of x are asked for behind the first chunk alone: behind
     /// all of them, they would come when memory has delivered those.
     DEVICE void begin(int chunks) {
 #pragma unroll 1
         for (; begun < chunks; begun++) fetch();
+        if (Early) __syncwarp();
     }
 
     DEVICE static int scale_room(const DecodeArgs& a) { return a.depth * a.chunk * Tile<W>::SCALES; }
-    DEVICE static int bytes(const DecodeArgs& a) { return a.depth * a.chunk * ROOM + (Early ? 0 : scale_room(a)); }
+    /// Of codes with scales beside them whole lines, or copies into other waves' rings would write each to parts of two.
+    DEVICE static int bytes(const DecodeArgs& a) {
+        const int used = a.depth * a.chunk * ROOM + (Early ? 0 : scale_room(a));
+        return !Early && W == Weight::row_e2m1 && M < 64 ? whole_lines(used) : used;
+    }
 
     /// `each(t, number along K, Number of tiles)` for all tiles of the next row group, one or `Together` at a time; t is the
     /// first one's place in its chunk. `begin()` when a chunk has come. `settle`: as in `by_turns`.
@@ -172,7 +180,7 @@ class Stream {
     }
 
     /// Tile 0 of the four waves that multiply together, when all have decoded; others follow at TILE bytes.
-    DEVICE LeftMatrix decoded() const { return {ring - wave_index() % 4 * (BY_TURNS ? ROOM : bytes(a)), half()}; }
+    DEVICE LeftMatrix decoded() const { return {ring - s.wave() % 4 * (BY_TURNS ? ROOM : bytes(a)), half()}; }
 
     /// Waits for the next chunk.
     DEVICE void wait() { barrier_wait(barriers + stage, parity); }
@@ -200,7 +208,7 @@ class Stream {
         tile = s.wave_first;
         const int wanted = group * s.waves_n + s.wave_n;
         const int row_tile = is_wide(W, M) ? smaller(wanted, s.row_tiles - 1) : wanted;
-        if (row_tile >= s.row_tiles || s.wave_first >= s.wave_end) group = s.row_groups;
+        if (!Early && (row_tile >= s.row_tiles || s.wave_first >= s.wave_end)) group = s.row_groups;
         const int64_t row = static_cast<int64_t>(expert) * s.row_tiles + row_tile, from = row * s.tiles + tile;
         codes_from = a.w + from * Tile<W>::BYTES;
         scales_from = a.scales + (Tile<W>::SHORT ? row * row_scales() + tile * Tile<W>::SCALES : from * Tile<W>::SCALES);
@@ -213,25 +221,34 @@ class Stream {
         return count * Tile<W>::SCALES;
     }
 
+    /// Whether there is a chunk to fetch.
+    DEVICE bool more() const { return Early ? tile < s.wave_end : group < s.row_groups; }
+
+    /// Early, a chunk's barrier is made when that is asked for: another one's would be waited for.
+    DEVICE static void announce(uint64_t* barrier, int bytes) {
+        if (Early) barrier_init(barrier), barriers_are_ready();
+        barrier_expect(barrier, bytes);
+    }
+
     DEVICE void fetch() {
         if constexpr (BY_TURNS) {
-            if (group < s.row_groups) {
-                const int count = smaller(a.chunk, s.wave_end - tile), lane = lane_index();
+            if (more()) {
+                const int count = smaller(a.chunk, s.wave_end - tile), lane = counted(thread_index()) % WAVE;
                 uint64_t* barrier = barriers + fetch_stage;
-                if (lane == 0) barrier_expect(barrier, count * ROOM);
+                if (lane == 0) announce(barrier, count * ROOM);
                 __syncwarp();
                 if (lane < count) bulk_copy(ring + (fetch_stage * a.chunk + lane) * TILE, codes_from + lane * ROOM, ROOM, barrier);
             }
-        } else if (group < s.row_groups && elected()) {
+        } else if (more() && elected()) {
             const int count = smaller(a.chunk, s.wave_end - tile), at = fetch_stage * a.chunk;
             uint64_t* barrier = barriers + fetch_stage;
-            barrier_expect(barrier, count * Tile<W>::BYTES + scale_bytes(count));
+            announce(barrier, count * Tile<W>::BYTES + scale_bytes(count));
             bulk_copy(arriving() + at * Tile<W>::BYTES, codes_from, count * Tile<W>::BYTES, barrier);
             if (Tile<W>::SCALES > 0) bulk_copy(scales() + at * (Tile<W>::SCALES / 4), scales_from, scale_bytes(count), barrier);
         }
-        if (++fetch_stage == a.depth) fetch_stage = 0;
+        if (++fetch_stage == a.depth && !Early) fetch_stage = 0;
         tile += s.wave_step, codes_from += s.wave_step * Tile<W>::BYTES, scales_from += s.wave_step * Tile<W>::SCALES;
-        if (tile >= s.wave_end) group += s.groups, seek();
+        if (!Early && tile >= s.wave_end) group += s.groups, seek();
     }
 
     const DecodeArgs& a;

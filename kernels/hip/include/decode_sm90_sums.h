@@ -68,10 +68,11 @@ class OwnedRows {
     float my_times = 1, my_plus = 0;
 };
 
-/// Where the results of a thread go if they are bf16 with nothing fused behind them, which is known before they are; else null.
+/// Where the first results of a thread go if they are bf16 with nothing fused behind them, which is known before they are; else null.
 DEVICE uint16_t* plain_results(const DecodeArgs& a, const Share& s, int first_row, const OwnedRows& rows, const Output& output, int group) {
     if (anew(a.out) != OUT_BF16 || a.activation != NO_ACTIVATION || a.row_weights != nullptr || a.residual != nullptr) return nullptr;
-    return static_cast<uint16_t*>(a.y) + anew(first_row) * a.y_stride + group * s.waves_n * TILE_ROWS + rows.first + output.number;
+    return static_cast<uint16_t*>(a.y) + anew(first_row) * a.y_stride + group * s.waves_n * TILE_ROWS + rows.first + output.number +
+           output.first_column * a.y_stride;
 }
 
 template <int Count>
@@ -121,6 +122,16 @@ class GroupSums : public OwnedRows {
    private:
     uint32_t parity = 0;
 };
+
+/// Barriers of four waves that multiply together: of themselves; and of two fours, of which one multiplies when the other has asked the matrix
+/// unit for all of its products.
+DEVICE void four_has(int four) { asm volatile("barrier.sync %0, 128;" ::"r"(8 + four) : "memory"); }
+DEVICE void after_four_in_front(int four) {
+    if (four > 0) asm volatile("barrier.sync %0, 256;" ::"r"(1 + four) : "memory");
+}
+DEVICE void let_four_behind(int four, int fours) {
+    if (four + 1 < fours) asm volatile("barrier.arrive %0, 256;" ::"r"(2 + four) : "memory");
+}
 
 /// Of few rows of x each wave's travel by st.async: [rank][wave_k][owned row][column].
 template <int Room, int Columns = Room < 16 ? 1 : 4>

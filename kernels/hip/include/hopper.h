@@ -127,6 +127,13 @@ DEVICE void store_floats(uint32_t shared, const Floats<4>& floats) {
                  : "memory");
 }
 
+/// Eight bytes of shared memory.
+DEVICE Floats<2> load_shared(uint32_t from) {
+    Floats<2> floats;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(floats.v[0]), "=f"(floats.v[1]) : "r"(from) : "memory");
+    return floats;
+}
+
 // ---- wgmma: the four waves of a warpgroup, of consecutive indices from a multiple of four, multiply together
 
 /// 64 of K of a matrix in shared memory as wgmma's right operand, in bf16 or halves (SWIZZLED_128: rows of 128 bytes) or e4m3
@@ -140,11 +147,15 @@ constexpr uint32_t SWIZZLED_128 = 8 * 128 >> 4 | 1u << 30, SWIZZLED_64 = 8 * 64 
 /// The first address from `p` on that a matrix may have; up to 1023 bytes on.
 DEVICE uint8_t* matrix_aligned(uint8_t* p) { return p + (-shared_address(p) & 1023); }
 
+/// All lanes of a wave: four matrices of 8 x 8 of 16 bits, of each of which a lane has two neighbours of row lane / 4: row i of matrix j goes
+/// to the sixteen bytes that lane 8 j + i points `to` at.
+DEVICE void store_rows(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
 /// All lanes of a wave: four cores (`LeftMatrix`) that lie together from `to` on, of each of which a lane has four bytes of row lane / 4.
 DEVICE void store_cores(uint8_t* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(to) + lane_index() * 16), "r"(a), "r"(b),
-                 "r"(c), "r"(d)
-                 : "memory");
+    store_rows(shared_address(to) + lane_index() * 16, a, b, c, d);
 }
 
 /// All lanes of a wave: four matrices of 8 x 8 of 16 bits, of each of which a lane has two neighbours of row lane / 4, turned over: column i of
