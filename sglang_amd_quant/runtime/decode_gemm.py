@@ -11,7 +11,7 @@ from sglang_amd_quant.runtime.decode_plans import DecodePlan, entry_point, lds_o
 from sglang_amd_quant.runtime.decode_wanted import RESIDENT
 from sglang_amd_quant.runtime.launch import LaunchDescription
 from sglang_amd_quant.schemes import MX_BLOCK
-from sglang_amd_quant.selection.hopper_decode import EARLY_PREPARED, TILE_K, TILE_ROWS, early_tiles
+from sglang_amd_quant.selection.hopper_decode import EARLY_PREPARED, TILE_K, TILE_ROWS, early_sums_fit, early_tiles
 
 OUTS = {"bf16": 0, "fp16": 1, "fp32": 2}
 ACTIVATIONS = {None: 0, "silu": 1, "swigluoai": 2}
@@ -87,9 +87,10 @@ def decode_gemm(
     if plan.one_group and plan.groups * plan.row_tiles * TILE_ROWS < n:
         raise ShapeError(f"N={n}", f"{plan} has one row group a block", "take a plan for this N")
     if plan.early:
-        sharing = plan.waves_k * plan.split
-        if early_tiles(plan.rows, plan.depth, plan.chunk, sharing) * sharing * TILE_K < k:
+        if early_tiles(plan.rows, plan.depth, plan.chunk) * plan.waves_k * plan.split * TILE_K < k:
             raise ShapeError(f"K={k}", f"{plan} holds less", "take a plan for this K")
+        if not early_sums_fit(plan.rows, plan.split, plan.waves_k, plan.depth, plan.chunk):
+            raise ShapeError(f"{plan.rows} rows of x", f"{plan} has no room for their sums", "take deeper rings")
         if plan.rows >= EARLY_PREPARED and plan.share != RESIDENT:
             raise ShapeError(f"{plan.rows} rows of x", f"{plan} quantizes them in every block", "have them prepared")
     if plan.share <= 0 and (need := lds_of(scheme, plan, k)) > plan.lds:

@@ -98,12 +98,16 @@ EARLY_PREPARED, MOST_ADDED = 32, 12
 wave, at most, then: what the matrix unit adds up (`Totals::add_all`)."""
 
 
-def early_tiles(rows: int, depth: int, chunk: int, shared_by: int) -> int:
-    """Tiles of a wave, at most, that a plan with waves for x takes where so many waves and blocks share K. What four
-    waves send of their sums, of 64 rows, lies where two of their tiles did."""
-    if rows >= EARLY_PREPARED:
-        return min(depth * chunk, MOST_ADDED) if depth * chunk * 32 >= rows or shared_by == 1 else 0
-    return depth * chunk
+def early_tiles(rows: int, depth: int, chunk: int) -> int:
+    """Tiles of a wave, at most, that a plan with waves for x takes."""
+    return min(depth * chunk, MOST_ADDED) if rows >= EARLY_PREPARED else depth * chunk
+
+
+def early_sums_fit(rows: int, split: int, waves_k: int, depth: int, chunk: int) -> bool:
+    """Whether what four waves of such a plan send of their sums, as halves, finds room where their weights were:
+    `HalfSums::by_fours`."""
+    by_fours = rows >= EARLY_PREPARED and split > 1 and waves_k == 1
+    return not by_fours or rows * 2 <= depth * chunk * TILE_K
 
 
 def _whole_lines(nbytes: int) -> int:

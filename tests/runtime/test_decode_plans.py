@@ -102,7 +102,8 @@ def check(plan: DecodePlan, scheme: str, m: int, n: int, k: int, activated: bool
         if plan.rows >= EARLY_PREPARED:
             assert plan.share == RESIDENT
             assert -(-tiles // (plan.split * plan.waves_k)) <= MOST_ADDED
-            assert plan.split == 1 or plan.depth * plan.chunk * 32 >= plan.rows  # halves go where weights were
+            # sums of four waves go, as halves, where their weights were
+            assert plan.split == 1 or plan.waves_k > 1 or plan.depth * plan.chunk * TILE_K >= 2 * plan.rows
 
 
 @settings(max_examples=60)
@@ -240,6 +241,7 @@ def test_a_plan_with_waves_for_many_rows_of_x_wants_them_prepared_and_few_tiles_
     assert plan.early
     for other, k, match in (
         (replace(plan, share=0), 6144, "have them prepared"), (replace(plan, chunk=12), 12288, "holds less"),
+        (replace(plan, depth=1, chunk=1), 512, "no room for their sums"),
     ):  # fmt: skip
         x, y = torch.empty(64, k, dtype=torch.bfloat16), torch.empty(64, 1536, dtype=torch.bfloat16)
         with pytest.raises(ShapeError, match=match):
