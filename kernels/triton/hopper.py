@@ -12,7 +12,7 @@ import triton
 
 from .combine import combine
 from .hopper_moe import hopper_moe_kernel
-from .hopper_pack import HopperWeights
+from .hopper_pack import HopperWeights, x_columns
 from .overlap import overlap
 from .quant_mx import quant_mx
 from .routing import Routing, route
@@ -143,7 +143,7 @@ def hopper_gemm(
     if x_factors is None and w.x_format == "e4m3" and x.dtype != torch.bfloat16:
         raise ValueError(f"{x.dtype} without factors for weights of e4m3: the kernel quantizes bf16; quantize x before")
     ordered = w.orders_x and x_factors is not None
-    columns = -(-w.k // 64) * 64 if ordered else w.k
+    columns = x_columns(w.k) if ordered else w.k
     if x.shape[1] != columns:
         how = " in x_order" if ordered else ""
         raise ValueError(f"x {list(x.shape)} for weights with K {w.k}: takes {columns} columns{how}; use activations")

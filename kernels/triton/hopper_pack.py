@@ -140,16 +140,21 @@ def row_order(n: int, pairs: str | None) -> torch.Tensor:
     return (out * 2 + second if pairs == "interleaved" else out + second * (n // 2)).flatten()
 
 
+def x_columns(k: int) -> int:
+    """Of rows of x in `x_order`: K rounded up to 64."""
+    return -(-k // 64) * 64
+
+
 def x_order(k: int) -> torch.Tensor:
-    """Which element of a row of x is at each place, for weights that want it (`HopperWeights.orders_x`): of K rounded
-    up to 64, those from K on are zeros. Of every 64, place 16 (2 s + h) + 4 t + e has k = 16 t + 8 s + 4 h + e."""
-    return torch.arange(-(-k // 64) * 64).view(-1, 4, 4, 4).transpose(1, 2).flatten()
+    """Which element of a row of x is at each place, for weights that want it (`HopperWeights.orders_x`): of
+    `x_columns`, those from K on are zeros. Of every 64, place 16 (2 s + h) + 4 t + e has k = 16 t + 8 s + 4 h + e."""
+    return torch.arange(x_columns(k)).view(-1, 4, 4, 4).transpose(1, 2).flatten()
 
 
 def in_x_order(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of x, e4m3 [M, K], in `x_order`: [M, K rounded up to 64]; such rows in the order of K again. No host read of
+    """Rows of x, e4m3 [M, K], in `x_order`: [M, `x_columns`]; such rows in the order of K again. No host read of
     device data."""
-    padded = torch.nn.functional.pad(rows.view(torch.uint8), (0, -rows.shape[1] % 64))
+    padded = torch.nn.functional.pad(rows.view(torch.uint8), (0, x_columns(rows.shape[1]) - rows.shape[1]))
     words = padded.view(torch.int32).unflatten(1, (-1, 4, 4)).transpose(2, 3)
     return words.flatten(1).view(rows.dtype)
 

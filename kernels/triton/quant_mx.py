@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .hopper_pack import in_x_order
+from .hopper_pack import in_x_order, x_columns
 from .mx_codes import largest_bits, over_scale, power_of_two, rounded_to, scale_byte, store_codes, store_ordered
 from .overlap import begin_after_previous, overlap
 
@@ -220,7 +220,7 @@ def quant_mx(
             f"{', '.join(FRONTS)} in front; use formats.quantize_mx"
         )
     device = x.device
-    width = -(-k // 64) * 64 if ordered else k
+    width = x_columns(k) if ordered else k
     shape = (m, k // 2) if (out, element) == ("mx", "e2m1") else (m, width)
     data = torch.empty(shape, dtype=torch.bfloat16 if out == "bf16" else torch.uint8, device=device)
     scales = torch.empty(m, k // 32, dtype=torch.uint8, device=device) if out == "mx" else None

@@ -256,9 +256,8 @@ def _enumerate(w: DecodeWeights, m: int, rows: int, n: int, k: int, cu_count: in
                     as_many_rounds = -(-row_groups // -(-row_groups // groups))
                     fewer = min(groups, cu_count * 10 // 11 * resident // of_group)
                     found.append(replace(plan, groups=max(as_many_rounds, fewer), share=RESIDENT))
-            held = w.x_bytes == 1 and early_tiles(rows, depth, chunk) >= most_tiles
-            held = held and early_sums_fit(rows, split, waves_k, depth, chunk)
-            if held and not is_large(row_tiles, cu_count):
+            held = early_tiles(rows, depth, chunk) >= most_tiles and early_sums_fit(rows, split, waves_k, depth, chunk)
+            if w.x_bytes == 1 and held and not is_large(row_tiles, cu_count):
                 lds = lds_bytes(w, rows, tiles, split, waves_k, waves_n, depth, chunk, early=True)
                 x_waves = -(-min(m, rows) // (rows // MOST_X_WAVES))  # a row each, or two
                 plan = DecodePlan(rows, split, waves_k, waves_n, row_groups, depth, chunk, lds, x_waves=x_waves)

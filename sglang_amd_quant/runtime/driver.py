@@ -104,8 +104,7 @@ class _LaunchAttribute(ctypes.Structure):
 
 
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
-_SHARED_MEMORY_CARVEOUT = 9
-"""CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT."""
+_MAX_DYNAMIC_SHARED_SIZE_BYTES, _PREFERRED_SHARED_MEMORY_CARVEOUT = 8, 9
 
 _LAUNCH_CONFIG = struct.Struct("@7IPPI0P")
 """CUlaunchConfig: grid, block, LDS; stream; attributes and their number."""
@@ -185,8 +184,12 @@ class CudaDriver(Driver):
         static = c_int()
         self.check(self._get_function(byref(static), 1, function), "cuFuncGetAttribute")
         most = self._device_attribute(device, 97)  # MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        self.check(self._set_function(function, 8, most - static.value), "cuFuncSetAttribute")
-        self.check(self._set_function(function, _SHARED_MEMORY_CARVEOUT, 100), "cuFuncSetAttribute")  # percent
+        self.check(
+            self._set_function(function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, most - static.value), "cuFuncSetAttribute"
+        )
+        self.check(
+            self._set_function(function, _PREFERRED_SHARED_MEMORY_CARVEOUT, 100), "cuFuncSetAttribute"
+        )  # percent
 
     def describe(self, code: int) -> tuple[str, str]:
         """From cuGetErrorName and cuGetErrorString."""

@@ -21,9 +21,12 @@ from sglang_amd_quant.kernels.hip.manifest import (
     PAIRED_M,
     QUANTIZED_M,
 )
+from sglang_amd_quant.layouts.names import round_up
 from sglang_amd_quant.schemes import MX_BLOCK
 
 TILE_ROWS, TILE_K = 16, 64
+LINE = 128
+"""Bytes of a line of shared memory."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +113,14 @@ def early_sums_fit(rows: int, split: int, waves_k: int, depth: int, chunk: int) 
     return not by_fours or rows * 2 <= depth * chunk * TILE_K
 
 
-def _whole_lines(nbytes: int) -> int:
-    return -(-nbytes // 128) * 128
-
-
 def _ring(w: DecodeWeights, rows: int, depth: int, chunk: int) -> int:
     """Bytes of a wave's ring: `Stream::bytes`."""
     used = depth * chunk * w.tile_bytes
-    return _whole_lines(used) if w.kind == "row_e2m1" and rows < 64 else used
+    return round_up(used, LINE) if w.kind == "row_e2m1" and rows < 64 else used
 
 
 def _barriers(of_rings: int) -> int:
-    return _whole_lines((OWN_BARRIERS + of_rings) * 8)
+    return round_up((OWN_BARRIERS + of_rings) * 8, LINE)
 
 
 def lds_bytes(
@@ -166,7 +165,7 @@ def prepared_lds(
     barriers = _barriers((2 + waves_k * waves_n) * depth)
     of_x = depth * waves_k * chunk * w.tile_k * w.x_bytes * rows
     rings = 1024 + of_x + waves_k * waves_n * _ring(w, rows, depth, chunk)
-    used = rings + (_whole_lines(4 * rows) if w.x_bytes == 1 else 0)
+    used = rings + (round_up(4 * rows, LINE) if w.x_bytes == 1 else 0)
     if split * waves_k == 1:
         return barriers + used + 2 * of_rows + (4 * (COMMON // 2 * TILE_ROWS) * rows if paired else 0)
     return barriers + max(used, waves_k * of_rows * rows) + 2 * of_rows // split + (of_rows * rows if split > 1 else 0)

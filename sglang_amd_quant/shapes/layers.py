@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from sglang_amd_quant.errors import ShapeError
+from sglang_amd_quant.layouts.names import round_up
 
 
 class Split(StrEnum):
@@ -139,8 +140,3 @@ class Experts:
 
 
 Layer = Linear | Experts
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple that is not below value."""
-    return -(-value // multiple) * multiple

@@ -12,11 +12,12 @@ from functools import lru_cache
 from math import prod
 
 from sglang_amd_quant.errors import RecipeError, ShapeError
+from sglang_amd_quant.layouts.names import round_up
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.schemes import BF16, MX_BLOCK, SCHEMES, Scheme
 from sglang_amd_quant.schemes import scheme as scheme_named
 from sglang_amd_quant.shapes.facts import ModelFacts
-from sglang_amd_quant.shapes.layers import Experts, Fuse, Linear, round_up
+from sglang_amd_quant.shapes.layers import Experts, Fuse, Linear
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,13 @@ struct launch {
 
 static struct launch last;
 static char failing[64];
-static int status, current, loads, image_bytes_seen, attribute_set, carveout_set;
+static int status, current, loads, image_bytes_seen, attributes[16];
 static char text[64];
 
 struct launch *fake_last(void) { return &last; }
 void fake_fail(const char *call, int code) { snprintf(failing, sizeof failing, "%s", call), status = code; }
 int fake_loads(void) { return loads; }
-int fake_attribute(void) { return attribute_set; }
-int fake_carveout(void) { return carveout_set; }
+int fake_attribute(int which) { return attributes[which]; }
 int fake_current(void) { return current; }
 void fake_set_current(int device) { current = device; }
 
@@ -74,7 +73,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     return 0;
 }
 int cuFuncGetAttribute(int *value, int attribute, handle f) { (void)f; *value = attribute == 1 ? 1024 : -1; return 0; }
-int cuFuncSetAttribute(handle f, int attribute, int value) { (void)f; *(attribute == 8 ? &attribute_set : &carveout_set) = attribute == 8 || attribute == 9 ? value : -1; return 0; }
+int cuFuncSetAttribute(handle f, int attribute, int value) { (void)f; attributes[attribute] = value; return 0; }
 int cuModuleLoadData(handle *module, const char *image) { return load("cuModuleLoadData", module, image); }
 int cuModuleGetFunction(handle *f, handle module, const char *name) { return find("cuModuleGetFunction", f, module, name); }
 struct attribute { int id, pad; uint32_t value[16]; };

@@ -46,7 +46,7 @@ class HalfSums : public MetSums<Room> {
         if (a.split > 1) {
             everybody_has();
             Base::each_sum(columns, [&](int row, int column, const Floats<4>& sum) {
-                halve(halves, row, column, sum.v[0], sum.v[1]), halve(halves, row, column + 2, sum.v[2], sum.v[3]);
+                halve(row, column, sum.v[0], sum.v[1]), halve(row, column + 2, sum.v[2], sum.v[3]);
             });
         }
         Base::publish();
@@ -92,15 +92,12 @@ class HalfSums : public MetSums<Room> {
 
     /// Columns of a row are turned by it, so that pairs of columns of eight rows lie in all banks.
     DEVICE static int turn_of(int row) { return row % 8 / (64 / Room) * 8; }
-    DEVICE static int place_of_half(int row, int column) { return row * Room + (column ^ turn_of(row)); }
 
-    /// Two neighbours of what a lane has of eight columns, as they travel.
-    DEVICE static uint32_t half_of(const float (&sums)[4], int first) {
-        return bits<uint32_t>(half2_from_floats({sums[first] * DOWN, sums[first + 1] * DOWN}));
-    }
+    /// Sums of two neighbouring columns, as they travel.
+    DEVICE static uint32_t halved(float first, float second) { return bits<uint32_t>(half2_from_floats({first * DOWN, second * DOWN})); }
 
-    DEVICE static void halve(uint16_t* rows, int row, int column, float first, float second) {
-        *reinterpret_cast<Half2*>(rows + place_of_half(row, column)) = half2_from_floats({first * DOWN, second * DOWN});
+    DEVICE void halve(int row, int column, float first, float second) const {
+        *reinterpret_cast<uint32_t*>(halves + row * Room + (column ^ turn_of(row))) = halved(first, second);
     }
 
     static constexpr int FOUR = 4 * TILE_ROWS, WAVES_RING = 4 * TILE_ROWS * 64;  // rows of four waves, and bytes of a tile of each in their rings
@@ -117,9 +114,11 @@ class HalfSums : public MetSums<Room> {
         const int lane = anew(counted(thread_index()) % WAVE), row = wave * TILE_ROWS + lane % 16;
         const uint32_t to = shared_address(mine + row * Room), turn = turn_of(lane % 8), second = lane / 16 * 8;
 #pragma unroll
-        for (int set = 0; set < Room / 8; set += 2)
-            store_rows(to + ((8 * set + second) ^ turn) * 2, half_of(totals.sum[set], 0), half_of(totals.sum[set], 2), half_of(totals.sum[set + 1], 0),
-                       half_of(totals.sum[set + 1], 2));
+        for (int set = 0; set < Room / 8; set += 2) {
+            const auto &low = totals.sum[set], &high = totals.sum[set + 1];
+            store_rows(to + ((8 * set + second) ^ turn) * 2, halved(low[0], low[1]), halved(low[2], low[3]), halved(high[0], high[1]),
+                       halved(high[2], high[3]));
+        }
         show_to_async();
         four_has(four);  // what is sent
         const int first_row = four * FOUR;
