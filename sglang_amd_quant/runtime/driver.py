@@ -184,12 +184,11 @@ class CudaDriver(Driver):
         static = c_int()
         self.check(self._get_function(byref(static), 1, function), "cuFuncGetAttribute")
         most = self._device_attribute(device, 97)  # MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        self.check(
-            self._set_function(function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, most - static.value), "cuFuncSetAttribute"
-        )
-        self.check(
-            self._set_function(function, _PREFERRED_SHARED_MEMORY_CARVEOUT, 100), "cuFuncSetAttribute"
-        )  # percent
+        for attribute, value in (
+            (_MAX_DYNAMIC_SHARED_SIZE_BYTES, most - static.value),
+            (_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),  # percent
+        ):
+            self.check(self._set_function(function, attribute, value), "cuFuncSetAttribute")
 
     def describe(self, code: int) -> tuple[str, str]:
         """From cuGetErrorName and cuGetErrorString."""
