@@ -93,11 +93,12 @@ def test_as_loaded(device_linear, needs, scheme, n, k, biased):
     needs("hip_decode_e4m3")
     plain = device_linear(scheme, n, k)
     layer, bias = as_loaded(plain), torch.randn(n, device="cuda").bfloat16() if biased else None
-    assert layer.weight.layout.name == ("hopper_bf16" if scheme == "w4a16" else "hopper_e4m3")
-    for m in (1, 2, 3, 5, 8, 13, 16, 31, 32, 33, 64, 300):
-        most = 64 if scheme != "w4a16" or k >= 4096 > n else 32
-        tiles = scheme != "w4a16" and n >= 6144 and 16 < m <= (64 if scheme == "mxfp8" else 32)
-        assert kernel_of(layer, m).startswith("hip_decode") == (m <= most and not tiles)
+    packed_for = "bf16" if scheme == "w4a16" else "e4m3"
+    assert layer.weight.layout.name == f"hopper_{packed_for}"
+    decode, tiles = "hip_decode" if scheme == "w4a16" else "hip_decode_e4m3", f"triton_hopper_{packed_for}"
+    rows = (1, 2, 3, 5, 8, 13, 16, 31, 32, 33, 64, 300)
+    assert {kernel_of(layer, m) for m in rows} == {decode, tiles}
+    for m in rows:
         for x in (
             torch.randn(m, k, device="cuda").bfloat16(),
             torch.randn(m, k + 9, device="cuda").bfloat16()[:, 3:-6],

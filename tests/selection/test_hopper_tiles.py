@@ -42,6 +42,20 @@ def test_decode_kernels_keep_what_they_measured_best(scheme: str, k: int, n: int
     assert chosen(scheme, k, n, m).kernel == DECODE
 
 
+@pytest.mark.parametrize(
+    ("k", "n", "most"), [(6144, 1536, 64), (2048, 6144, 64), (4096, 24576, 64), (1536, 6144, 32), (1536, 12288, 16),
+                         (1536, 28672, 8), (8192, 28672, 8)],
+)  # fmt: skip
+def test_bf16_activations_have_decode_kernels_up_to_so_many_rows(k: int, n: int, most: int) -> None:
+    """`_SM90_DECODE`: layers of 2048 of K and more up to 64, others, and the widest of 8192, up to fewer."""
+    selector = Selector(available=frozenset({"hip_decode", "triton_hopper_bf16"}))
+    kernels = [
+        selector.decide(GemmProblem("linear", "w4a16", "sm_90", m, n, k, 132, layout="hopper_bf16")).kernel
+        for m in range(1, 101)
+    ]
+    assert kernels == ["hip_decode"] * most + ["triton_hopper_bf16"] * (100 - most)
+
+
 def test_deep_tiles_are_for_as_many_blocks_as_multiprocessors() -> None:
     """Of more blocks two find a place on one, which stages of this depth leave none."""
     assert chosen("mxfp8", 2048, 64 * 132, 64).config.num_stages == 8
