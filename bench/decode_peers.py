@@ -5,7 +5,9 @@ from __future__ import annotations
 import bench.source_tree  # noqa: F401
 
 # isort: split
-from collections.abc import Callable
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,6 @@ import torch
 from bench.decode_ours import IN_A_GRAPH
 from bench.decode_problem import Problem
 from bench.timing import graph_us
-from sglang_amd_quant import formats
 from sglang_amd_quant.formats import nibbles
 from sglang_amd_quant.formats.int4 import ZERO
 from sglang_amd_quant.tensor import MxTensor
@@ -70,18 +71,62 @@ def _gemlite(name: str, weight: MxTensor, dtype: torch.dtype) -> Run:
     return getattr(helper, name)(device="cuda:0", dtype=dtype).from_weights(codes, **shared)
 
 
-def _stock_triton(x_format: str, weight: MxTensor, dtype: torch.dtype) -> Run:
-    """`tl.dot` on dequantized tiles of 64 x 128 x 128 with 8 warps: the untuned baseline of aiter #3783."""
-    from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig, mx_gemm
+def _triton(tile: Callable[[torch.Tensor, MxTensor, torch.dtype], Any], weight: MxTensor, dtype: torch.dtype) -> Run:
+    """Our Triton GEMM of MX weights as they are stored, dequantized to bf16 tile by tile."""
+    return lambda x: _mx_gemm(x, weight, dtype, tile(x, weight, dtype))
 
-    config = MxGemmConfig(64, 128, 128, num_warps=8, num_stages=2)
 
-    def run(x: torch.Tensor) -> torch.Tensor:
-        codes, x_scales = (x, None) if x_format == "bf16" else formats.quantize_mx(x, x_format)
-        y = torch.empty(x.shape[0], weight.n, dtype=dtype, device="cuda")
-        return mx_gemm(codes, x_scales, weight.data, weight.scales, y, config, "sm_90")
+def _mx_gemm(x: torch.Tensor, weight: MxTensor, dtype: torch.dtype, tile: Any) -> torch.Tensor:
+    from sglang_amd_quant.kernels.triton.mx_gemm import mx_gemm
 
-    return run
+    y = torch.empty(x.shape[0], weight.n, dtype=dtype, device="cuda")
+    return mx_gemm(x, None, weight.data, weight.scales, y, tile, "sm_90")
+
+
+def _stock(*_: object) -> Any:
+    """The untuned baseline of aiter #3783."""
+    from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig
+
+    return MxGemmConfig(64, 128, 128, num_warps=8, num_stages=2)
+
+
+def _tiles(m: int) -> Iterator[Any]:
+    """24 that are as high as M, up to 64 rows."""
+    import triton
+    from sglang_amd_quant.kernels.triton.mx_gemm import MxGemmConfig
+
+    rows = min(64, max(16, triton.next_power_of_2(m)))
+    for columns, block_k, warps, stages in itertools.product((32, 64, 128), (128, 256), (4, 8), (2, 4)):
+        yield MxGemmConfig(rows, columns, block_k, num_warps=warps, num_stages=stages)
+
+
+_TUNED: dict[tuple[object, ...], Any] = {}
+"""(M, N, K, elements of weights) -> the tile that was fastest."""
+
+
+def _tuned(x: torch.Tensor, weight: MxTensor, dtype: torch.dtype) -> Any:
+    """The fastest of `_tiles`, timed as Triton's autotuners do when it is first asked for."""
+    import triton
+
+    problem = (x.shape[0], weight.n, weight.k, weight.scheme.weight)
+    if problem not in _TUNED:
+        took: dict[Any, list[float]] = {}
+        for tile in _tiles(x.shape[0]):
+            with contextlib.suppress(triton.OutOfResources):  # some have no place in shared memory
+                launch = partial(_mx_gemm, x, weight, dtype, tile)
+                took[tile] = triton.testing.do_bench(launch, quantiles=(0.5, 0.2, 0.8))
+        _TUNED[problem] = min(took, key=took.__getitem__)
+    return _TUNED[problem]
+
+
+def _triton_kernels(weight: MxTensor, dtype: torch.dtype) -> Run:
+    """OpenAI's matmul_ogs, by the tile that it chooses, as a batch of one; it shares no K where weights have scales."""
+    from triton_kernels.matmul_ogs import matmul_ogs
+
+    from bench.peers_moe import for_triton_kernels
+
+    w, config = for_triton_kernels(weight.data[None], weight.scales[None])
+    return lambda x: matmul_ogs(x, w, None, precision_config=config)
 
 
 PEERS: dict[str, Callable[[MxTensor, torch.dtype], Run]] = {
@@ -92,15 +137,20 @@ PEERS: dict[str, Callable[[MxTensor, torch.dtype], Run]] = {
     "gemlite_a8w4": partial(_gemlite, "A8W4_MXFP_dynamic"),
     "gemlite_a8w8": partial(_gemlite, "A8W8_MXFP_dynamic"),
     "gemlite_int4": partial(_gemlite, "A16W4_HQQ_INT"),
-    "stock_triton": partial(_stock_triton, "bf16"),
+    "stock_triton": partial(_triton, _stock),
+    "tuned_triton": partial(_triton, _tuned),
+    "triton_kernels": _triton_kernels,
 }
 """name -> makes weights and the dtype of activations into a callable of x[M, K]. `bf16`: not quantized; they are fp16
 where a scheme's are."""
 
+_ALL = ("cublas_bf16", "humming_bf16")
+_MX = (*_ALL, "humming_fp8", "stock_triton", "tuned_triton")
+
 FOR = {
-    "e2m1": ("cublas_bf16", "humming_bf16", "humming_fp8", "gemlite_a16w4", "gemlite_a8w4", "stock_triton"),
-    "e4m3": ("cublas_bf16", "humming_bf16", "humming_fp8", "gemlite_a8w8"),
-    "int4": ("cublas_bf16", "humming_bf16", "gemlite_int4"),
+    "e2m1": (*_MX, "gemlite_a16w4", "gemlite_a8w4", "triton_kernels"),
+    "e4m3": (*_MX, "gemlite_a8w8"),
+    "int4": (*_ALL, "gemlite_int4"),
 }
 """Peers that have a kernel for a weight format."""
 

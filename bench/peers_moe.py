@@ -29,32 +29,35 @@ def silu_and_mul(input):
     return gate / (1 + tl.exp(-gate)) * up
 
 
+def for_triton_kernels(data: torch.Tensor, scales: torch.Tensor) -> tuple[Any, Any]:
+    """MXFP4 weights [..., N, K / 2] and scales [..., N, K / 32] as matmul_ogs takes them on Hopper: w, and a config."""
+    from triton_kernels.matmul_ogs import FlexCtx, PrecisionConfig
+    from triton_kernels.numerics import InFlexData
+    from triton_kernels.tensor import FP4, convert_layout, wrap_torch_tensor
+    from triton_kernels.tensor_details import layout
+
+    value, value_options = layout.make_default_matmul_mxfp4_w_layout(mx_axis=1)
+    scale, scale_options = layout.make_default_matmul_mxfp4_w_scale_layout(mx_axis=1, num_warps=8)
+    w = convert_layout(wrap_torch_tensor(data.transpose(-2, -1), dtype=FP4), value, **value_options)
+    s = convert_layout(wrap_torch_tensor(scales.transpose(-2, -1)), scale, **scale_options)
+    return w, PrecisionConfig(weight_scale=s, flex_ctx=FlexCtx(rhs_data=InFlexData()))
+
+
 class TritonKernels:
     """matmul_ogs: MXFP4 weights in Hopper's layout times bf16, activation fused, top_k summed. Routing is outside."""
 
     name = "triton_kernels x bf16"
 
     def __init__(self, shape: Shape, weights: Weights) -> None:
-        from triton_kernels.matmul_ogs import FlexCtx, FnSpecs, FusedActivation, PrecisionConfig
-        from triton_kernels.numerics import InFlexData
+        from triton_kernels.matmul_ogs import FnSpecs, FusedActivation
         from triton_kernels.swiglu import swiglu_fn
-        from triton_kernels.tensor import FP4, convert_layout, wrap_torch_tensor
-        from triton_kernels.tensor_details import layout
 
         if shape.element != "e2m1":
             raise RuntimeError("it has no kernel for MXFP8 weights on Hopper that takes bf16")
         self.shape, self.weights = shape, weights
-        value, value_options = layout.make_default_matmul_mxfp4_w_layout(mx_axis=1)
-        scale, scale_options = layout.make_default_matmul_mxfp4_w_scale_layout(mx_axis=1, num_warps=8)
-
-        def prepare(data: torch.Tensor, scales: torch.Tensor) -> tuple[Any, Any]:
-            w = convert_layout(wrap_torch_tensor(data.transpose(-2, -1), dtype=FP4), value, **value_options)
-            s = convert_layout(wrap_torch_tensor(scales.transpose(-2, -1)), scale, **scale_options)
-            return w, PrecisionConfig(weight_scale=s, flex_ctx=FlexCtx(rhs_data=InFlexData()))
-
         interleave = _interleaved(weights, shape)
-        self.w13, self.p13 = prepare(*interleave)
-        self.w2, self.p2 = prepare(weights.w2, weights.s2)
+        self.w13, self.p13 = for_triton_kernels(*interleave)
+        self.w2, self.p2 = for_triton_kernels(weights.w2, weights.s2)
         self.b13 = None if weights.b13 is None else weights.b13.float()
         self.b2 = None if weights.b2 is None else weights.b2.float()
         oai = shape.activation.kind == "swigluoai"

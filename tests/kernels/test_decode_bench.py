@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from sglang_amd_quant.kernels.hip.manifest import find
 from sglang_amd_quant.kernels.triton.group_gemm import group_gemm_torch
 
+from bench import decode_peers
 from bench.arguments import names
 from bench.decode import beside, parser, table
 from bench.decode_peers import FOR, PEERS, _for_humming
@@ -150,6 +151,29 @@ def test_autotuners(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
     assert triton.testing.do_bench(lambda: launched.append(1), quantiles=(0.5, 0.2, 0.8)) == [0.0] * 3
     assert launched == [1]
+
+
+def test_tuned_triton_is_the_fastest_tile_that_can_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every M once; tiles are as high as M."""
+    import triton
+
+    tried = []
+
+    def timed(launch, quantiles):  # type: ignore[no-untyped-def]
+        *_, tile = launch.args
+        tried.append(tile)
+        if tile.block_n == 32:
+            raise triton.OutOfResources(300000, 232448, "shared memory")
+        return [tile.num_stages / tile.block_k] * 3
+
+    monkeypatch.setattr(triton.testing, "do_bench", timed)
+    monkeypatch.setattr(decode_peers, "_TUNED", {})
+    w = small("w4a8").weights[0]
+    for m, rows in ((1, 16), (17, 32), (64, 64), (300, 64)):
+        for _ in range(2):
+            tile = decode_peers._tuned(torch.empty(m, w.k), w, torch.bfloat16)
+        assert (tile.block_m, tile.block_n, tile.block_k, tile.num_stages) == (rows, 64, 256, 2)
+    assert len(tried) == len(set(tried)) + 24 == 4 * 24
 
 
 def test_the_report_says_which_peers_have_no_time(tmp_path: Path) -> None:
