@@ -15,7 +15,8 @@ from sglang_amd_quant.runtime.device import Gpu, gpu
 from sglang_amd_quant.runtime.gemv_mxfp4 import gemv_mxfp4
 from sglang_amd_quant.runtime.launch import LaunchDescription
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE
-from sglang_amd_quant.selection import GemmProblem, kernel
+from sglang_amd_quant.selection import kernel
+from sglang_amd_quant.selection.amd_decode import WORKSPACE_BYTES, decode_scheme
 
 if TYPE_CHECKING:
     from sglang_amd_quant.ops.activation import Activation
@@ -82,7 +83,8 @@ def preload(kernels: Iterable[str], x: torch.Tensor) -> None:
     device = device_of(x)
     mine = (c for c in manifest.CODE_OBJECTS if c.name in code_objects and device.arch_name in c.archs)
     device.load(*(e.name for c in mine for e in c.entry_points))
-    workspace(x)
+    if device.arch_name.startswith("gfx"):
+        prepare_workspaces(x)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
@@ -114,21 +116,41 @@ def run_decode(call: LinearCall) -> None:
         device.start(launch)
 
 
-WORKSPACE_BYTES = 64 << 20
-"""Partial sums of the blocks that share K; plans that need more are not taken."""
+_workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}
+"""Device and stream -> its workspace."""
+_spares: dict[torch.device, torch.Tensor] = {}
+"""For a stream that is first seen while a graph is captured, when nothing can be zeroed."""
 
-_workspaces: dict[torch.device, torch.Tensor] = {}
 
+def workspace(x: torch.Tensor) -> torch.Tensor | None:
+    """Zeroed memory on x's device for one launch of the current stream at a time, the same each time: kernels leave its
+    counters zero. Launches of one stream follow each other; those of two may not, and would count each other's blocks.
 
-def workspace(x: torch.Tensor) -> torch.Tensor:
-    """Zeroed memory on x's device for one launch at a time, the same each time: kernels leave its counters zero.
-
-    Launches of one stream follow each other, and SGLang runs a rank's layers in one. `QuantizedLinear.prepare` asks for
-    it ahead of graph captures.
+    None where a graph is being captured of a second stream that has run nothing before: it takes a plan without.
     """
-    if x.device not in _workspaces:
-        _workspaces[x.device] = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=x.device)
-    return _workspaces[x.device]
+    key = x.device, current_stream(x.get_device())
+    if key not in _workspaces:
+        if not capturing(x):
+            _workspaces[key] = _zeros(x.device)
+        elif x.device in _spares:
+            _workspaces[key] = _spares.pop(x.device)
+    return _workspaces.get(key)
+
+
+def capturing(x: torch.Tensor) -> bool:
+    """Whether x's device captures a graph of the current stream."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def prepare_workspaces(x: torch.Tensor) -> None:
+    """Make those of the current stream and of one to come, ahead of graph captures."""
+    workspace(x)
+    if x.device not in _spares:
+        _spares[x.device] = _zeros(x.device)
+
+
+def _zeros(device: torch.device) -> torch.Tensor:
+    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 def run_decode_amd(call: LinearCall) -> None:
@@ -152,14 +174,6 @@ def epilogue(bias: torch.Tensor | None, f: Activation | None) -> Epilogue:
     if f is None:
         return Epilogue(bias=bias)
     return Epilogue(bias=bias, activation=f.kind, interleaved=f.interleaved, alpha=f.alpha, limit=f.limit)
-
-
-def decode_scheme(problem: GemmProblem) -> str:
-    """The name that a problem's formats have among the decode kernels; those of int4 know the model's dtype and the
-    group."""
-    if problem.scheme == "int4_w4a16":
-        return f"int4_w4a16{'_fp16' if problem.out_dtype == 'fp16' else ''}_g{problem.group}"
-    return problem.scheme + ("_static" if problem.act == "fp8_static" else "")
 
 
 def carry(act: ActQuant) -> int:

@@ -63,21 +63,18 @@ def _route(call: MoeCall) -> Routing:
 def _gate_up(call: MoeCall, routing: Routing) -> torch.Tensor:
     p, f, x = call.problem, call.problem.activation, weighted_input(call)
     hidden = torch.empty(routing.rows, f.columns(call.w13.n), dtype=x.dtype, device=x.device)
-    epilogue = hip.epilogue(_bias(call.b13), f)
+    epilogue = hip.epilogue(call.b13, f)
     _gemm(x, call.w13, call.gate_up, p.act13, hidden, routing, epilogue, top_k=call.topk_ids.shape[1])
     return hidden
 
 
 def _down(call: MoeCall, routing: Routing, hidden: torch.Tensor) -> torch.Tensor:
-    routed = torch.empty(routing.rows, call.w2.n, dtype=hidden.dtype, device=hidden.device)
-    epilogue = Epilogue(bias=_bias(call.b2), row_weights=row_weights(call))
+    # An expert may be beyond fp16 where the sum is not.
+    dtype = torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
+    routed = torch.empty(routing.rows, call.w2.n, dtype=dtype, device=hidden.device)
+    epilogue = Epilogue(bias=call.b2, row_weights=row_weights(call))
     _gemm(hidden, call.w2, call.down, call.problem.act2, routed, routing, epilogue)
     return combined(call, routed)
-
-
-def _bias(bias: torch.Tensor | None) -> torch.Tensor | None:
-    """[E, N] bf16, which checkpoints have and the kernel reads; layers keep it so (`integration/moe.py`)."""
-    return None if bias is None else bias.bfloat16()
 
 
 def _gemm(

@@ -83,6 +83,8 @@ for _arch, _weight in AMD_MOE_DECODE_LAYOUTS:
     for _other, (_gate_up, _down) in _BESIDE[_weight].items():
         KERNELS |= {(_decode, _other): hip_moe.then(_down), (_other, _decode): hip_moe.after(_gate_up)}
 """Kernel names of gate_up and down -> what launches the pair. Selection chooses only among these and the reference."""
+_BF16_BIASES = frozenset(f"hip_moe_decode_{arch}_{weight}" for arch, weight in AMD_MOE_DECODE_LAYOUTS)
+"""Kernels that add biases in bf16 alone."""
 
 
 class Pair(NamedTuple):
@@ -109,10 +111,12 @@ def decide(gate_up: GemmProblem, down: GemmProblem, launchable: frozenset[str], 
     One launcher runs both: where either GEMM has none, the other is the reference's too, and the trace says so.
     """
     mine = sides(launchable)
-    first = choose(gate_up, mine[0])
-    second = choose(replace(down, block_m=first.config.block_m or 0), mine[1])
-    if (first.kernel, second.kernel) in KERNELS:
-        return Pair(first, second, (gate_up, down))
+    for _ in range(2):
+        first = choose(gate_up, mine[0])
+        second = choose(replace(down, block_m=first.config.block_m or 0), mine[1])
+        if (first.kernel, second.kernel) in KERNELS:
+            return Pair(first, second, (gate_up, down))
+        mine = mine[0] - {first.kernel} | {REFERENCE}, mine[1]  # whose blocks no kernel for down takes
     first, second = (choose(problem, frozenset({REFERENCE})) for problem in (gate_up, down))
     return Pair(first, second, (gate_up, down))
 
@@ -123,19 +127,24 @@ class BoundMoe:
     def __init__(self, gate_up: Operand, down: Operand, plain: MoeProblem) -> None:
         self.gate_up, self.down, self._plain = gate_up, down, plain
         self._launchable = launchable(gate_up.arch)
-        self._pairs: dict[tuple[int, torch.dtype], Pair] = {}
+        self._pairs: dict[tuple[int, torch.dtype, bool], Pair] = {}
 
     @property
     def available(self) -> frozenset[str]:
         """Names of the kernels that may be chosen."""
         return frozenset[str]().union(*sides(self._launchable))
 
-    def pair(self, m: int, dtype: torch.dtype) -> Pair:
-        """What runs at this M for a model of this dtype. Raises SchemeError where no model has it."""
-        found = self._pairs.get((m, dtype))
+    def pair(self, m: int, dtype: torch.dtype, wide_bias: bool = False) -> Pair:
+        """What runs at this M for a model of this dtype. Raises SchemeError where no model has it.
+
+        wide_bias: a bias is not in bf16, which is all that decode kernels read.
+        """
+        key = m, dtype, wide_bias
+        found = self._pairs.get(key)
         if found is None:
             gate_up, down = (operand.problem_of(dtype_name(dtype), m) for operand in (self.gate_up, self.down))
-            found = self._pairs[m, dtype] = decide(gate_up, down, self._launchable, choose)
+            usable = self._launchable - _BF16_BIASES if wide_bias else self._launchable
+            found = self._pairs[key] = decide(gate_up, down, usable, choose)
         return found
 
     def problem(self, scale13: torch.Tensor | None, scale2: torch.Tensor | None) -> MoeProblem:
@@ -188,7 +197,7 @@ def _fused_moe(
     problem, m = this.problem(act13_scale, act2_scale), x.shape[0]
     if not m:
         return x.new_zeros(0, down.n) if problem.combine else x.new_zeros(0, topk_ids.shape[1], down.n)
-    pair = this.pair(m, x.dtype)
+    pair = this.pair(m, x.dtype, any(b is not None and b.dtype != torch.bfloat16 for b in (b13, b2)))
     if pair.kernels == (REFERENCE, REFERENCE):
         kept = unpacked(gate_up, pair.gate_up), unpacked(down, pair.down)
         values13, values2 = (lambda e, w=w: w.expert(e).dequantize() for w in kept)

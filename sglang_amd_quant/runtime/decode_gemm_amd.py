@@ -1,7 +1,6 @@
 """How `kernels/hip/decode_gemm.hip` is launched on AMD: the split of a problem over blocks and waves.
 
-The sizes of tiles and of LDS repeat those of `kernels/hip/include/decode_amd.h`; tests/kernels/test_decode_gemm.py
-holds the two together by running plans of many shapes.
+What a launch needs, `selection/amd_decode.py` says, as a kernel is chosen only where one fits.
 """
 
 from __future__ import annotations
@@ -12,39 +11,29 @@ from functools import cache
 from typing import Any
 
 from sglang_amd_quant.errors import ShapeError
-from sglang_amd_quant.kernels.hip.manifest import AMD_DECODE_M, AMD_MOE_DECODE_M, INT4_GROUPS
+from sglang_amd_quant.kernels.hip.manifest import AMD_DECODE_M, AMD_MOE_DECODE_M
 from sglang_amd_quant.runtime.arch import Arch, arch_facts
 from sglang_amd_quant.runtime.decode_gemm import ACTIVATIONS, INTERLEAVED, NOTHING, Epilogue, check_operands, out_code
 from sglang_amd_quant.runtime.launch import LaunchDescription
-from sglang_amd_quant.schemes import MX_BLOCK, WORD_BYTES
+from sglang_amd_quant.schemes import WORD_BYTES
+from sglang_amd_quant.selection.amd_decode import (
+    FORMATS,
+    MAX_THREADS,
+    SPLITS,
+    TILE_K,
+    TILE_ROWS,
+    WORKSPACE_COUNTERS,
+    factors_of_tile,
+    group_of,
+    lds_bytes,
+    takes_codes,
+    workspace_bytes,
+)
 
-TILE_ROWS, TILE_K = 16, 128
 DEPTH = 4
 """Tiles that a wave has under way (Stream::DEPTH)."""
-MAX_THREADS = 512
 RESIDENT_WAVES = 16
 """Waves of a CU that find their registers in any of these kernels."""
-WORKSPACE_COUNTERS = 4096
-"""int32 at the start of the workspace: zero when it is made, and again after every launch."""
-SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-
-FORMATS = {
-    "mxfp8": ("e4m3", "e4m3"),
-    "w4a8": ("e2m1", "e4m3"),
-    "w4a16": ("e2m1", "bf16"),
-    "mxfp4": ("e2m1", "e2m1"),
-    "w4a8_static": ("e2m1", "fp8_static"),
-    "mxfp8_static": ("e4m3", "fp8_static"),
-    "w8a16": ("e4m3", "bf16"),
-    **{f"int4_w4a16_g{group}": ("int4", "bf16") for group in INT4_GROUPS},
-    **{f"int4_w4a16_fp16_g{group}": ("int4", "fp16") for group in INT4_GROUPS},
-}
-"""Formats of weights and activations of the manifest's `DECODE_SCHEMES`, and of its `INT4_SCHEMES` by group."""
-
-
-def group_of(scheme: str) -> int:
-    """Elements along K that share a scale."""
-    return int(scheme.rpartition("_g")[2]) if FORMATS[scheme][0] == "int4" else MX_BLOCK
 
 
 def _bytes(scheme: str) -> float:
@@ -92,44 +81,7 @@ class AmdDecodePlan:
 
     def workspace_bytes(self, row_blocks: int, n: int) -> int:
         """Bytes of workspace that a launch needs: 0 without a split of K."""
-        if self.split == 1:
-            return 0
-        places = row_blocks * -(-n // (TILE_ROWS * self.waves_n))
-        return 4 * (WORKSPACE_COUNTERS + places * self.split * self.rows * self.waves_n * TILE_ROWS)
-
-
-def takes_codes(arch: str, scheme: str) -> bool:
-    """Whether the matrix unit multiplies activations as codes (Activations::CODES), not as 16-bit floats."""
-    weight, act = FORMATS[scheme]
-    if arch == "gfx950":
-        return act not in ("bf16", "fp16")
-    return arch == "gfx942" and weight == "e4m3" and act in ("e4m3", "fp8_static")
-
-
-def factors_of_tile(arch: str, scheme: str) -> int:
-    """Factors of a row of activations and 128 of K, where they were made halves: a factor for each MX block, with int4
-    weights one (Activations::TILE_FACTORS). 0: they are multiplied as they are, or their scales are no floats."""
-    weight, act = FORMATS[scheme]
-    if weight == "int4":
-        return 1 if act == "bf16" else 0
-    return 0 if arch == "gfx950" or act == "fp8_static" else TILE_K // MX_BLOCK
-
-
-def lds_bytes(arch: str, scheme: str, rows: int, tiles: int, split: int, waves_k: int, waves_n: int) -> int:
-    """LDS of a block: what blocks meet by, activations with their scales or factors, partial sums."""
-    act = FORMATS[scheme][1]
-    fp8, most = act in ("e4m3", "fp8_static"), -(-tiles // split)
-    lane_groups = arch_facts(arch).wave // 16
-    codes = takes_codes(arch, scheme)
-    bits = 16 if not codes else 8 if fp8 else 4
-    values = rows * (most * TILE_K * bits // 8 + 16) + (rows // 8 * 32 if arch == "gfx942" else 0)
-    extra = 0
-    if arch == "gfx950" and codes and act != "fp8_static":
-        extra = -(-rows * (most | 1) * 4 // 16) * 16
-    elif factors := factors_of_tile(arch, scheme):
-        sums = -(-min(rows, 16) // lane_groups)
-        extra = -(-rows // 16) * lane_groups * (-(-most * factors * sums // 32) * 32 + sums) * 4
-    return 128 + values + extra + waves_k * rows * TILE_ROWS * (waves_n | 1) * 4
+        return workspace_bytes(self.rows, row_blocks, n, self.split, self.waves_n)
 
 
 @dataclass(frozen=True)
@@ -278,10 +230,17 @@ def plans(
 def plan_within(
     room: int, arch: str, scheme: str, m: int, n: int, k: int, cu_count: int, block_m: int, blocks: int
 ) -> AmdDecodePlan:
-    """The first of `plans` whose workspace has at most `room` bytes, else the first. Raises ShapeError as it does."""
-    candidates = plans(arch, scheme, m, n, k, cu_count, block_m, blocks)
-    fitting = (p for p in candidates if p.workspace_bytes(blocks or -(-m // p.rows), n) <= room)
-    return next(fitting, candidates[0])
+    """The first of `plans` whose workspace has at most `room` bytes. Raises ShapeError as it does, or if none has."""
+    needs = []
+    for p in plans(arch, scheme, m, n, k, cu_count, block_m, blocks):
+        needs.append(p.workspace_bytes(blocks or -(-m // p.rows), n))
+        if needs[-1] <= room:
+            return p
+    raise ShapeError(
+        f"decode GEMM M={m} N={n} K={k} on {arch}",
+        f"blocks that share K need at least {min(needs)} bytes of workspace, not {room}",
+        "pass a larger one, or use the GEMM",
+    )
 
 
 def _enumerate(facts: Arch, scheme: str, rows: int, row_blocks: int, n: int, k: int, cu_count: int) -> Any:

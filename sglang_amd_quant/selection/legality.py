@@ -139,6 +139,8 @@ def _activation(p: GemmProblem, kernel: KernelSpec) -> Found:
         yield Refusal("activation", f"fuses gated {'/'.join(kernel.activations)}, clamped before, not {asked}")
     if p.n % 16 and TensorLayout.parse(layout_of(p, kernel)).packed:
         yield Refusal("n", f"8 gates and 8 ups by turns are rows in 16s, not N={p.n}")
+    if e.limit is not None and not kernel.clamps:
+        yield Refusal("activation", "its clamp would make a number of NaN")
     if kernel.betas and e.beta not in kernel.betas:
         yield Refusal("activation", f"adds {' or '.join(str(b) for b in kernel.betas if b)} to up, not {e.beta}")
 
@@ -261,6 +263,11 @@ def _lds(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:
         yield Refusal("lds", text, estimate=True)
 
 
+def _launch(p: GemmProblem, kernel: KernelSpec, c: Config) -> Found:
+    if kernel.refuses is not None and p.m and (why := kernel.refuses(p, c)):
+        yield Refusal("launch", why)
+
+
 _PROBLEM_CHECKS: tuple[Callable[[GemmProblem, KernelSpec], Found], ...] = (
     _formats,
     _layout,
@@ -276,4 +283,5 @@ _CONFIG_CHECKS: tuple[Callable[[GemmProblem, KernelSpec, Config], Found], ...] =
     _registers,
     _split_k,
     _lds,
+    _launch,
 )

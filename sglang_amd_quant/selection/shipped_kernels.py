@@ -13,7 +13,12 @@ from typing import Any
 from sglang_amd_quant.kernels.hip.manifest import AMD_MOE_DECODE_M, QUANTIZED_SCHEMES
 from sglang_amd_quant.schemes import INT4_GROUPS, scheme
 from sglang_amd_quant.selection import families  # noqa: F401  registers first, whoever imports this: plans depend on order
-from sglang_amd_quant.selection.amd_decode import AMD_DECODE_LAYOUTS, AMD_MOE_DECODE_LAYOUTS, DECODE_SCHEMES
+from sglang_amd_quant.selection.amd_decode import (
+    AMD_DECODE_LAYOUTS,
+    AMD_MOE_DECODE_LAYOUTS,
+    DECODE_SCHEMES,
+    why_none_fits,
+)
 from sglang_amd_quant.selection.arch import ARCHES
 from sglang_amd_quant.selection.buckets import next_pow2, routed_block_m
 from sglang_amd_quant.selection.hopper_decode import least_lds
@@ -350,6 +355,7 @@ def _amd_decode(arch: str, weight: str) -> KernelSpec:
         out_dtypes=("bf16", "fp16", "fp32"),
         **(_GATED | {"fuses": ("quantize_input", "bias", "activation")}),
         x_dtypes=("bf16", "fp16") if int4 else ("bf16",),
+        refuses=why_none_fits,
         code_objects=tuple(f"decode_{s}" for s in (*schemes, _UNNAMED[weight])),
         m_max=64,
         k_multiple=32,
@@ -387,6 +393,7 @@ _SM90_DECODE = KernelSpec(
     out_dtypes=("bf16", "fp16", "fp32"),
     fuses=("quantize_input", "bias", "activation"),
     activations=("silu", "swigluoai"),
+    clamps=False,
     betas=(None, 1.0),
     x_dtypes=("bf16",),
     lds=_decode_lds,

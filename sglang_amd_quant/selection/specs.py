@@ -45,6 +45,7 @@ class KernelSpec:
             `quantize_input`: activations come in the model's dtype. Otherwise the op quantizes them first.
         activations: kinds of activation that it fuses, gated and clamped before; one that fuses them refuses others.
         activates_in: layouts in which it finds gates and ups for these; empty = all that it reads.
+        clamps: whether its activations may be clamped, and NaN stay NaN.
         betas: what its activations may add to up (`Epilogue.beta`); empty = any.
         x_dtypes: dtypes of activations that reach it unquantized (scheme with bf16 activations, or `quantize_input`);
             empty = any. A model's dtype is what the op hands on, `GemmProblem.out_dtype`.
@@ -52,6 +53,7 @@ class KernelSpec:
             layout does not bind its tile.
         dequantizes: both operands are dequantized to bf16 where the matrix unit takes no scales: they fill LDS so.
         lds: LDS bytes of a problem's tile, for a Triton kernel that lays its pipeline out itself; None = the estimate.
+        refuses: why no launch for a problem has place on its arch, empty if one has, for a kernel that plans launches.
         code_objects: the code objects of `kernels/hip/manifest.py` that it launches; none for Triton and torch.
         m_max, m_values: largest M, and the only Ms, that it takes; 0 and empty = any.
         k_multiple, k_also: K must be a multiple of the first or one of the second.
@@ -80,11 +82,13 @@ class KernelSpec:
     fuses: tuple[str, ...] = ()
     activations: tuple[str, ...] = ()
     activates_in: tuple[str, ...] = ()
+    clamps: bool = True
     betas: tuple[float | None, ...] = ()
     x_dtypes: tuple[str, ...] = ()
     gathers: tuple[str, ...] = ()
     dequantizes: bool = False
     lds: Callable[[GemmProblem, Config], int] | None = None
+    refuses: Callable[[GemmProblem, Config], str] | None = None
     code_objects: tuple[str, ...] = ()
     m_max: int = 0
     m_values: tuple[int, ...] = ()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from decode_problems import FORMATS, Problem, activations, code_object, group_of, weights
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sglang_amd_quant.kernels.hip import manifest
 
@@ -25,9 +25,15 @@ from sglang_amd_quant.runtime.decode_gemm_amd import (
     decode_gemm_amd,
     lds_bytes,
     modelled_us,
+    plan_within,
     plans,
 )
 from sglang_amd_quant.schemes import ScaleMode
+from sglang_amd_quant.selection import Config, GemmProblem, kernel
+from sglang_amd_quant.selection.amd_decode import WORKSPACE_BYTES
+from sglang_amd_quant.selection.arch import canonical
+from sglang_amd_quant.selection.buckets import block_bound
+from sglang_amd_quant.selection.legality import legal
 from sglang_amd_quant.toolchain.build import build
 
 SEED_SHAPES = ((2304, 6144), (6144, 2048), (1536, 6144), (6144, 1536))
@@ -230,6 +236,19 @@ def test_int4_scales_and_activations_over_the_whole_range(amd: Any, scheme: str)
     assert_close(problem, problem.run(amd)[0])
 
 
+@pytest.mark.parametrize("activation", ["silu", "swigluoai"])
+@pytest.mark.parametrize("scheme", ["w4a16", "mxfp4"])
+def test_a_clamp_keeps_nan(amd: Any, scheme: str, activation: str) -> None:
+    """Of a gate, of an up, and of a row of activations."""
+    w = weights(scheme, (32, 128), 2)
+    w.scales[3, 0] = w.scales[16 + 9, 0] = 255  # row tiles alternate 8 gates and 8 ups: gate 3, up 9
+    x = activations(3, 128, 1)
+    x[1, 5] = torch.nan
+    y, _ = Problem(scheme, x, w, Epilogue(activation=activation, limit=7.0)).run(amd)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isnan().nonzero()[:, 1].unique().tolist() == [3, 9]
+
+
 @pytest.mark.parametrize("m", [1, 16, 32])
 @pytest.mark.parametrize("scheme", ["mxfp8", "w4a8", "mxfp4", "w4a16", "int4_w4a16_g128", "int4_w4a16_fp16_g32"])
 def test_lds_banks_do_not_meet(amd: Any, scheme: str, m: int) -> None:
@@ -289,6 +308,41 @@ def test_every_plan_fits_the_device(m: int, n: int, blocks: int, arch: str, sche
         assert 1 <= p.split <= tiles
         assert 1 <= p.groups <= -(-n // (16 * p.waves_n))
         assert modelled_us(arch, scheme, p, m, n, k, CU_COUNTS[arch]) > 0
+
+
+@settings(max_examples=100)
+@given(
+    st.integers(1, 64),
+    st.integers(1, 160000),
+    st.integers(1, 450),
+    st.sampled_from(manifest.AMD_ARCHS),
+    st.sampled_from(["mxfp8", "w4a8", "mxfp4", "w4a16", "int4_w4a16"]),
+    st.sampled_from([0, 4, 16]),
+    st.integers(1, 256),
+)
+@example(32, 57344, 64, "gfx942", "mxfp4", 0, 1)  # Llama 3.1 70B's gate_up: more partial sums than there is room for
+@example(6, 4096, 56, "gfx942", "w4a8", 16, 256)  # DeepSeek-R1's
+@example(64, 16384, 40, "gfx950", "w4a16", 16, 128)
+def test_a_kernel_is_chosen_only_where_a_launch_has_place(
+    m: int, n: int, blocks: int, arch: str, scheme: str, block_m: int, experts: int
+) -> None:
+    """Legality knows it without the planner, for linears and for routed rows."""
+    group, weight = (128 if scheme == "int4_w4a16" else 32), {"mxfp8": "e4m3", "int4_w4a16": "int4"}.get(scheme, "e2m1")
+    family, op, n = canonical(arch), "moe_gate_up" if block_m else "linear", -(-n // 16) * 16
+    spec = kernel(f"hip_{'moe_' * (block_m > 0)}decode_{family}_{weight}")
+    moe = {"e_local": experts, "e_total": experts, "top_k": min(8, experts)} if block_m else {}
+    problem = GemmProblem(op, scheme, family, m, n, 128 * blocks, group=group, layout=spec.layouts[0], **moe)
+    config, name = Config(block_m=block_m or None), f"{scheme}_g128" if weight == "int4" else scheme
+    rows = problem.rows if block_m else m
+    routed = (block_m, block_bound(rows, experts, block_m)) if block_m else (0, 0)
+    place = (WORKSPACE_BYTES, arch, name, rows, n, problem.k, CU_COUNTS[arch], *routed)
+    refused = [r.rule for r in legal(problem, spec, config)]
+    if "launch" in refused:
+        with pytest.raises(ShapeError, match="workspace|fit in LDS"):
+            plan_within(*place)
+    else:
+        p = plan_within(*place)
+        assert p.workspace_bytes(routed[1] or -(-m // p.rows), n) <= WORKSPACE_BYTES
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 8, 32), (1, 0, 32), (1, 8, 0), (1, 8, 48)])

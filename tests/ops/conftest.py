@@ -96,6 +96,7 @@ def device(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> Emulate
         monkeypatch.setattr(module, "has_triton", lambda x: True)
     monkeypatch.setattr(hip, "WORKSPACE_BYTES", 1 << 20)
     monkeypatch.setattr(hip, "_workspaces", {})
+    monkeypatch.setattr(hip, "_spares", {})
     only(monkeypatch, *shipped())
     return emulated
 
@@ -192,6 +193,7 @@ def served(
         monkeypatch.setattr(module, "current_arch", lambda: emulated.arch_name)
     monkeypatch.setattr(hip, "WORKSPACE_BYTES", 1 << 20)
     monkeypatch.setattr(hip, "_workspaces", {})
+    monkeypatch.setattr(hip, "_spares", {})
     only(monkeypatch, "triton_moe", *(name for name in kernels() if name.startswith("hip_moe_decode_")))
 
     def serve(layer: moe.QuantizedMoe) -> moe.QuantizedMoe:

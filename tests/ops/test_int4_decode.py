@@ -13,7 +13,7 @@ pytest.importorskip("rocm.llvm", reason="the emulator's disassembler")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns if it is not said
 
 from emulated_triton import emulated_triton
-from op_layers import as_served_on_a_cpu, assert_close, exact_linear, make_linear, make_moe, tokens
+from op_layers import as_served_on_a_cpu, assert_close, exact_linear, make_linear, make_moe, quantized, tokens
 from sglang_amd_quant.kernels.hip.manifest import find
 
 from sglang_amd_quant.ops import hip, layout, linear, moe, operand, packed
@@ -34,6 +34,7 @@ def device(emulated, monkeypatch):
         monkeypatch.setattr(module, "current_arch", lambda: emulated.arch_name)
     monkeypatch.setattr(hip, "WORKSPACE_BYTES", 1 << 20)
     monkeypatch.setattr(hip, "_workspaces", {})
+    monkeypatch.setattr(hip, "_spares", {})
     for module in (layout, linear, moe):
         monkeypatch.setattr(module, "launchable", lambda arch: INT4)
     return emulated
@@ -95,6 +96,38 @@ def test_both_gemms_one_or_none(device, activation, hidden, inter, group, dtype)
         assert (out.double() - want.double()).abs().max() <= want.double().abs().max() * 3 * 2**-8
         assert launched(device) == [f"moe_{decode(dtype, group)}_m{height}" for height in heights]
         assert len(made) == by_triton
+
+
+def run_moe(plain, device, given):
+    """What the layer as laid out gives, and what ran."""
+    w13, w2 = lay_out_experts(plain.w13, plain.w2, plain.gate_up, plain.down)
+    with emulated_triton(device.arch_name) as made:
+        return replace(plain, w13=w13, w2=w2)(*given), launched(device), len(made)
+
+
+@pytest.mark.parametrize(("m", "by_decode"), [(2, 2), (20, 0)])
+def test_an_expert_may_be_beyond_fp16_where_the_sum_is_not(device, m, by_decode):
+    plain = make_moe("int4_w4a16", 2, 64, 64, 2, device.arch_name, group=32)
+    w13, w2 = torch.full((2, 128, 64), 0.5), torch.full((2, 64, 64), 300.0)
+    w2[1] *= -0.9
+    plain = replace(plain, w13=quantized(w13, "int4_w4a16", 32), w2=quantized(w2, "int4_w4a16", 32))
+    given = torch.full((m, 64), 0.1).half(), torch.tensor([[0, 1]] * m).int(), torch.ones(m, 2)
+    out, ran, _ = run_moe(plain, device, given)
+    want = as_served_on_a_cpu(plain)(*given)
+    assert len(ran) == by_decode
+    assert want.isfinite().all()
+    assert (out.double() - want.double()).abs().max() <= want.double().abs().max() * 3 * 2**-8
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bias_that_bf16_does_not_hold_is_added_whole(device, dtype):
+    """Decode kernels read bf16: the Triton kernel runs instead, at every M."""
+    plain = make_moe("int4_w4a16", 2, 64, 64, 2, device.arch_name, biases=True, group=32)
+    plain = replace(plain, b13=plain.b13 * 0, b2=torch.full_like(plain.b2, 1003.0))
+    given = torch.zeros(2, 64).to(dtype), torch.tensor([[0, 1]] * 2).int(), torch.full((2, 2), 0.5)
+    out, ran, by_triton = run_moe(plain, device, given)
+    assert (ran, by_triton) == ([], 2)
+    assert torch.equal(out, torch.full_like(out, 1003.0))
 
 
 @pytest.mark.parametrize(

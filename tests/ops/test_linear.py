@@ -236,6 +236,7 @@ def test_amd_decode_in_the_emulator_gives_the_references_numbers(emulated, monke
 
     monkeypatch.setattr(hip, "WORKSPACE_BYTES", 1 << 18)
     monkeypatch.setattr(hip, "_workspaces", {})
+    monkeypatch.setattr(hip, "_spares", {})
     plain = make_linear(scheme, 40, 320, arch=emulated.arch_name)
     layer = replace(plain, weight=decode_weights(plain.weight, emulated.arch_name))
     x, bias = torch.randn(5, 320).bfloat16(), torch.randn(40).bfloat16()
@@ -245,6 +246,31 @@ def test_amd_decode_in_the_emulator_gives_the_references_numbers(emulated, monke
     hip.run_decode_amd(LinearCall(x, layer.weight, bias, out, layer.act, Config(), problem))
     assert [name.rpartition("_m")[0] for name in emulated.launched] == [f"decode_{scheme}"]
     assert_close(out, exact_linear(plain, x, bias), 320)
+
+
+def test_streams_have_workspaces_of_their_own(monkeypatch):
+    """Blocks that share K count each other there. While a graph is captured nothing can be zeroed: one is spare."""
+    monkeypatch.setattr(hip, "WORKSPACE_BYTES", 1 << 10)
+    for name in ("_workspaces", "_spares"):
+        monkeypatch.setattr(hip, name, {})
+    stream, capturing, x = 7, False, torch.empty(1)
+    monkeypatch.setattr(hip, "current_stream", lambda ordinal: stream)
+    monkeypatch.setattr(hip, "capturing", lambda x: capturing)
+    hip.prepare_workspaces(x)
+    first = hip.workspace(x)
+    assert first is hip.workspace(x)
+    stream, capturing = 8, True
+    second = hip.workspace(x)
+    assert second is not None
+    assert second is hip.workspace(x) is not first
+    assert not second.any()
+    stream = 9
+    assert hip.workspace(x) is None
+    capturing = False
+    assert all(hip.workspace(x) is not other for other in (None, first, second))
+    hip.prepare_workspaces(x)
+    stream, capturing = 10, True
+    assert hip.workspace(x) is not None
 
 
 def test_operand_text_reads_back():

@@ -13,9 +13,9 @@ from sglang_amd_quant.errors import ShapeError, UnsupportedError
 from sglang_amd_quant.ops import moe
 from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.ops.layout import lay_out_experts
-from sglang_amd_quant.ops.moe import KERNELS, bound
+from sglang_amd_quant.ops.moe import KERNELS, bound, decide
 from sglang_amd_quant.ops.operand import Operand
-from sglang_amd_quant.selection import kernels, shipped
+from sglang_amd_quant.selection import amd_decode, choose, kernels, shipped
 
 E, H, INTER, TOP_K = 6, 64, 96, 2
 GPT_OSS = Activation("swigluoai", interleaved=True, limit=7.0)
@@ -214,6 +214,20 @@ def test_where_one_gemm_has_no_kernel_both_are_the_references(triton_twins, monk
     given = tokens(4, H, E, TOP_K)
     assert torch.equal(layer(*given), as_served_on_a_cpu(layer)(*given))
     assert triton_twins == []
+
+
+def test_gate_up_gives_way_where_no_kernel_for_down_takes_its_blocks(monkeypatch):
+    """Blocks of four rows are a decode kernel's alone: where there is no place for down's launch, Triton does both."""
+    layer = make_moe("mxfp4", E, H, INTER, TOP_K, "gfx942")
+    layout = "decode_cdna3_e2m1"
+    gate_up, down = (replace(p, m=1, layout=layout, cu_count=304) for p in (layer.gate_up, layer.down))
+    names = frozenset(shipped())
+    assert {c.kernel for c in decide(gate_up, down, names, choose)[:2]} == {"hip_moe_decode_gfx942_e2m1"}
+    monkeypatch.setattr(amd_decode, "WORKSPACE_BYTES", 0)
+    amd_decode._why_none_fits.cache_clear()
+    pair = decide(replace(gate_up, k=4096), replace(down, k=1 << 20), names, choose)
+    amd_decode._why_none_fits.cache_clear()
+    assert pair.kernels == ("triton_e2m1_moe", "triton_e2m1_moe")
 
 
 def test_text_reads_back():

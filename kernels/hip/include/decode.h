@@ -216,9 +216,18 @@ DEVICE int bias_index(const DecodeArgs& a, int row) {
     return a.activation & INTERLEAVED ? 2 * gate + is_up : gate + is_up * (a.n / 2);
 }
 
+/// The lesser and the larger of both. On AMD NaN stays NaN. On sm_90, where that takes registers that entry points do not have, it
+/// becomes the other: selection leaves clamps to kernels that keep it (`clamps` in selection/specs.py).
+DEVICE float at_most(float value, float limit) {
+    return TARGET_SM90 ? __builtin_fminf(value, limit) : value > limit ? limit : value;
+}
+DEVICE float at_least(float value, float limit) {
+    return TARGET_SM90 ? __builtin_fmaxf(value, limit) : value < limit ? limit : value;
+}
+
 /// gate's function times up; `a.activation` is not NO_ACTIVATION.
 DEVICE float activated(float gate, float up, const DecodeArgs& a) {
-    if (a.limit > 0) gate = __builtin_fminf(gate, a.limit), up = __builtin_fminf(__builtin_fmaxf(up, -a.limit), a.limit);
+    if (a.limit > 0) gate = at_most(gate, a.limit), up = at_most(at_least(up, -a.limit), a.limit);
     const bool silu = (a.activation & ACTIVATION_KIND) == SILU;
     const float slope = silu ? 1.0f : a.alpha;
     return quotient_of(gate, 1 + exponential(-slope * gate)) * (silu ? up : up + 1);
