@@ -1,4 +1,4 @@
-"""Tiny random models of five architectures with a locally trained tokenizer, in seconds and without a network.
+"""Tiny random models of six architectures with a locally trained tokenizer, in seconds and without a network.
 
     python -m examples.tiny_models OUT [--only llama gpt-oss ...]
 
@@ -47,6 +47,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", COMMON),
     "qwen3-moe": ("Qwen3Moe", COMMON | EXPERTS | {"norm_topk_prob": True}),
     "mixtral": ("Mixtral", COMMON | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128}),
+    "glm4-moe": (
+        "Glm4Moe",
+        COMMON
+        | {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "n_shared_experts": 1}
+        | {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 4.0},
+    ),
     "gpt-oss": (
         "GptOss",
         COMMON

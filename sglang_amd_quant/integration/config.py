@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -18,13 +19,14 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 
 from sglang_amd_quant.checkpoints import READERS, Reader, reader_for
-from sglang_amd_quant.checkpoints.folder import Folder
+from sglang_amd_quant.checkpoints.folder import INDEX, Folder
 from sglang_amd_quant.checkpoints.naming import is_fused
 from sglang_amd_quant.errors import CheckpointError, RecipeError, SchemeError, UnsupportedError
 from sglang_amd_quant.integration.plugin import METHODS, check_hooks
-from sglang_amd_quant.recipe import RECIPE_ENV, TOWERS, Recipe, Rule, default_recipe
+from sglang_amd_quant.json_file import read_json
+from sglang_amd_quant.recipe import RECIPE_ENV, TOWERS, Recipe, Rule, always_bf16, default_recipe
 from sglang_amd_quant.runtime.detect import current_arch
-from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE, SCHEMES, ScaleMode, Scheme
+from sglang_amd_quant.schemes import BF16, DEFAULT_SCALE_MODE, SCHEMES, ScaleMode, Scheme
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,8 @@ class AmdMxConfig(QuantizationConfig):
         self.packed_modules_mapping = dict(FUSED_MODULES)
         self.hf_config = hf_config
         self._seen: set[str] = set()
+        self._linear: set[str] = set()
+        self._unasked: dict[str, str] = {}
         self._told: set[int] = set()
         self._quantized: dict[str, Scheme] = {}
 
@@ -160,11 +164,15 @@ class AmdMxConfig(QuantizationConfig):
         from sglang_amd_quant.integration.linear import AmdMxLinearMethod
         from sglang_amd_quant.integration.moe import AmdMxMoEMethod
 
+        prefix = _in_checkpoint(prefix)
+        layer.amd_mx_asked = True  # type: ignore[assignment]
         names = self._checkpoint_names(prefix, isinstance(layer, FusedMoE))
         self._seen.update(names, [prefix])
         if not isinstance(layer, LinearBase | FusedMoE):
             return None
-        scheme = None if self._in_tower(names) else self.recipe.scheme_for(*names)
+        self._linear.update(names, [prefix])
+        scheme = None if self._in_tower([*names, prefix]) else _scheme_of(self.recipe, prefix, names)
+        self._check_held(prefix, names, scheme)
         if isinstance(layer, LinearBase):
             if scheme is None:
                 return UnquantizedLinearMethod()
@@ -174,6 +182,23 @@ class AmdMxConfig(QuantizationConfig):
             return UnquantizedFusedMoEMethod(layer.use_triton_kernels)
         self._quantized[prefix] = scheme
         return AmdMxMoEMethod(self, scheme, prefix)
+
+    def note_unasked(self, model: torch.nn.Module) -> None:
+        """Find the linear layers that SGLang built without asking for a method; warn of those the recipe quantizes."""
+        warned: dict[str, list[str]] = {}
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LinearBase) or hasattr(layer, "amd_mx_asked"):
+                continue
+            prefix, parts = _in_checkpoint(name), self._checkpoint_names(name, False)
+            self._unasked.update(dict.fromkeys(parts, prefix))
+            if not self._in_tower([*parts, prefix]) and any(_scheme_of(self.recipe, prefix, [p]) for p in parts):
+                warned.setdefault(name.rpartition(".")[2], []).append(prefix)
+        if warned:
+            logger.warning(
+                "amd_mx: %s stay bf16, as SGLang builds them without asking for a method; the first is %s",
+                ", ".join(f"{len(layers)} {kind}" for kind, layers in sorted(warned.items())),
+                min(warned.items())[1][0],
+            )
 
     def fitted(self, scheme: Scheme, prefix: str, *ks: int, **dealt: int) -> Scheme:
         """`Recipe.fitted` for a layer; another int4 group than the usual one is logged, once each."""
@@ -191,7 +216,25 @@ class AmdMxConfig(QuantizationConfig):
         named = any(rule.matches(name) for rule in self.recipe.rules for name in names)
         return not named and any(fnmatchcase(name, tower) for tower in TOWERS for name in names)
 
+    def _check_held(self, prefix: str, names: list[str], scheme: Scheme | None) -> None:
+        """A layer that the checkpoint holds quantized can have other activations, not other weights (`_fitting`).
+
+        Raises:
+            SchemeError: its weights would have to be others.
+        """
+        if self.reader is None or self.reader.check_patterns or self.recipe is self.reader.recipe:
+            return
+        held = _scheme_of(self.reader.recipe, prefix, names)
+        if held is not None and (scheme is None or scheme.weight != held.weight):
+            wanted = BF16 if scheme is None else scheme.name
+            raise SchemeError(
+                f"layer {prefix}: {wanted} by {self.recipe.source}",
+                f"its weights are {held.weight} in the {self.reader.name} checkpoint",
+                "choose a scheme with these weights for it, or quantize the bf16 original",
+            )
+
     def _checkpoint_names(self, prefix: str, is_moe: bool) -> list[str]:
+        prefix = _in_checkpoint(prefix)
         stem, _, last = prefix.rpartition(".")
         if is_moe:
             parts = EXPERT_PARTS.get(self._model_type(), DEFAULT_EXPERT_PARTS)
@@ -202,8 +245,11 @@ class AmdMxConfig(QuantizationConfig):
     def can_fuse_shared_expert(self) -> bool:
         """Whether SGLang may run shared experts as routed ones: only where both get the same scheme."""
         experts, shared = (
-            self.recipe.scheme_for(f"model.layers.0.mlp.{name}")
-            for name in ("experts.0.gate_proj", "shared_experts.gate_proj")
+            _scheme_of(self.recipe, f"model.layers.0.mlp.{layer}", [f"model.layers.0.mlp.{part}"])
+            for layer, part in (
+                ("experts", "experts.0.gate_proj"),
+                ("shared_experts.gate_up_proj", "shared_experts.gate_proj"),
+            )
         )
         return experts == shared
 
@@ -238,32 +284,93 @@ class AmdMxConfig(QuantizationConfig):
             self._check_patterns()
         weights = _from_whole_files(weights)
         stream = self.reader.canonical(weights) if self.reader else _unquantized(weights)
+        stream = self._without_unasked(stream) if self.reader and self._unasked else stream
         transpose = self._model_type() in EXPERTS_TRANSPOSED and self.reader is not None
         return _transposed_experts(stream) if transpose else iter(stream)
+
+    def _without_unasked(self, stream: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same.
+
+        Raises:
+            UnsupportedError: a weight is quantized, of a layer that SGLang built for unquantized ones (`note_unasked`).
+        """
+        for name, tensor in stream:
+            layer = self._unasked.get(name.removesuffix(".weight"))
+            if layer and tensor.element_size() == 1:
+                raise UnsupportedError(
+                    f"layer {layer}: {name} {list(tensor.shape)}",
+                    "quantized in the checkpoint, and SGLang builds the layer without asking for a method",
+                    f'quantize the bf16 original with the recipe rule "{name.removesuffix(".weight")}": "{BF16}"',
+                )
+            yield name, tensor
 
     def _check_patterns(self) -> None:
         from sglang.srt.runtime_context import get_parallel
 
-        unmatched = self.recipe.unmatched(self._seen)
-        if unmatched and get_parallel().pp_size == 1:  # a pipeline stage sees some layers only
+        if get_parallel().pp_size > 1:  # a pipeline stage sees some layers only
+            return
+        seen = {*self._seen, *self._unasked, *self._unasked.values()}
+        unmatched = self.recipe.unmatched(seen)
+        if unmatched:
             raise RecipeError(
                 f"{self.recipe.source}: pattern {', '.join(map(repr, unmatched))}",
                 "matches no layer of this model",
                 f"layers are named like {', '.join(sorted(self._quantized or self._seen)[:2])}",
             )
+        quantizable = [name for name in self._linear if not always_bf16(name)]
+        for rule in self.recipe.rules:
+            if rule.scheme != BF16 and not any(map(rule.matches, quantizable)):
+                first = min(filter(rule.matches, seen))
+                raise RecipeError(
+                    f"{self.recipe.source}: pattern {rule.pattern!r}",
+                    f"gives {rule.scheme} to {first}, which always stays {BF16}",
+                    "drop the rule",
+                )
+
+
+def _in_checkpoint(prefix: str) -> str:
+    """A layer's name as checkpoints have it: SGLang 0.5.23 names Mixtral's from `layers` on, its only such model."""
+    return f"model.{prefix}" if prefix.startswith("layers.") else prefix
+
+
+def _scheme_of(recipe: Recipe, prefix: str, names: list[str]) -> Scheme | None:
+    """`Recipe.scheme_for` a layer of SGLang's: rules name its parts, or the whole by SGLang's own name (`qkv_proj`,
+    `mlp.experts`). For each part the first rule that matches either name decides."""
+    first = ((name, next((r for r in recipe.rules if r.matches(name) or r.matches(prefix)), None)) for name in names)
+    rules = tuple(Rule(f"re:{re.escape(name)}", rule.scheme) for name, rule in first if rule)
+    return replace(recipe, rules=rules).scheme_for(*names)
 
 
 def _from_whole_files(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same, but a broken file is told by its name, which safetensors does not know."""
+    """The same, from files that hold what the folder's index names; SGLang reads what there is.
+
+    Raises:
+        CheckpointError: they do not, or a file is broken: safetensors does not know its name.
+    """
+    from sglang.srt.runtime_context import get_server_args
+
+    folder = Path(get_server_args().model_path)
+    check_index(folder)
     try:
         yield from weights
     except SafetensorError:
-        from sglang.srt.runtime_context import get_server_args
-
-        folder = Path(get_server_args().model_path)
         if folder.is_dir():
             Folder.open(folder)
         raise
+
+
+def check_index(folder: Path) -> None:
+    """Look for the tensors of a local folder's index, if it has one.
+
+    Raises:
+        CheckpointError: some are in no file, so would be served as whatever memory holds.
+    """
+    if not (folder / INDEX).is_file():
+        return
+    problems: list[CheckpointError] = []
+    held = Folder.survey(folder, problems.append).tensors
+    if any(name not in held for name in read_json(folder / INDEX, "fetch the index again")["weight_map"]):
+        raise problems[0]
 
 
 def _unquantized(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -334,7 +441,10 @@ def _check_server_args() -> None:
 
 
 def config_of(model: torch.nn.Module) -> AmdMxConfig | None:
-    """The config whose methods a model's layers carry, or None where none does."""
+    """The config that a model was built with (`built.py`) or whose methods its layers carry, or None."""
+    built_with = getattr(model, "amd_mx_config", None)
+    if isinstance(built_with, AmdMxConfig):
+        return built_with
     for module in model.modules():
         config = getattr(getattr(module, "quant_method", None), "config", None)
         if isinstance(config, AmdMxConfig):

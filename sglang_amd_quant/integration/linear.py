@@ -91,7 +91,7 @@ class AmdMxLinearMethod(LinearMethodBase):
                 f"layer {self.prefix}: {'scales' if is_scale else 'weight'} {tuple(tensor.shape)}",
                 f"the model's K is {self._input_size}"
                 + (f", {per_byte} elements a {'scale' if is_scale else 'byte'}" if per_byte > 1 else ""),
-                loading.COMPARE,
+                loading.misfit(),
             )
         if is_scale:
             loading.loading(self.prefix, tensor, load, param, tensor, *shard, **named)

@@ -17,6 +17,7 @@ from sglang_amd_quant.errors import CheckpointError, ShapeError, UnsupportedErro
 from sglang_amd_quant.formats import group_words, split_words
 from sglang_amd_quant.layouts.names import STRIDED
 from sglang_amd_quant.ops.packed import Weight
+from sglang_amd_quant.runtime.detect import CPU, current_arch
 from sglang_amd_quant.schemes import ScaleMode, Scheme
 from sglang_amd_quant.tensor import MxTensor
 from sglang_amd_quant.tensor import quantized as quantized_tensors
@@ -27,13 +28,19 @@ UNLOADED_SCALE: dict[torch.dtype, int] = {torch.uint8: 255, torch.int32: 0x7FC00
 """NaN as e8m0 and as a word of int4: what scales hold until the checkpoint fills them, so that a hole can never pass
 for a weight."""
 
-COMPARE = "compare config.json and --tp with the checkpoint (`amd-mx inspect`)"
-"""Remedy where a tensor does not fit the model. SGLang makes that of config.json, and on a CPU widens layers that --tp
-does not divide."""
-
 DUMMY_SCALE = 2.0**-8
 
 COPIES_ENV = "SGLANG_AMD_MX_CPU_COPIES_GB"
+
+
+def misfit() -> str:
+    """Remedy where a tensor does not fit the model, which SGLang makes of config.json."""
+    from sglang.srt.runtime_context import get_parallel
+
+    ranks = get_parallel().tp_size
+    if current_arch() == CPU and ranks > 1:
+        return f"lower --tp {ranks}: on a CPU SGLang widens layers that it does not divide into multiples of 32"
+    return "compare config.json and --tp with the checkpoint (`amd-mx inspect`)"
 
 
 def check_blocks(layer: str, scheme: Scheme, what: str, k: int, parts: int = 1) -> None:
@@ -111,7 +118,7 @@ def loading(layer: str, tensor: torch.Tensor, load: Callable[..., None], *args: 
         raise CheckpointError(
             f"layer {layer}: tensor {tuple(tensor.shape)} of {tensor.dtype}",
             "does not fit the model's parameter" + (f" ({detail[0]})" if detail else ""),
-            COMPARE,
+            misfit(),
         ) from error
 
 
@@ -123,22 +130,25 @@ def restored(weight: Weight) -> list[torch.Tensor]:
         return list(new_storage(weight.scheme, *weight.shape))
 
 
-def check_loaded(layer: str, data: torch.Tensor, scales: torch.Tensor) -> None:
-    """Every scale must have come, and neither scales nor weights may be NaN.
+def check_loaded(layer: str, data: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Every scale and bias must have come, and neither they nor weights may be NaN.
 
     Weights are looked through here and not as they come, since here a rank has only its own, and on its device.
 
     Raises:
-        CheckpointError: there are NaN scales (in the checkpoint, or because a tensor never came), or NaN weights.
+        CheckpointError: there are NaN scales or biases (in the checkpoint, or because a tensor never came), or NaN
+            weights.
     """
     nan = split_words(scales)[0].isnan() if scales.dtype == torch.int32 else scales == UNLOADED_SCALE[scales.dtype]
-    missing = int(torch.count_nonzero(nan))  # sum() would widen all of them to int64
-    if missing:
-        raise CheckpointError(
-            f"layer {layer}: {missing} of {scales.numel()} weight scales",
-            "are NaN or were never loaded",
-            "check the checkpoint with `amd-mx inspect`",
-        )
+    holes = {"weight scales": nan} | ({} if bias is None else {"biases": bias.isnan()})
+    for what, where in holes.items():
+        missing = int(torch.count_nonzero(where))  # sum() would widen all of them to int64
+        if missing:
+            raise CheckpointError(
+                f"layer {layer}: {missing} of {where.numel()} {what}",
+                "are NaN or were never loaded",
+                "check the checkpoint with `amd-mx inspect`",
+            )
     checks.codes(f"layer {layer}: this rank's weight", data)
 
 
@@ -159,11 +169,13 @@ def static_scale(layer: str, scales: torch.Tensor | None) -> torch.Tensor | None
     return scales.data.float().max()
 
 
-def fill_dummy(data: torch.Tensor, scales: torch.Tensor) -> None:
-    """`--load-format dummy`: random codes at scales that keep activations small."""
+def fill_dummy(data: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """`--load-format dummy`: random codes at scales that keep activations small, and no biases."""
     data.view(torch.uint8).random_(0, 0x70).bitwise_and_(0x77)  # no e4m3 NaN (0x7f); e2m1 and int4 codes 0..7
     scale = torch.tensor(DUMMY_SCALE)
     scales.fill_(int(group_words(scale) if scales.dtype == torch.int32 else 127 + scale.log2()))
+    if bias is not None:
+        bias.zero_()
 
 
 def is_dummy_load() -> bool:

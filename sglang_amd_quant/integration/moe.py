@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoeWeightScaleSupported
 from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
@@ -43,6 +44,7 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
 
     def __init__(self, config: AmdMxConfig, scheme: Scheme, prefix: str) -> None:
         self.config, self.scheme, self.prefix = config, scheme, prefix
+        self.scaled_outside = False  # by routed_scaling_factor: `built.py` sets it once the model is built
 
     @property
     def quant_config(self) -> AmdMxConfig:
@@ -77,7 +79,7 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             data, scales = loading.new_storage(self.scheme, num_experts, n, k)
             tensors = {f"{name}_weight": data, f"{name}_weight_scale": scales}
             if with_bias:
-                tensors[f"{name}_weight_bias"] = torch.zeros(num_experts, n, dtype=torch.float32)
+                tensors[f"{name}_weight_bias"] = torch.full((num_experts, n), torch.nan, dtype=torch.float32)
             if self.config.has_static_input(self.prefix, is_moe=True):
                 tensors[f"{name}_input_scale"] = torch.full((num_experts,), torch.nan)
             for parameter_name, tensor in tensors.items():
@@ -96,6 +98,8 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
         expert_id: int | None = None,
     ) -> None:
         experts = () if expert_id is None else (expert_id,)
+        if expert_id is None and layer.moe_ep_size > 1:
+            tensor = self._of_this_rank(layer, tensor)
         if name.endswith("input_scale"):
             local = layer._map_global_expert_id_to_local_expert_id(expert_id)
             if local >= 0:  # gate and up share their input: the larger scale serves both
@@ -122,6 +126,14 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             padded = self._pad(layer, part, shard_id, per_byte)
             loading.loading(self.prefix, tensor, load, target, padded, part_name, shard_id, *experts)
 
+    def _of_this_rank(self, layer: torch.nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's experts of a tensor [E, ..] of all: SGLang's loader of such tensors shards N and K alone."""
+        first, count = layer._expert_storage_rank * layer._num_local_routed, layer._num_local_routed
+        where = get_global_expert_location_metadata() if layer.uses_expert_location else None
+        if where is not None and len(tensor) == where.num_logical_experts:
+            return tensor[where.physical_to_logical_map[layer.layer_id, first : first + count].to(tensor.device)]
+        return tensor[first : first + count] if len(tensor) == layer._num_global_routed else tensor
+
     def _per_byte(self, tensor: torch.Tensor) -> int:
         return self.scheme.pack if tensor.element_size() == 1 else 1
 
@@ -133,7 +145,7 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             raise ShapeError(
                 f"layer {self.prefix}: {shard_id} {tuple(part.shape)}",
                 f"the model has N={want[0]}, K={want[1]}" + (f", {per_byte} elements a byte" if per_byte > 1 else ""),
-                loading.COMPARE,
+                loading.misfit(),
             )
 
     def _pad(self, layer: torch.nn.Module, part: torch.Tensor, shard_id: str, per_byte: int) -> torch.Tensor:
@@ -169,9 +181,10 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
         weights, acts, gemms = [], [], []
         for name, op in (("w13", "moe_gate_up"), ("w2", "moe_down")):
             data, scales = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale").data
+            bias = getattr(layer, f"{name}_weight_bias", None)
             if loading.is_dummy_load():
-                loading.fill_dummy(data, scales)
-            loading.check_loaded(f"{self.prefix}.{name}", data, scales)
+                loading.fill_dummy(data, scales, bias)
+            loading.check_loaded(f"{self.prefix}.{name}", data, scales, bias)
             static = loading.static_scale(f"{self.prefix}.{name}", getattr(layer, f"{name}_input_scale", None))
             acts.append(ActQuant(self.scheme, self.config.scale_mode.get(self.scheme.act), static))
             gemms.append(self._gemm(layer, op, data, activation, static is not None))
@@ -186,7 +199,7 @@ class AmdMxMoEMethod(FusedMoEMethodBase):
             weight_on_input=run.apply_router_weight_on_input,
             combine=not run.no_combine,
             weight_output=not run.no_combine or run.no_combine_keep_router_weight,
-            scale=1.0 if run.routed_scaling_factor is None else run.routed_scaling_factor,
+            scale=1.0 if self.scaled_outside or run.routed_scaling_factor is None else run.routed_scaling_factor,
         )
         layer.amd_mx = QuantizedMoe(
             gate_up=gemms[0],

@@ -115,6 +115,30 @@ def _load_weights_only(
     original(model, weights if config is None else config.prepare_weights(model, weights), target_device)
 
 
+def _initialize_model(
+    original: Callable[..., Any], model_config: Any, load_config: Any, quant_config: Any = None
+) -> Any:
+    """Look over a model as soon as it is built (`built.py`)."""
+    from sglang_amd_quant.integration.built import look_over
+
+    model = original(model_config, load_config, quant_config)
+    look_over(model, quant_config)
+    return model
+
+
+def _load_weights_and_postprocess(*args: Any, **kwargs: Any) -> None:
+    from sglang_amd_quant.integration.update import load
+
+    load(*args, **kwargs)
+
+
+def _update_weights_from_disk(*args: Any, **kwargs: Any) -> Any:
+    """Let a failed update go back to the weights that were served (`update.py`)."""
+    from sglang_amd_quant.integration.update import update
+
+    return update(*args, **kwargs)
+
+
 def _select_mode(*args: Any) -> Any:
     """Let a dense MLP's gate_up_proj be run with its activation (`gated.py`)."""
     from sglang_amd_quant.integration.gated import select_mode
@@ -128,10 +152,14 @@ def _run_dual_gemm(*args: Any) -> Any:
     return run(*args)
 
 
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 HOOKS: dict[str, Callable[..., Any]] = {
     "sglang.srt.configs.model_config.ModelConfig._verify_quantization": _verify_quantization,
     "sglang.srt.model_loader.utils.get_model_architecture": _get_model_architecture,
+    "sglang.srt.model_loader.loader._initialize_model": _initialize_model,
     "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_only": _load_weights_only,
+    "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_and_postprocess": _load_weights_and_postprocess,
+    f"{_UPDATER}.update_weights_from_disk": _update_weights_from_disk,
     "sglang.srt.layers.dual_gemm.DualGemm._select_mode": _select_mode,
     "sglang.srt.layers.dual_gemm.DualGemm.__call__": _run_dual_gemm,
 }

@@ -86,6 +86,38 @@ def test_fused_modules_follow_their_parts(make_config, linear):
         scheme_of(config, linear, "model.layers.0.self_attn.qkv_proj")
 
 
+def test_rules_may_name_a_fused_layer_as_sglang_does(make_config, linear):
+    """For each part the first rule that names it or the whole decides."""
+    qkv, gate_up = "model.layers.0.self_attn.qkv_proj", "model.layers.0.mlp.gate_up_proj"
+    config = make_config(
+        Recipe((Rule(qkv, "bf16"), Rule("*.q_proj", "mxfp8"), Rule("*.gate_up_proj", "mxfp4")), "w4a8")
+    )
+    assert [scheme_of(config, linear, name) for name in (qkv, gate_up)] == ["bf16", "mxfp4"]
+    config = make_config(Recipe((Rule("*.q_proj", "mxfp8"), Rule("*.qkv_proj", "bf16")), "w4a8"))
+    with pytest.raises(RecipeError, match=r"one fused layer but get bf16, mxfp8"):
+        scheme_of(config, linear, qkv)
+    config = make_config(Recipe((Rule("*.visual.*.qkv_proj", "mxfp8"),)))
+    assert scheme_of(config, linear, "model.visual.blocks.0.qkv_proj") == "mxfp8"
+
+
+def test_rules_may_name_all_experts(make_config, rank):
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+
+    config = make_config(Recipe((Rule("*.mlp.experts", "bf16"), Rule("*.experts.*", "mxfp8")), default="w4a8"))
+    with rank():
+        layer = FusedMoE(4, 64, 64, 0, 2, quant_config=config, prefix="model.layers.0.mlp.experts")
+    assert not hasattr(layer.quant_method, "scheme")
+    assert not config.can_fuse_shared_expert()
+
+
+def test_mixtral_is_named_as_its_checkpoint_names_it(make_config, linear):
+    """SGLang leaves out the `model.`"""
+    config = make_config(Recipe((Rule("model.layers.0.*", "bf16"),), default="w4a8"), model_type="mixtral")
+    assert scheme_of(config, linear, "layers.0.self_attn.qkv_proj") == "bf16"
+    method = config.get_quant_method(linear, "layers.1.self_attn.qkv_proj")
+    assert (method.scheme.name, method.prefix) == ("w4a8", "model.layers.1.self_attn.qkv_proj")
+
+
 @pytest.mark.parametrize(
     ("model_type", "name"),
     [("qwen3_moe", "3.up_proj"), ("mixtral", "0.w1"), ("gpt_oss", "gate_up_proj")],
@@ -106,6 +138,15 @@ def test_pattern_without_layer_is_an_error_at_load(make_config, linear, sglang_c
     config = make_config(Recipe((Rule("*.q_porj", "mxfp8"),), default="w4a8", source="r.json"))
     scheme_of(config, linear, "model.layers.0.self_attn.qkv_proj")
     with rank(), pytest.raises(RecipeError, match=r"r\.json: pattern '\*\.q_porj': matches no layer.*qkv_proj"):
+        config.prepare_weights(torch.nn.Module(), [])
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.layers.0.mlp.gate"])
+def test_scheme_for_what_is_always_bf16_is_an_error_at_load(make_config, linear, rank, name):
+    config = make_config(Recipe((Rule(name, "mxfp8"),), default="w4a8", source="r.json"))
+    scheme_of(config, linear, "model.layers.0.self_attn.qkv_proj")
+    scheme_of(config, torch.nn.Embedding(4, 4) if name == "lm_head" else linear, name)
+    with rank(), pytest.raises(RecipeError, match=rf"r\.json: pattern '{name}': gives mxfp8 to {name}, which always"):
         config.prepare_weights(torch.nn.Module(), [])
 
 
@@ -170,6 +211,23 @@ class TestForeignCheckpoints:
         assert scheme_of(config, linear, "m.o_proj") == "bf16"
         with pytest.raises(SchemeError, match="wants e4m3 weights where it holds e2m1"):
             CONFIGS["amd_mxfp8"].from_config(dict(NATIVE))
+
+    @pytest.mark.parametrize(("scheme", "held"), [("bf16", "e2m1"), ("mxfp8", "e2m1"), ("mxfp4", "e4m3")])
+    def test_a_recipe_that_wants_other_weights_of_a_layer(
+        self, sglang_context, linear, monkeypatch, tmp_path, scheme, held
+    ):
+        """In a checkpoint with both element formats, so that the recipe as a whole asks for nothing it lacks."""
+        from sglang_amd_quant.integration.config import RECIPE_ENV, AmdMxConfig
+
+        rules = {"*.o_proj": {"e2m1": "w4a16", "e4m3": "mxfp8"}[held], "*.up_proj": "mxfp8", "*.down_proj": "mxfp4"}
+        written = {"quant_method": "amd_mx", "version": 1, "checked": True, "recipe": {"rules": rules}}
+        path = tmp_path / "recipe.json"
+        path.write_text(json.dumps({"rules": {"*.o_proj": scheme, "*.down_proj": "w4a8"}}))
+        monkeypatch.setenv(RECIPE_ENV, str(path))
+        config = AmdMxConfig.from_config(written)
+        assert scheme_of(config, linear, "m.down_proj") == "w4a8"
+        with pytest.raises(SchemeError, match=rf"layer m\.o_proj: {scheme} by .*json: its weights are {held} in"):
+            scheme_of(config, linear, "m.o_proj")
 
 
 def test_tokenizer_workers_are_refused(sglang_context, monkeypatch):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_amd_quant.cli.main import main
-from sglang_amd_quant.errors import AmdMxError, CheckpointError, RecipeError
+from sglang_amd_quant.errors import AmdMxError, CheckpointError, RecipeError, UnsupportedError
 from sglang_amd_quant.formats import quantize_mx
 from sglang_amd_quant.schemes import ScaleMode
 from tests.int4_files import rewrite as rewrite_int4
@@ -33,6 +34,8 @@ MODELS = {
     "mixtral": ("Mixtral", {**EXPERTS, "num_local_experts": 4}),
     "gpt_oss": ("GptOss", {**EXPERTS, "num_local_experts": 4, "sliding_window": 32}),
 }
+UNASKED = ("StableLm", {})
+"""SGLang gives this one's attention no quantization method."""
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +44,7 @@ def originals(sglang_context, tmp_path_factory):
     import transformers
 
     folders = {}
-    for name, (prefix, extra) in MODELS.items():
+    for name, (prefix, extra) in {**MODELS, "stablelm": UNASKED}.items():
         torch.manual_seed(0)
         config = getattr(transformers, f"{prefix}Config")(**SIZES, **extra)
         model = getattr(transformers, f"{prefix}ForCausalLM")(config).bfloat16()
@@ -59,6 +62,11 @@ def rewrite(source, target, change, quantization_config):
     tensors = change(load_file(source / "model.safetensors"))
     save_file({k: v.contiguous() for k, v in tensors.items()}, target / "model.safetensors", {"format": "pt"})
     return target
+
+
+def without(name):
+    """A `change` that leaves one tensor out."""
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
 
 
 def linears(tensors):
@@ -257,6 +265,35 @@ def test_recipe_in_config_json_of_a_bf16_checkpoint(originals, load_model, tmp_p
     assert layer.mlp.experts.w13_weight.dtype == torch.uint8
 
 
+def test_layers_that_sglang_asks_no_method_for(originals, load_model, tmp_path, monkeypatch, caplog):
+    """They are told, not served in bf16 in silence; a rule that leaves them so is none too many."""
+    load_model(originals["stablelm"], "amd_w4a16")
+    told = (
+        r"1 o_proj, 1 qkv_proj stay bf16, as SGLang builds them without asking for a method; the first is model\.layers"
+    )
+    assert re.search(told, caplog.text)
+    caplog.clear()
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"default": "w4a16", "rules": {"*.self_attn.*": "bf16"}}))
+    monkeypatch.setenv("SGLANG_AMD_MX_RECIPE", str(recipe))
+    load_model(originals["stablelm"], "amd_mx")
+    assert "without asking" not in caplog.text
+    recipe.write_text(json.dumps({"default": "bf16", "rules": {"*.o_proj": "w4a16"}}))
+    with pytest.raises(
+        RecipeError, match=r"gives w4a16 to model\.layers\.0\.self_attn\.o_proj, which always stays bf16"
+    ):
+        load_model(originals["stablelm"], "amd_mx")
+
+
+def test_quantized_layers_that_sglang_asks_no_method_for(originals, load_model, tmp_path):
+    folder = rewrite(originals["stablelm"], tmp_path, quark, QUARK)
+    match = (
+        r'layer model\.layers\.0\.self_attn\.\w+: .*without asking for a method; .*"model\.\S+\.[qkvo]_proj": "bf16"'
+    )
+    with pytest.raises(UnsupportedError, match=match):
+        load_model(folder, "amd_mx")
+
+
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -323,11 +360,42 @@ def test_truncated_file(originals, load_model, tmp_path):
         load_model(folder, "amd_mx")
 
 
+@pytest.mark.parametrize("bias", ["gate_up_proj_bias", "down_proj_bias"])
+def test_missing_expert_bias(originals, load_model, tmp_path, bias):
+    folder = rewrite(originals["gpt_oss"], tmp_path, without(f"model.layers.0.mlp.experts.{bias}"), None)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.mlp\.experts\.w\d+: \d+ of \d+ biases: are NaN or were never"
+    ):
+        load_model(folder, "amd_w4a16")
+
+
+def test_a_tensor_of_the_index_that_no_file_holds(originals, load_model, tmp_path):
+    """A norm: nothing of this layer is quantized, so no scale tells of the hole."""
+    name, file = "model.layers.0.input_layernorm.weight", "model-00001-of-00001.safetensors"
+    folder = rewrite(originals["qwen3"], tmp_path, without(name), None)
+    (folder / "model.safetensors").rename(folder / file)
+    index = {"weight_map": dict.fromkeys(load_file(originals["qwen3"] / "model.safetensors"), file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json: .*input_layernorm.*: not in the file it names"):
+        load_model(folder, "amd_w4a16")
+    del index["weight_map"][name], index["weight_map"]["lm_head.weight"]  # what an index forgets does no harm
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    load_model(folder, "amd_w4a16")
+
+
 def test_misspelt_recipe(originals, load_model, tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"default": "mxfp4", "rules": {"*.qkv_porj": "mxfp8"}}))
     monkeypatch.setenv("SGLANG_AMD_MX_RECIPE", str(recipe))
     with pytest.raises(RecipeError, match=r"recipe\.json: pattern '\*\.qkv_porj': matches no layer"):
+        load_model(originals["qwen3"], "amd_mx")
+
+
+def test_a_recipe_that_can_quantize_nothing(originals, load_model, tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"rules": {"lm_head": "w4a16"}}))
+    monkeypatch.setenv("SGLANG_AMD_MX_RECIPE", str(recipe))
+    with pytest.raises(RecipeError, match=r"pattern 'lm_head': gives w4a16 to lm_head, which always stays bf16; drop"):
         load_model(originals["qwen3"], "amd_mx")
 
 
@@ -343,3 +411,67 @@ def test_weight_update_in_place(originals, load_model):
     doubled = {name: t * 2 if name.endswith("o_proj.weight") else t for name, t in tensors.items()}
     DefaultModelLoader.load_weights_and_postprocess(model, iter(doubled.items()), torch.device("cpu"))
     torch.testing.assert_close(layer.quant_method.apply(layer, x), 2 * before, rtol=0, atol=0)
+
+
+@pytest.fixture
+def update(sglang_context):
+    """`update(model, folder)`: what `/update_weights_from_disk` does, as (success, message)."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+
+    def run(model, folder):
+        nothing = dict.fromkeys(
+            ("update_model_fields", "recapture_cuda_graph", "get_model_runner"), lambda *_, **__: None
+        )
+        config = ModelConfig.from_server_args(sglang_context.get_server_args())
+        updater = WeightUpdater(
+            tp_rank=0, device="cpu", gpu_id=0, model_config=config, custom_weight_loaders={}, get_model=lambda: model,
+            **nothing,
+        )  # fmt: skip
+        served = config.model_path
+        success, message = updater.update_weights_from_disk(str(folder), "auto")
+        assert config.model_path == (str(folder) if success else served)
+        return success, message
+
+    return run
+
+
+def test_a_failed_update_goes_back_to_the_weights_served(originals, load_model, update, tmp_path):
+    """SGLang goes back to what it noted as the model's path, which is the new one from the start."""
+    model = load_model(originals["qwen3"], "amd_w4a16")
+    before = {name: value.clone() for name, value in parameters(model).items()}
+
+    def broken(tensors):
+        tensors["model.layers.0.mlp.down_proj.weight"][3, 7] = torch.nan
+        return {name: tensor * (2 if "norm" in name else 1) for name, tensor in tensors.items()}
+
+    success, message = update(model, rewrite(originals["qwen3"], tmp_path, broken, None))
+    assert not success
+    assert re.search(r"layer model\.layers\.0\.mlp\.down_proj: .*holds NaN or Inf", message)
+    assert [name for name, value in parameters(model).items() if not torch.equal(value, before[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("qwen3", "mlp.down_proj.weight"),
+        ("gpt_oss", "mlp.experts.down_proj"),
+        ("gpt_oss", "mlp.experts.down_proj_bias"),
+    ],
+)
+def test_an_update_that_lacks_a_tensor_is_refused(originals, load_model, update, tmp_path, name, tensor):
+    """Not served with what the layer held before."""
+    model = load_model(originals[name], "amd_w4a16")
+    folder = rewrite(originals[name], tmp_path, without(f"model.layers.0.{tensor}"), None)
+    success, message = update(model, folder)
+    assert not success
+    assert "or were never loaded" in message
+    assert update(model, originals[name])[0]
+
+
+def test_an_update_whose_index_names_what_is_not_there_changes_nothing(originals, load_model, update, tmp_path):
+    model = load_model(originals["qwen3"], "amd_w4a16")
+    folder = rewrite(originals["qwen3"], tmp_path, dict, None)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert update(model, folder)[0] is False
+    assert update(model, originals["qwen3"]) == (True, "Succeeded to update model weights.")

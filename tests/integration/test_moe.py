@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -140,10 +141,10 @@ def test_ranks_sum_to_the_whole(make_config, rank, scheme, tp, ep):
     close(total, oracle(x, ids, probs, weights(), scheme).sum(1), scheme)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("scheme", [SCHEMES["w4a16"], SCHEMES["int4_w4a16"]], ids=lambda s: s.name)
-def test_fused_checkpoint_with_biases_and_swigluoai(make_config, rank, scheme, tp, interleaved):
+def test_fused_checkpoint_with_biases_and_swigluoai(make_config, rank, scheme, tp, ep, interleaved):
     """gpt-oss: experts in one tensor, gate and up interleaved or halved, biases, clamp."""
     experts = weights()
     biases = [{"gate": torch.randn(INTER), "up": torch.randn(INTER), "w2": torch.randn(H)} for _ in range(E)]
@@ -152,8 +153,8 @@ def test_fused_checkpoint_with_biases_and_swigluoai(make_config, rank, scheme, t
     b13 = torch.stack([join(b["gate"], b["up"]) for b in biases])
     x, ids, probs = inputs()
     total = torch.zeros(M, H)
-    for index in range(tp):
-        with rank(tp=(index, tp)):
+    for index, ep_rank in product(range(tp), range(ep)):
+        with rank(tp=(index, tp), ep=(ep_rank, ep)):
             layer = build(
                 make_config(recipe(scheme)), with_bias=True, use_weight_loader_fused=True, gemm1_alpha=1.702,
                 gemm1_clamp_limit=7.0, gate_up_interleaved=interleaved,
@@ -168,7 +169,8 @@ def test_fused_checkpoint_with_biases_and_swigluoai(make_config, rank, scheme, t
             param = getattr(layer, name)
             param.weight_loader(param, tensor, f"experts.{name}", shard_id=shard)
         layer.quant_method.process_weights_after_loading(layer)
-        total += run(layer, x, ids, probs)
+        local = E // ep
+        total += run(layer, x, torch.where(ids // local == ep_rank, ids % local, -1), probs)
     close(total, oracle(x, ids, probs, experts, scheme, swigluoai, biases).sum(1), scheme)
 
 
@@ -281,6 +283,14 @@ def test_wrong_shape_names_the_layer(make_config, rank):
         fill(layer, [{"w1": torch.zeros(64, 64)}])
 
 
+def test_what_sglang_widens_on_a_cpu_names_tp(make_config, rank):
+    """160 columns do not make two multiples of 32, so at --tp 2 SGLang has 192 built."""
+    with rank(tp=(0, 2)):
+        layer = build(make_config("w4a16"), intermediate_size=192)
+        with pytest.raises(ShapeError, match=r"w1 \(160, 64\).*N=192, K=64; lower --tp 2: on a CPU SGLang widens"):
+            fill(layer, [{"w1": torch.zeros(160, H)}])
+
+
 def test_missing_expert(make_config, rank):
     with rank():
         layer = build(make_config("w4a16"))
@@ -342,3 +352,40 @@ def test_packed_experts_are_restored_for_new_ones(make_config, rank, as_gpu, mon
     assert as_gpu.calls == ([] if scheme == "w4a8" else ["gfx950"] * 2)  # what no kernel here reads the reference does
     layer.quant_method.restore_weights_before_loading(layer)
     assert torch.equal(run(fill(layer, weights()), x, ids, probs), first)
+
+
+def moe_block(name):
+    """An MoE block whose class SGLang would have in the module of this name, with a grouped top-k."""
+    from sglang.srt.layers.moe.topk import TopK
+
+    block = type("Block", (torch.nn.Module,), {"__module__": f"sglang.srt.models.{name}"})()
+    bias = torch.nn.Parameter(torch.zeros(E))
+    grouped = {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1, "correction_bias": bias}
+    block.topk = TopK(TOP_K, layer_id=0, **grouped)
+    return block
+
+
+@pytest.mark.parametrize(
+    ("device", "outside"),
+    [
+        ("cuda", {"deepseek_v2": False, "glm4_moe": False, "bailing_moe": False}),
+        ("aiter", {"deepseek_v2": True, "glm4_moe": True, "bailing_moe": True}),
+        ("cpu", {"deepseek_v2": True, "glm4_moe": True, "bailing_moe": False}),
+    ],
+)
+def test_who_scales_the_routed_experts(make_config, rank, monkeypatch, device, outside):
+    """Once, on every platform: by the model, by top-k, or by the experts."""
+    from sglang.srt import utils
+    from sglang.srt.layers.moe import topk
+
+    from sglang_amd_quant.integration.built import look_over
+
+    monkeypatch.setattr(utils, "is_cuda", lambda: device == "cuda")
+    monkeypatch.setattr(topk, "_use_aiter", device == "aiter")
+    for name, scaled in outside.items():
+        config = make_config("w4a16")
+        with rank():
+            block = moe_block(name)
+            block.experts = build(config, routed_scaling_factor=2.5)
+        look_over(torch.nn.ModuleList([block]), config)
+        assert fill(block.experts, weights()).amd_mx.problem.scale == (1.0 if scaled else 2.5), name

@@ -61,9 +61,10 @@ def test_gemma(serve, gemma, prompts, generate, clients, scheme):
     [
         ("llama", "w4a16", Recipe.uniform("w4a16")),
         ("mixtral", "mxfp8", Recipe.uniform("mxfp8")),
+        ("glm4-moe", "w4a16", Recipe.uniform("w4a16")),  # its experts' output is scaled by 4, once
         ("gpt-oss", "w4a16", Recipe.from_dict(EXPERTS_ONLY)),
     ],
-    ids=["llama", "mixtral", "gpt-oss"],
+    ids=["llama", "mixtral", "glm4-moe", "gpt-oss"],
 )
 def test_tiny(serve, tiny, prompts, generate, clients, tmp_path, name, scheme, recipe):
     model = tiny(name)
