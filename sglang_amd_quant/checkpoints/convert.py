@@ -14,6 +14,7 @@ import torch
 from sglang_amd_quant.checkpoints import checks
 from sglang_amd_quant.checkpoints.folder import Folder, TensorInfo
 from sglang_amd_quant.checkpoints.job import Job, Progress
+from sglang_amd_quant.checkpoints.naming import STORED
 from sglang_amd_quant.checkpoints.native import quantization_config
 from sglang_amd_quant.checkpoints.plan import Output, Piece, plan_conversion
 from sglang_amd_quant.checkpoints.shards import ShardWriter, plan_shards
@@ -26,6 +27,11 @@ CHUNK_BYTES = 16 << 20
 """Source bytes that one thread handles at a time; it needs about twice as much."""
 MAX_WORKERS = 8
 """Chunks in work at a time: more would not be read and written any faster."""
+
+_DATA_DTYPES = frozenset(data for data, _ in STORED.values())
+_LARGEST = 2.0**127
+"""What every format has. MX has it exactly, so that nothing below rounds past it, and int4 rounds to 8/7 of it at most;
+beyond, the nearest may be 2^128, which is Inf in fp32 and bf16."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +87,18 @@ def keep_job(source: Folder, target: Path, max_shard_bytes: int = 5 * 10**9) -> 
     """Plan the rewriting of a quantized checkpoint in our own format, bit for bit. A killed run starts anew.
 
     Raises:
-        CheckpointError: the source is not quantized, in no known format, or broken.
+        CheckpointError: the source is not quantized, whatever its config says; in no known format; or broken.
     """
     reader = source.reader()
     if reader is None:
         raise CheckpointError(str(source.path), "not quantized, so there is nothing to keep", "give a --scheme")
     outputs = [Output(n, t.dtype, tuple(t.shape)) for n, t in reader.canonical(source.stream(real=lambda name: False))]
+    if not any(output.dtype in _DATA_DTYPES for output in outputs):
+        raise CheckpointError(
+            f"{source.path}: quant_method {reader.name!r}",
+            "stores nothing quantized, so there is nothing to keep",
+            "take quantization_config out of config.json, then give a --scheme",
+        )
     shards = plan_shards(((output,) for output in outputs), max_shard_bytes)
 
     def run(folder: Path, progress: Progress) -> None:
@@ -153,11 +165,13 @@ def _make(chunk: Chunk, writer: ShardWriter, scale_mode: Mapping[str, ScaleMode]
     if piece.scheme is None:
         writer.write(piece.outputs[0].name, tensor, chunk.first)
         return tensor.nbytes
-    if not bool(torch.isfinite(tensor.abs().amax())):  # amax passes NaN on; isfinite of all takes 8 x as long
+    largest = tensor.abs().amax().item()  # amax passes NaN on; isfinite of all takes 8 x as long
+    if not largest <= _LARGEST:
         module = piece.source.name.removesuffix(".weight")
+        held = f"{largest:.3g}, beyond the 2^127 that every format has" if math.isfinite(largest) else "NaN or Inf"
         raise CheckpointError(
             f"{piece.source.name} {list(piece.source.shape)}",
-            "holds NaN or Inf",
+            f"holds {held}",
             f'mend the source, or keep the layer in bf16 with a recipe rule "{module}": "bf16"',
         )
     made = quantized(tensor, piece.scheme, scale_mode.get(piece.scheme.weight))

@@ -37,8 +37,10 @@ DTYPES: dict[str, torch.dtype] = {
 
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # safetensors' own limit
+_MOST = 2**63 - 1  # torch's sizes and strides
 _FETCH = "fetch the file again"
 _FILE_NAME = re.compile(r"[^/\0]+\.safetensors")
+_SINGLE = "model.safetensors"
 _NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
 
 
@@ -213,6 +215,7 @@ def _tensors(path: Path, report: Report) -> dict[str, TensorInfo]:
         _check_index(path / INDEX, indexed, tensors, readable, report)
     else:
         _check_numbers(files, report)
+        _check_one_set(files, report)
     if not tensors and len(readable) == len(files):
         report(CheckpointError(str(path), "holds no tensors", "fetch the checkpoint again"))
     return tensors
@@ -221,7 +224,7 @@ def _tensors(path: Path, report: Report) -> dict[str, TensorInfo]:
 def _files(path: Path, indexed: Mapping[str, str] | None) -> list[Path]:
     if indexed is not None:
         return [path / name for name in sorted(set(indexed.values()))]
-    single = path / "model.safetensors"
+    single = path / _SINGLE
     files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         other = next((p.name for pattern in ("*.bin", "*.gguf", "*.pt") for p in path.glob(pattern)), None)
@@ -253,6 +256,17 @@ def _check_numbers(files: list[Path], report: Report) -> None:
         if len(found) != count:
             what = f"{files[0].parent / stem}*-of-{count}"
             report(CheckpointError(what, f"{len(found)} of {count} shards are there", "fetch the others, or the index"))
+
+
+def _check_one_set(files: list[Path], report: Report) -> None:
+    """Without an index nothing tells whether a model is its one file or the numbered ones."""
+    if [file.name for file in files] != [_SINGLE]:
+        return
+    names = sorted(file.name for file in files[0].parent.glob("model-*.safetensors"))
+    numbered = next(filter(None, map(_NUMBERED.fullmatch, names)), None)
+    if numbered:
+        also = f"also holds {numbered[1]}*-of-{int(numbered[3])} and no index"
+        report(CheckpointError(str(files[0].parent), also, "delete one set, or fetch the index"))
 
 
 def _truncated(file: Path, wanted: int) -> CheckpointError:
@@ -308,4 +322,6 @@ def _info(path: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorI
     info = TensorInfo(name, path, DTYPES[entry["dtype"]], shape, base + begin)
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or info.nbytes != end - begin:
         raise CheckpointError(what, f"its shape needs {info.nbytes} bytes, its offsets hold {end - begin}", _FETCH)
+    if math.prod(n for n in shape if n) > _MOST:
+        raise CheckpointError(what, "no tensor is so large, not even where another dimension is 0", _FETCH)
     return info

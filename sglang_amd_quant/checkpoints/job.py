@@ -81,6 +81,8 @@ class Job:
             raise CheckpointError(str(self.target), f"lies in the source {source}, or holds it", "name another folder")
         for folder, mark in ((self.target, "config.json"), (self.partial, MANIFEST)):
             _check_ours(folder, mark)
+        for path in _carried(self.source.path):
+            _check_copyable(path, frozenset({source}))
         with _locked(self.partial):
             self._begin(force)
             self.run(self.partial, progress)
@@ -171,12 +173,44 @@ def _fingerprint(source: Folder) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
 
 
-def _carry_over(source: Path, target: Path) -> None:
-    """Copy all that is neither weights nor config: tokenizer, generation_config, chat template, code, licence."""
-    for path in sorted(source.iterdir()):
+def _carried(source: Path) -> list[Path]:
+    """All that is neither weights nor config: tokenizer, generation_config, chat template, code, licence."""
+
+    def is_carried(path: Path) -> bool:
         if path.is_dir():
-            if path.name not in _NOT_CARRIED_FOLDERS and not path.name.endswith(".partial"):
-                ignored = shutil.ignore_patterns(*(f"*{suffix}" for suffix in _NOT_CARRIED))
-                shutil.copytree(path, target / path.name, ignore=ignored, dirs_exist_ok=True)
-        elif path.suffix not in _NOT_CARRIED and path.name not in _NOT_CARRIED_NAMES:
+            return path.name not in _NOT_CARRIED_FOLDERS and not path.name.endswith(".partial")
+        return path.suffix not in _NOT_CARRIED and path.name not in _NOT_CARRIED_NAMES
+
+    return sorted(filter(is_carried, source.iterdir()))
+
+
+def _check_copyable(path: Path, above: frozenset[Path]) -> None:
+    """See to it that a file, or a folder and all below, can be copied once the weights are done.
+
+    Args:
+        path: what is to be copied; links are followed.
+        above: the real paths of all folders that it was found through.
+
+    Raises:
+        CheckpointError: a link that points to nothing or to a folder that holds it; what is neither file nor folder.
+    """
+    if path.is_dir():
+        real = path.resolve()
+        if real in above:
+            raise CheckpointError(str(path), "points to a folder that holds it", "delete the link")
+        for below in sorted(path.iterdir()):
+            if not below.name.endswith(tuple(_NOT_CARRIED)):
+                _check_copyable(below, above | {real})
+    elif path.is_symlink() and not path.exists():
+        raise CheckpointError(str(path), "points to nothing", "fetch the file, or delete the link")
+    elif not path.is_file():
+        raise CheckpointError(str(path), "neither file nor folder", "move it elsewhere")
+
+
+def _carry_over(source: Path, target: Path) -> None:
+    ignored = shutil.ignore_patterns(*(f"*{suffix}" for suffix in _NOT_CARRIED))
+    for path in _carried(source):
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, ignore=ignored, dirs_exist_ok=True)
+        else:
             shutil.copy2(path, target / path.name)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
 
 from sglang_amd_quant.checkpoints import checks
-from sglang_amd_quant.checkpoints.naming import INT4_ROLES, Part, Role, is_fused, some
+from sglang_amd_quant.checkpoints.naming import INT4_ROLES, LINEARS, Part, Role, is_fused, some
 from sglang_amd_quant.errors import CheckpointError
 from sglang_amd_quant.formats import dequantize_int4, dequantize_mx, group_words, split_words
 from sglang_amd_quant.formats.mx import ELEMENTS
-from sglang_amd_quant.recipe import always_bf16
+from sglang_amd_quant.recipe import TOWERS, always_bf16
 from sglang_amd_quant.schemes import INT4_GROUP, MX_BLOCK, Scheme
 
 if TYPE_CHECKING:
@@ -242,13 +243,21 @@ class Ledger:
         )
 
     def _unquantized(self) -> Iterator[CheckpointError]:
-        """Modules stored in bf16 that the config says are quantized: those whose likes are, or any where none is.
+        """Modules stored in bf16 that the config says are quantized: of known names or alike to what is, or any where
+        none is.
 
         A recipe that a user wrote into the config.json of a bf16 checkpoint (`check_patterns`) is for quantizing it.
         """
         leaves = {module.rpartition(".")[2] for module in self._modules}
         none_is = not self._modules and not self._reader.check_patterns
-        plain = [m for m in self._floats if (none_is or m.rpartition(".")[2] in leaves) and self._scheme(m) is not None]
+
+        def is_linear(module: str) -> bool:
+            leaf = module.rpartition(".")[2]
+            known = leaf in LINEARS and f"{module}.weight" in self._names  # without: experts in one, perhaps unserved
+            in_tower = any(fnmatchcase(module, tower) for tower in TOWERS)  # which SGLang has in bf16, named or not
+            return leaf in leaves or (bool(leaves) and known and not in_tower)
+
+        plain = [m for m in self._floats if (none_is or is_linear(m)) and self._scheme(m) is not None]
         if plain:
             yield CheckpointError(
                 some(plain),

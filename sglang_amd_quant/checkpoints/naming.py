@@ -24,6 +24,15 @@ import torch
 FUSED_EXPERTS = re.compile(r"(?P<module>.*\.experts\.(?:gate_up_proj|down_proj))(?P<suffix>.*)")
 """Tensors that hold all experts of a layer: the module, and what the tensor is to it (`_scale`, `_blocks`, ...)."""
 
+LINEARS = frozenset({
+    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj",
+    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
+    "gate_proj", "up_proj", "down_proj", "gate_up_proj",
+    "w1", "w2", "w3", "wq", "wk", "wv", "wo",
+    "fc1", "fc2", "dense", "query_key_value", "dense_h_to_4h", "dense_4h_to_h",
+})  # fmt: skip
+"""Last parts of module names that SGLang loads as linear layers."""
+
 STORED: dict[str, tuple[torch.dtype, torch.dtype]] = {
     "e2m1": (torch.uint8, torch.uint8),
     "e4m3": (torch.float8_e4m3fn, torch.uint8),

@@ -10,27 +10,19 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
 from sglang_amd_quant.checkpoints.folder import Folder, TensorInfo
 from sglang_amd_quant.checkpoints.int4 import SCHEME as INT4
-from sglang_amd_quant.checkpoints.naming import STORED, Part, Role, is_fused
+from sglang_amd_quant.checkpoints.naming import LINEARS, STORED, Part, Role, is_fused
 from sglang_amd_quant.errors import CheckpointError, RecipeError, ShapeError
-from sglang_amd_quant.recipe import TOWERS, Recipe, Rule
+from sglang_amd_quant.recipe import TOWERS, Recipe, Rule, always_bf16
 from sglang_amd_quant.schemes import BF16, INT4_GROUPS, SCHEMES, Scheme
-
-LINEARS = frozenset({
-    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj",
-    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa",
-    "gate_proj", "up_proj", "down_proj", "gate_up_proj",
-    "w1", "w2", "w3", "wq", "wk", "wv", "wo",
-    "fc1", "fc2", "dense", "query_key_value", "dense_h_to_4h", "dense_4h_to_h",
-})  # fmt: skip
-"""Last parts of module names that SGLang loads as linear layers."""
 
 FUSED_LINEARS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """What SGLang runs as one matmul must be of one scheme."""
@@ -64,7 +56,7 @@ FUSED_EXPERTS: dict[str, FusedExperts] = {
 ROW_PARALLEL = frozenset({"o_proj", "down_proj", "wo", "w2", "fc2", "dense", "dense_4h_to_h"})
 """Linears whose K SGLang divides by --tp. Experts are not among them: their columns are dealt in whole blocks."""
 
-BF16_IN_SGLANG: dict[str, tuple[str, ...]] = {"gpt_oss": ("*.self_attn.*",)}
+BF16_IN_SGLANG: dict[str, tuple[str, ...]] = {"gpt_oss": ("*.self_attn.*",), "stablelm": ("*.self_attn.*",)}
 """model_type -> linears that SGLang 0.5.23 gives no quantization method: written quantized, they could not load."""
 
 _WEIGHT = ".weight"
@@ -142,24 +134,28 @@ def plan_conversion(folder: Folder, recipe: Recipe, tp: int = 1) -> Plan:
         ShapeError: K is not whole blocks, or a layer is empty.
     """
     if folder.quantization_config is not None:
-        method = folder.quantization_config.get("quant_method", "modelopt")
-        raise CheckpointError(
-            f"{folder.path}: quant_method {method!r}",
-            "quantized already",
-            "give the bf16 original, or --scheme keep to rewrite it in our own format as it is",
-        )
+        raise _quantized_already(folder, folder.quantization_config)
     model_type = str(folder.config.get("model_type"))
     layout = FUSED_EXPERTS.get(model_type)
     unserved = BF16_IN_SGLANG.get(model_type, ())
     recipe = replace(recipe, rules=(*(Rule(p, BF16) for p in unserved), *recipe.rules))
     if recipe.group is None and "int4" in recipe.weights:
-        tried = _planned(folder, replace(recipe, group=INT4_GROUPS[0]), layout, tp)
+        tried = _planned(folder, replace(recipe, group=INT4_GROUPS[0]), layout, tp, unserved)
         ks = (piece.k for piece in tried.pieces if piece.scheme and piece.scheme.weight == "int4")
         recipe = replace(recipe, group=SCHEMES[INT4].served_block(*ks))
-    return _planned(folder, recipe, layout, tp)
+    return _planned(folder, recipe, layout, tp, unserved)
 
 
-def _planned(folder: Folder, recipe: Recipe, layout: FusedExperts | None, tp: int) -> Plan:
+def _quantized_already(folder: Folder, config: Mapping[str, Any]) -> CheckpointError:
+    what = f"{folder.path}: quant_method {config.get('quant_method', 'modelopt')!r}"
+    if all(info.dtype.is_floating_point and info.dtype not in _FP8 for info in folder.tensors.values()):
+        reason = "quantized already, as config.json has it, though no tensor is"
+        return CheckpointError(what, reason, "take quantization_config out of config.json")
+    remedy = "give the bf16 original, or --scheme keep to rewrite it in our own format as it is"
+    return CheckpointError(what, "quantized already", remedy)
+
+
+def _planned(folder: Folder, recipe: Recipe, layout: FusedExperts | None, tp: int, unserved: Collection[str]) -> Plan:
     plan, modules = Plan(tp=tp), []
     for info in folder.tensors.values():
         for module, piece in _pieces(info, recipe, layout, plan):
@@ -167,7 +163,8 @@ def _planned(folder: Folder, recipe: Recipe, layout: FusedExperts | None, tp: in
             plan.pieces.append(piece)
             if piece.scheme:
                 plan.quantized[piece.scheme.name] += 1
-    _check_recipe(recipe, modules)
+    _check_names(plan.pieces)
+    _check_recipe(recipe, modules, unserved)
     if not plan.quantized:
         some_kept = plan.in_doubt or modules
         raise RecipeError(
@@ -186,13 +183,17 @@ def _pieces(info: TensorInfo, recipe: Recipe, layout: FusedExperts | None, plan:
     fused = is_fused(info.name) and len(info.shape) == 3
     linear = info.name.endswith(_WEIGHT) and len(info.shape) == 2
     copy = Piece(info, (Output(info.name, info.dtype, info.shape),))
-    if info.dtype in _FP8:
+    matrices = linear or fused
+    if info.dtype in _FP8 or (matrices and not info.dtype.is_floating_point and recipe.scheme_for(module) is not None):
         raise CheckpointError(
             f"{info.name} {list(info.shape)} {info.dtype}",
             "quantized, though config.json has no quantization_config",
             "give the bf16 original, or mend config.json",
         )
-    if not (info.dtype.is_floating_point and (fused or linear)):
+    if not (info.dtype.is_floating_point and matrices):
+        stacked = info.name.endswith(_WEIGHT) and len(info.shape) == 3  # experts of a layer, or a convolution
+        if info.dtype.is_floating_point and stacked and recipe.scheme_for(module) is not None:
+            plan.in_doubt.append(module)
         yield module, copy
     elif linear:
         scheme = recipe.scheme_for(module)
@@ -231,6 +232,12 @@ def _fused_pieces(info: TensorInfo, recipe: Recipe, layout: FusedExperts, copy: 
     if all(recipe.scheme_for(f"{stem}.{e}.{part}") is None for e in range(experts) for part in halves):
         yield info.name, copy
         return
+    if n % len(halves):
+        raise ShapeError(
+            f"layer {info.name} {list(info.shape)}",
+            f"N={n} is odd, so that gate and up are no halves of it",
+            f'fetch the checkpoint again, or keep it in bf16 with a recipe rule "{stem}.*": "bf16"',
+        )
     for expert in range(experts):
         for part, rows in halves.items():
             module = f"{stem}.{expert}.{part}"
@@ -272,9 +279,24 @@ def _quantized(
     return Piece(info, (data, scales), scheme, transposed, expert, rows, k // ranks)
 
 
-def _check_recipe(recipe: Recipe, modules: Iterable[str]) -> None:
+def _check_names(pieces: Iterable[Piece]) -> None:
+    """A safetensors file whose header says a name twice holds bytes that nothing reads."""
+    names: set[str] = set()
+    for output in (output for piece in pieces for output in piece.outputs):
+        if output.name in names:
+            raise CheckpointError(
+                output.name,
+                "is what a quantized layer's output is called, but the source holds it too",
+                "drop it from the source",
+            )
+        names.add(output.name)
+
+
+def _check_recipe(recipe: Recipe, modules: Iterable[str], unserved: Collection[str]) -> None:
+    """Raise where a rule has no effect (but for `unserved` patterns, which no user wrote) or a fused layer gets several
+    schemes."""
     modules = list(dict.fromkeys(modules))
-    unmatched = recipe.unmatched(modules)
+    unmatched = [pattern for pattern in recipe.unmatched(modules) if pattern not in unserved]
     if unmatched:
         likely = next((m for m in modules if m.rpartition(".")[2] in LINEARS), modules[0] if modules else "")
         raise RecipeError(
@@ -282,6 +304,14 @@ def _check_recipe(recipe: Recipe, modules: Iterable[str]) -> None:
             "matches no module of the checkpoint",
             f"modules are named like {likely}",
         )
+    for rule in recipe.rules:
+        matched = [] if rule.scheme == BF16 else list(filter(rule.matches, modules))
+        if matched and all(map(always_bf16, matched)):
+            raise RecipeError(
+                f"{recipe.source}: {rule.pattern!r} -> {rule.scheme!r}",
+                f"matches only what always stays bf16, as {matched[0]}",
+                "drop the rule",
+            )
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for module in modules:
         stem, _, leaf = module.rpartition(".")

@@ -8,8 +8,12 @@ import sys
 
 from sglang_amd_quant.recipe import Recipe
 from sglang_amd_quant.selection.arch import ARCHES, canonical
+from sglang_amd_quant.selection.problem import MOST
 from sglang_amd_quant.shapes.facts import ModelFacts
 from sglang_amd_quant.shapes.recipes import unmatched
+
+LEAST = 1e-9
+"""The smallest fraction that anybody means."""
 
 
 def known_arch(text: str) -> str:
@@ -42,19 +46,21 @@ def tcp_port(text: str) -> int:
 def wholes(text: str) -> tuple[int, ...]:
     """Whole numbers of at least 1, separated by commas; each counts once."""
     parts = text.split(",")
+    if any(part.isdecimal() and (len(part) > len(str(MOST)) or int(part) > MOST) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers of at most {MOST}, as 1,16,64")
     if not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers of at least 1, as 1,16,64")
     return tuple(dict.fromkeys(map(int, parts)))
 
 
 def above_zero(text: str) -> float:
-    """A finite number above 0."""
+    """A finite number above 0, and so far above that what is divided by it stays finite."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: write a number above 0")
+    if not LEAST <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number above 0, of at least {LEAST:g}")
     return value
 
 

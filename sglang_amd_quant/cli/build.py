@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build. Returns 0, or 1 if a report has problems, or 2 if a source does not compile."""
-    archs = args.arch.split(",") if args.arch else available_archs(ARCHS, args.compiler)
+    archs = list(dict.fromkeys(args.arch.split(","))) if args.arch else available_archs(ARCHS, args.compiler)
     units = sum(a in c.archs for a in archs for c in CODE_OBJECTS)
     start = time.perf_counter()
     with tqdm(total=units, unit="code object", disable=args.json, leave=False) as bar:

@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{count} shapes to tune written to {args.missing}", file=sys.stderr)
     text = _render(report, args)
     if args.output:
-        _written(lambda: args.output.write_text(text, encoding="utf-8"), args.output)
+        encoded = text.encode("utf-8", "backslashreplace")  # a model's folder may have a name that is no UTF-8
+        _written(lambda: args.output.write_bytes(encoded), args.output)
     else:
         print(text, end="")
     if args.fail_under is not None and report.tuned_percent < args.fail_under:

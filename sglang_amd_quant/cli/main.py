@@ -28,6 +28,11 @@ COMMANDS: dict[str, str] = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0 good, 1 problems found, 2 the command could not be carried out."""
     argv = sys.argv[1:] if argv is None else argv
+    program = f"amd-mx {argv[0]}" if argv and argv[0] in COMMANDS else "amd-mx"
+    return exit_code(program, lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # an arrow or a file's name may be beyond the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
@@ -53,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             commands.add_parser(name, help=line)
     args = parser.parse_args(argv)
-    return exit_code(f"amd-mx {args.command}", lambda: int(args.run(args)))
+    return int(args.run(args))
 
 
 if __name__ == "__main__":

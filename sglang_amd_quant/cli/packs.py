@@ -54,14 +54,21 @@ def run(args: argparse.Namespace) -> int:
     return int(args.packs_run(args))
 
 
+def _files(places: list[str]) -> list[Path]:
+    """The packs that are named: at least one."""
+    files = pack_files(places)
+    if not files:
+        raise UnsupportedError(" ".join(places), "holds no *.csv", "name packs, or a folder of them")
+    return files
+
+
 def _rows(place: str) -> list[PackRow]:
-    return [row for path in pack_files([place]) for row in load_file(path)]
+    return [row for path in _files([place]) for row in load_file(path)]
 
 
 def _lint(args: argparse.Namespace) -> int:
     places = args.places or [str(shipped_dir())]
-    if not pack_files(places):
-        raise UnsupportedError(" ".join(places), "holds no *.csv", "name packs, or a folder of them")
+    _files(places)
     findings, count = lint(places)
     if args.json:
         print(json.dumps({"entries": count, "findings": [f._asdict() for f in findings]}, indent=1))

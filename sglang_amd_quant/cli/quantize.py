@@ -115,7 +115,7 @@ def _text(summary: Mapping[str, object]) -> str:
     doubt = summary["kept_in_doubt"]
     if isinstance(doubt, list) and doubt:
         lines.append("kept as they are, for want of knowing that SGLang runs them as linear layers (a rule that names")
-        lines.append("them quantizes them): " + ", ".join(doubt))
+        lines.append("a matrix quantizes it): " + ", ".join(doubt))
     return "\n".join(lines)
 
 

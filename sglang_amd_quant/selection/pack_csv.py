@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import gc
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -172,9 +173,11 @@ def _name(text: str) -> str:
 def _date(text: str) -> str:
     if text:
         try:
-            datetime.date.fromisoformat(text)
+            same = datetime.date.fromisoformat(text).isoformat() == text  # other forms of ISO 8601 are read too
         except ValueError:
-            raise ValueError("is no date of the form YYYY-MM-DD") from None
+            same = False
+        if not same:
+            raise ValueError("is no date of the form YYYY-MM-DD")
     return text
 
 
@@ -280,7 +283,10 @@ def _parse_group(group: int, texts: Sequence[str], path: Path, numbers: list[int
     names = _NAMES[first : first + _GROUPS[group]]
     parsed: dict[str, tuple[Any, ...]] = {}
     for text in dict.fromkeys(texts):
-        cells = next(csv.reader([text])) if last else text.split(",")
+        try:
+            cells = next(csv.reader([text])) if last else text.split(",")
+        except csv.Error as error:
+            raise PackError(f"{path}:{numbers[texts.index(text)]}", f"no CSV ({error})", "see docs/packs.md") from None
         if len(cells) != len(names):
             raise _width_error(f"{path}:{numbers[texts.index(text)]}", first + len(cells))
         values = []
@@ -321,18 +327,26 @@ def _check_rows(rows: list[PackRow]) -> None:
 
 
 def write_file(path: Path, rows: Iterable[PackRow]) -> None:
-    """Write a pack, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
+    """Write a pack, whole or not at all; to a device or a pipe, as it comes."""
+    if path.exists() and not path.is_file():
+        _write(path, rows)
+        return
+    target = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
+    partial = target.with_name(target.name + ".partial")
+    _write(partial, rows)
+    try:
+        partial.replace(target)
+    except OSError:
+        partial.unlink()
+        raise
+
+
+def _write(path: Path, rows: Iterable[PackRow]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
         file.write(VERSION_LINE + "\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_NAMES)
         writer.writerows(map(to_texts, rows))
-    try:
-        partial.replace(path)
-    except OSError:
-        partial.unlink()
-        raise
 
 
 def to_texts(row: PackRow) -> list[str]:

@@ -356,7 +356,13 @@ class KernelChoice:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> KernelChoice:
-        """Read `to_json`'s form, or a miss, which states a source alone."""
+        """Read `to_json`'s form, or a miss, which states a source alone.
+
+        Raises:
+            ShapeError: the source is unknown.
+        """
+        if data["source"] not in SOURCES:
+            raise ShapeError(f"source {data['source']!r}", "unknown", f"use one of {', '.join(SOURCES)}")
         stated = dict(data.get("config", {}))
         own = {name: stated.pop(name) for name in list(stated) if name in Config._fields}
         return cls(

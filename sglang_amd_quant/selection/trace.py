@@ -99,5 +99,5 @@ def _choices(path: Path) -> Iterator[tuple[GemmProblem, KernelChoice]]:
             try:
                 data = json.loads(text)
                 yield GemmProblem.from_json(data["problem"]), KernelChoice.from_json(data.get("choice", data))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ShapeError(f"{path}:{number}", f"no problem ({error})", "cut the broken line") from None

@@ -121,6 +121,10 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: edit_header(f, f"{Q}.weight", shape=[32, 1 << 40]),
         rf"{Q}.weight \[32, 1099511627776\] U8: its shape needs \d+ bytes, its offsets hold 1024",
     ),
+    "absurd shape of nothing": (
+        lambda f: rewrite_header(f, f'{{"a": {{"dtype": "U8", "shape": [0, {2**63}], "data_offsets": [0, 0]}}}}', 0),
+        rf"a \[0, {2**63}\] U8: no tensor is so large",
+    ),
     "negative shape": (lambda f: edit_header(f, f"{Q}.weight", shape=[-32, -32]), "its shape needs"),
     "negative offsets": (lambda f: rewrite_header(f, header(a=[-4, 0]), 4), r"a \[4\] U8: its shape needs"),
     "broken offsets": (lambda f: rewrite_header(f, header(a=[0.0, 4.0]), 4), r"a \[4\] U8: its shape needs"),
@@ -144,6 +148,10 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing shard, no index": (
         lambda f: ((f / SHARDS[1]).unlink(), (f / INDEX).unlink()),
         r"model-\*-of-2: 1 of 2 shards are there",
+    ),
+    "one file and numbered ones, no index": (
+        lambda f: ((f / INDEX).unlink(), save_file(load_file(f / SHARDS[0]), f / "model.safetensors")),
+        r"also holds model-\*-of-2 and no index; delete one set, or fetch the index",
     ),
     "index names other folders": (
         lambda f: (f / INDEX).write_text('{"weight_map": {"a": "../a.safetensors"}}'),
@@ -251,6 +259,10 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: change(f, 0, "model.layers.1.self_attn.q_proj.weight", torch.ones(32, 64).bfloat16()),
         "model.layers.1.self_attn.q_proj: stored unquantized, but the checkpoint's config says quantized",
     ),
+    "config says another linear is quantized": (
+        lambda f: change(f, 0, "model.layers.0.self_attn.o_proj.weight", torch.ones(32, 64).bfloat16()),
+        "model.layers.0.self_attn.o_proj: stored unquantized, but the checkpoint's config says quantized; add",
+    ),
     "unknown format": (lambda f: write_config(f, {"quant_method": "hqq"}), "quant_method 'hqq': no reader"),
     "unknown version": (lambda f: write_config(f, {"quant_method": "amd_mx", "version": 9}), "version 9: this release"),
     "unknown scheme": (
@@ -272,6 +284,13 @@ def test_sound(folder: Path, tools: Any, capsys: pytest.CaptureFixture[str]) -> 
     assert len(tools.canonical(folder)) == 9
     assert main(["inspect", str(folder)]) == 0
     assert "no problems found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["transformer.blocks.0.ffn.experts.mlp.w1", "vision_tower.layers.0.mlp.fc1.weight"])
+def test_what_may_be_no_linear(folder: Path, tools: Any, name: str) -> None:
+    """DBRX's experts, all in one matrix that is no layer of its own, and encoders of images are served as they are."""
+    change(folder, 0, name, torch.ones(64, 64).bfloat16())
+    assert len(tools.canonical(folder)) == 10
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from sglang_amd_quant.checkpoints import convert, job
 from sglang_amd_quant.checkpoints.convert import keep_job, quantize_job
 from sglang_amd_quant.checkpoints.folder import Folder
 from sglang_amd_quant.checkpoints.job import Job
+from sglang_amd_quant.checkpoints.native import quantization_config
 from sglang_amd_quant.errors import CheckpointError, RecipeError, ShapeError
 from sglang_amd_quant.formats import fake_quantize_mx
 from sglang_amd_quant.recipe import Recipe, Rule
@@ -98,6 +101,20 @@ def test_fused_experts_that_are_not_transposed(saved: Saved, tools: Any, tmp_pat
         assert torch.equal(weight, fake_quantize_mx(before[f"{module}.weight"].float(), "e2m1")), module
 
 
+@pytest.mark.parametrize("model_type", ["gpt_oss", "stablelm"])
+@pytest.mark.parametrize("attention", [True, False])
+def test_attention_that_sglang_runs_in_bf16(tools: Any, tmp_path: Path, model_type: str, attention: bool) -> None:
+    """It stays so; and where there is none, nobody is asked about a pattern that nobody wrote."""
+    (tmp_path / "in").mkdir()
+    tensors = {f"{LAYER}.mlp.down_proj.weight": torch.ones(64, 64)}
+    if attention:
+        tensors |= {f"{LAYER}.self_attn.{part}_proj.weight": torch.ones(64, 64) for part in "qkvo"}
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    quantized(tmp_path / "in", tmp_path / "out", Recipe.uniform("int4_w4a16"))
+    assert list(tools.dequantized(tools.canonical(tmp_path / "out"))) == [f"{LAYER}.mlp.down_proj"]
+
+
 def test_many_chunks_make_the_same(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized(saved("gpt_oss"), tmp_path / "whole", Recipe.uniform("w4a8"))
     monkeypatch.setattr(convert, "CHUNK_BYTES", 1000)
@@ -159,6 +176,7 @@ class TestWhatIsQuantized:
         assert list(tools.dequantized(tools.canonical(target))) == ["model.layers.0.self_attn.q_proj"]
         assert job.plan is not None
         assert sorted(job.plan.in_doubt) == [
+            "model.layers.0.conv",
             "model.layers.0.experts.gate_up_proj",
             "model.layers.0.mixer.strange_proj",
             "model.layers.1.mixer.strange_proj",
@@ -172,7 +190,7 @@ class TestWhatIsQuantized:
         self, source: Path, tools: Any, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
         target = tmp_path_factory.mktemp("out") / "out"
-        quantized(source, target, Recipe((Rule("*.strange_proj", "mxfp4"), Rule("*.kv_b_proj", "mxfp4"))))
+        quantized(source, target, Recipe((Rule("re:.*(strange|kv_b)_proj", "mxfp4"),)))
         assert sorted(tools.dequantized(tools.canonical(target))) == [
             "model.layers.0.mixer.strange_proj",
             "model.layers.1.mixer.strange_proj",  # and never MLA's kv_b_proj
@@ -185,6 +203,11 @@ class TestWhatIsQuantized:
                 Recipe((Rule("*.qq_proj", "mxfp4"),)),
                 RecipeError,
                 r"'\*\.qq_proj': matches no module of the checkpoint; modules are named like model\.layers\.0",
+            ),
+            (
+                Recipe((Rule("*.kv_b_proj", "mxfp4"),), "mxfp8"),
+                RecipeError,
+                r"^recipe: '\*\.kv_b_proj' -> 'mxfp4': matches only what always stays bf16, as model.*kv_b_proj; drop",
             ),
             (
                 Recipe.uniform("int4_w4a16", group=128),
@@ -253,6 +276,61 @@ def test_values_that_no_format_holds(down_proj: Callable[[torch.Tensor], Path], 
     weight[3, 5] = value
     with pytest.raises(CheckpointError, match=r"down_proj.weight \[64, 64\]: holds NaN or Inf"):
         quantized(down_proj(weight), tmp_path / "out", Recipe.uniform("mxfp4"))
+
+
+@pytest.mark.parametrize("value", [1e300, 3.3e38, -3.3e38])
+def test_values_beyond_what_a_format_has(
+    down_proj: Callable[[torch.Tensor], Path], tmp_path: Path, value: float
+) -> None:
+    """1e300 is Inf in fp32, and 3.3e38 rounds to 2^128 in e2m1."""
+    weight = torch.ones(64, 64, dtype=torch.float64)
+    weight[3, 5] = value
+    message = (
+        rf"down_proj.weight \[64, 64\]: holds {re.escape(f'{abs(value):.3g}')}, beyond the 2\^127 .*; mend the source"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        quantized(down_proj(weight), tmp_path / "out", Recipe.uniform("mxfp4"))
+
+
+@pytest.mark.parametrize("scheme", ["mxfp4", "mxfp8", "int4_w4a16"])
+@pytest.mark.parametrize("mode", list(ScaleMode))
+def test_largest_value_of_all_formats(
+    down_proj: Callable[[torch.Tensor], Path], tools: Any, tmp_path: Path, scheme: str, mode: ScaleMode
+) -> None:
+    source = down_proj(torch.full((64, 64), 2.0**127, dtype=torch.float64))
+    quantized(source, tmp_path / "out", Recipe.uniform(scheme), scale_mode={"e2m1": mode, "e4m3": mode})
+    assert all(w.isfinite().all() for w in tools.dequantized(tools.canonical(tmp_path / "out")).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
+def test_integers_are_no_source(down_proj: Callable[[torch.Tensor], Path], tmp_path: Path, dtype: torch.dtype) -> None:
+    """What a config.json has lost its quantization_config of, not weights."""
+    source = down_proj(torch.ones(64, 64, dtype=dtype))
+    message = rf"down_proj.weight \[64, 64\] {dtype}: quantized, though config.json has no quantization_config; give"
+    with pytest.raises(CheckpointError, match=message):
+        quantize_job(Folder.open(source), tmp_path / "out", Recipe.uniform("mxfp4"))
+    quantized(source, tmp_path / "out", Recipe((Rule("*.down_proj", "bf16"),), "mxfp4"))
+
+
+def test_an_output_that_the_source_holds_too(saved: Saved, tmp_path: Path) -> None:
+    name = f"{MLP}.down_proj.weight_scale"
+    (tmp_path / "in").mkdir()
+    tensors = load_file(saved("llama") / "model.safetensors") | {name: torch.ones(64, 1).bfloat16()}
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / "config.json").write_text('{"model_type": "llama"}')
+    message = rf"^{name}: is what a quantized layer's output is called, but the source holds it too; drop it"
+    with pytest.raises(CheckpointError, match=message):
+        quantize_job(Folder.open(tmp_path / "in"), tmp_path / "out", Recipe.uniform("mxfp4"))
+    quantized(tmp_path / "in", tmp_path / "out", Recipe((Rule("*.layers.0.mlp.*", "bf16"),), "mxfp4"))
+
+
+def test_gate_and_up_are_halves(tmp_path: Path) -> None:
+    stem = "model.layers.0.mlp.experts"
+    tensors = {f"{stem}.gate_up_proj": torch.ones(2, 64, 65), f"{stem}.down_proj": torch.ones(2, 32, 64)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama4"}')
+    with pytest.raises(ShapeError, match=r"gate_up_proj \[2, 64, 65\]: N=65 is odd, so that gate and up are no halves"):
+        quantize_job(Folder.open(tmp_path), tmp_path / "out", Recipe.uniform("mxfp4"))
 
 
 class TestFolder:
@@ -365,6 +443,38 @@ class TestFolder:
             quantize_job(Folder.open(source), tmp_path / "out", Recipe.uniform("mxfp8")).execute(silent, force=True)
         assert (tmp_path / name / "thesis").is_file()
 
+    @pytest.mark.parametrize(
+        ("link", "to", "message"),
+        [
+            ("tokenizer_config.json", "nowhere/x.json", "points to nothing; fetch the file, or delete the link"),
+            ("code/x.py", "nowhere/x.py", "points to nothing; fetch the file, or delete the link"),
+            ("self", ".", "points to a folder that holds it; delete the link"),
+            ("code/below/again", "..", "points to a folder that holds it; delete the link"),
+        ],
+    )
+    def test_links_that_cannot_be_copied(self, source: Path, tmp_path: Path, link: str, to: str, message: str) -> None:
+        """Told before hours of work, not after."""
+        (source / link).parent.mkdir(parents=True, exist_ok=True)
+        (source / link).symlink_to(to)
+        with pytest.raises(CheckpointError, match=rf"^{source / link}: {message}$"):
+            quantized(source, tmp_path / "out", Recipe.uniform("mxfp4"))
+        assert not (tmp_path / "out.partial").exists()
+
+    def test_links_are_followed(self, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "blobs").mkdir()
+        (tmp_path / "blobs" / "x.py").write_text("x")
+        (source / "code").symlink_to("../blobs")
+        (source / "original" / "params").symlink_to("nowhere")  # what is not carried over
+        (source / "pytorch_model-2.bin").symlink_to("nowhere")
+        quantized(source, tmp_path / "out", Recipe.uniform("mxfp4"))
+        assert not (tmp_path / "out" / "code").is_symlink()
+        assert (tmp_path / "out" / "code" / "x.py").read_text() == "x"
+
+    def test_a_pipe_cannot_be_copied(self, source: Path, tmp_path: Path) -> None:
+        os.mkfifo(source / "pipe")
+        with pytest.raises(CheckpointError, match="pipe: neither file nor folder; move it elsewhere"):
+            quantized(source, tmp_path / "out", Recipe.uniform("mxfp4"))
+
     @pytest.mark.parametrize("target", ["elsewhere/..", ".", "link"])
     def test_target_by_another_name(
         self, source: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
@@ -444,3 +554,14 @@ class TestFolder:
     def test_keep_needs_a_quantized_source(self, source: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="nothing to keep"):
             keep_job(Folder.open(source), tmp_path / "kept")
+
+    def test_a_recipe_alone_quantizes_nothing(self, source: Path, tmp_path: Path) -> None:
+        """A bf16 checkpoint whose config.json has a recipe, for a server to quantize by."""
+        config = json.loads((source / "config.json").read_text())
+        config["quantization_config"] = quantization_config(Recipe.uniform("mxfp4"))
+        (source / "config.json").write_text(json.dumps(config))
+        message = "nothing quantized, so there is nothing to keep; take quantization_config out of config.json"
+        with pytest.raises(CheckpointError, match=message):
+            keep_job(Folder.open(source), tmp_path / "kept")
+        with pytest.raises(CheckpointError, match=r"no tensor is; take quantization_config out of config\.json$"):
+            quantize_job(Folder.open(source), tmp_path / "out", Recipe.uniform("mxfp4"))

@@ -71,6 +71,12 @@ def refused(capsys: Out, line: str) -> str:
             "--group 64: scheme w4a8 makes no int4; drop one of the two",
         ),
         ("shapes gpt-oss-120b --bandwidth inf", "--bandwidth: 'inf': write a number above 0"),
+        ("shapes gpt-oss-120b --bandwidth 1e-320", "'1e-320': write a number above 0, of at least 1e-09"),
+        pytest.param(
+            f"shapes gpt-oss-120b --m 1,{'9' * 400}", "999': write whole numbers of at most 2147483647", id="400 digits"
+        ),
+        ("coverage gpt-oss-120b --m 2147483648", "'2147483648': write whole numbers of at most 2147483647"),
+        ("coverage gpt-oss-120b --m 1,0", "'1,0': write whole numbers of at least 1"),
         ("doctor --arch foo", "'foo' is unknown: use one of gfx950"),
         ("build --jobs 0", "--jobs: '0': write a whole number of at least 1"),
         ("packs lint empty", "empty: holds no *.csv; name packs, or a folder of them"),
@@ -132,6 +138,15 @@ def test_the_rule_that_nan_weights_ask_for_works(folder: Path, capsys: Out) -> N
 def test_names_that_no_encoding_holds(folder: Path, capsys: Out) -> None:
     name = os.fsdecode(b"m\xff")
     assert "m\\udcff: no such folder; name a folder" in refused(capsys, f"inspect {name}")
+
+
+def test_a_user_who_stops_a_command_before_it_runs(capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", stopped)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "amd-mx doctor: interrupted\n"
 
 
 def test_a_disk_that_fills_up(folder: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:

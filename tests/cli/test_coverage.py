@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def test_table(capsys: Out) -> None:
     (gate_up,) = [line for line in lines if "moe_gate_up" in line]
     assert gate_up.split()[-4:] == ["B*", "E*", "strided", "mlp.experts.gate_up_proj"]
     assert any("cells plan a published mechanism of which this build has no kernel binary" in line for line in lines)
+
+
+def test_a_folder_whose_name_is_no_utf8(capsys: Out, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"m\xff")
+    folder.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 128}
+    (folder / "config.json").write_text(json.dumps(config))
+    report = tmp_path / "report.html"
+    assert run(capsys, str(folder), "--m", "1", "--html", "-o", str(report))[0] == 0
+    assert "m\\udcff" in report.read_text()
 
 
 def test_json_csv_and_html_tell_the_same(capsys: Out, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,38 @@ def test_diff(capsys: Out, tmp_path: Path) -> None:
     assert code == 1
     assert "us 8.0 -> 6.0, -25.0 % time" in out
     assert [c["kind"] for c in json.loads(run(capsys, "diff", str(one), str(two), "--json")[1])] == ["changed"] * 2
+
+
+def test_a_folder_without_packs(capsys: Out, tmp_path: Path) -> None:
+    """Mistyped, most likely: what OUT holds already is worth more."""
+    (tmp_path / "empty").mkdir()
+    out = measured(tmp_path / "out.csv", 8.0)
+    before = out.read_bytes()
+    for argv in (("merge", str(out), str(tmp_path / "empty")), ("diff", str(tmp_path / "empty"), str(SHIPPED))):
+        code, _, err = run(capsys, *argv)
+        assert code == 2
+        assert err == f"amd-mx packs: {tmp_path / 'empty'}: holds no *.csv; name packs, or a folder of them\n"
+    assert out.read_bytes() == before
+
+
+def test_merge_into_a_link(capsys: Out, tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    link, file = tmp_path / "out.csv", tmp_path / "shared" / "all.csv"
+    link.symlink_to(file)
+    for _ in range(2):  # it may point to what is not there yet
+        assert run(capsys, "merge", str(link), str(SHIPPED))[0] == 0
+        assert link.is_symlink()
+        assert len(load_file(file)) == len(load_file(SHIPPED))
+
+
+def test_merge_into_a_pipe(capsys: Out, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert run(capsys, "merge", str(pipe), str(measured(tmp_path / "one.csv", 8.0)))[0] == 0
+    assert pipe.is_fifo()
+    assert os.read(reader, 1 << 16) == (tmp_path / "one.csv").read_bytes()
+    os.close(reader)
 
 
 def test_merge(capsys: Out, tmp_path: Path) -> None:

@@ -104,6 +104,8 @@ def test_missing_entries_are_written_once_each(tmp_path):
         ('{"problem": 3}\n', ":1: .*not an object"),
         ('{"problem":{"op":"linear"},"choice":{}}\n', ":1: no problem"),
         ('{"problem":3,"choice":{}}\n', ":1: no problem"),
+        (untuned_line(MISS, "guessed"), ":1: no problem .source 'guessed': unknown; use one of exact, "),
+        pytest.param('{"problem":' + "[" * 100_000, ":1: no problem .maximum recursion depth", id="nested deeply"),
     ],
 )
 def test_a_broken_file_is_named_by_line(tmp_path, text, reason):
