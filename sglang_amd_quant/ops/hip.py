@@ -16,7 +16,7 @@ from sglang_amd_quant.runtime.gemv_mxfp4 import gemv_mxfp4
 from sglang_amd_quant.runtime.launch import LaunchDescription
 from sglang_amd_quant.schemes import DEFAULT_SCALE_MODE
 from sglang_amd_quant.selection import kernel
-from sglang_amd_quant.selection.amd_decode import WORKSPACE_BYTES, decode_scheme
+from sglang_amd_quant.selection.amd_decode import WORKSPACE_BYTES, WORKSPACE_COUNTERS, decode_scheme
 
 if TYPE_CHECKING:
     from sglang_amd_quant.ops.activation import Activation
@@ -119,22 +119,28 @@ def run_decode(call: LinearCall) -> None:
 _workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}
 """Device and stream -> its workspace."""
 _spares: dict[torch.device, torch.Tensor] = {}
-"""For a stream that is first seen while a graph is captured, when nothing can be zeroed."""
+"""For a stream that is first seen while a graph is captured, when what is zeroed is zeroed by the graph alone."""
 
 
-def workspace(x: torch.Tensor) -> torch.Tensor | None:
-    """Zeroed memory on x's device for one launch of the current stream at a time, the same each time: kernels leave its
-    counters zero. Launches of one stream follow each other; those of two may not, and would count each other's blocks.
+def workspace(x: torch.Tensor) -> torch.Tensor:
+    """Memory on x's device for one launch of the current stream at a time, the same each time: it was zeroed once, and
+    kernels leave its counters zero. Launches of one stream follow each other; those of two may not, and would count
+    each other's blocks.
 
-    None where a graph is being captured of a second stream that has run nothing before: it takes a plan without.
+    Where graphs are captured of more streams than `prepare_workspaces` has provided for, each launch gets memory of the
+    graph's own, whose counters the graph zeroes.
     """
     key = x.device, current_stream(x.get_device())
     if key not in _workspaces:
         if not capturing(x):
-            _workspaces[key] = _zeros(x.device)
+            _workspaces[key] = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=x.device)
         elif x.device in _spares:
             _workspaces[key] = _spares.pop(x.device)
-    return _workspaces.get(key)
+        else:
+            fresh = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=x.device)
+            fresh[: 4 * WORKSPACE_COUNTERS].zero_()
+            return fresh
+    return _workspaces[key]
 
 
 def capturing(x: torch.Tensor) -> bool:
@@ -146,11 +152,7 @@ def prepare_workspaces(x: torch.Tensor) -> None:
     """Make those of the current stream and of one to come, ahead of graph captures."""
     workspace(x)
     if x.device not in _spares:
-        _spares[x.device] = _zeros(x.device)
-
-
-def _zeros(device: torch.device) -> torch.Tensor:
-    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        _spares[x.device] = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=x.device)
 
 
 def run_decode_amd(call: LinearCall) -> None:

@@ -137,6 +137,7 @@ class BoundLinear:
         if not m:
             return x.new_zeros(0, self.columns)
         plan = self.plan(m, x.dtype)
+        bias = None if bias is None else bias.contiguous()  # as kernels index it
         if plan.launcher is None:
             return reference.linear(x, unpacked(weight, plan.choice).dequantize(), act, bias, f)
         biased = bias is None or bias.dtype in plan.fused_biases

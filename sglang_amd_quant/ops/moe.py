@@ -202,6 +202,7 @@ def _fused_moe(
         kept = unpacked(gate_up, pair.gate_up), unpacked(down, pair.down)
         values13, values2 = (lambda e, w=w: w.expert(e).dequantize() for w in kept)
         return reference.fused_moe(x, topk_ids, topk_weights, problem, values13, values2, b13, b2)
+    b13, b2 = (None if b is None else b.contiguous() for b in (b13, b2))  # as kernels index them
     call = MoeCall(
         x, topk_ids, topk_weights, gate_up, down, b13, b2, problem, pair.gate_up.config, pair.down.config,
         *pair.problems,

@@ -13,12 +13,12 @@ from sglang_amd_quant.errors import SchemeError, ShapeError
 from sglang_amd_quant.layouts.names import TensorLayout
 from sglang_amd_quant.ops.packed import PackedForm, Weight
 from sglang_amd_quant.ops.reference import ActQuant
-from sglang_amd_quant.runtime.detect import current_arch
+from sglang_amd_quant.runtime.detect import CPU, current_arch
 from sglang_amd_quant.schemes import ScaleMode
 from sglang_amd_quant.schemes import scheme as scheme_named
 from sglang_amd_quant.selection import GemmProblem
 from sglang_amd_quant.selection.arch import member
-from sglang_amd_quant.tensor import MxForm, PadPlan
+from sglang_amd_quant.tensor import MxForm, MxTensor, PadPlan
 
 DTYPES: dict[torch.dtype, str] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 """Dtypes of a model -> names in `GemmProblem.out_dtype`."""
@@ -45,12 +45,16 @@ class Operand:
         """The operand that a layer's weights are, on this device if that is of the problem's family.
 
         Raises:
-            ShapeError: the weights have not the problem's sizes.
+            ShapeError: the weights have not the problem's sizes, or not as kernels on a GPU index them.
             SchemeError: nor its scheme, group or activation format; or int4 without words (`MxTensor.with_words`).
         """
         lead = (problem.e_local,) if problem.moe else ()
         if weight.shape != (*lead, problem.n, problem.k):
             raise ShapeError(f"weights {list(weight.shape)}", f"the layer is {problem.label()}", "pass its own weights")
+        padded = isinstance(weight, MxTensor) and (weight.pad.n, weight.pad.k) != (problem.n, problem.k)
+        if current_arch() != CPU and (padded or not all(t.is_contiguous() for t in weight.tensors)):
+            what = f"weights {list(weight.shape)} in storage of {[list(t.shape) for t in weight.tensors]}"
+            raise ShapeError(what, "kernels find rows by N and K alone", "pass contiguous weights without padding")
         act_format = "fp8_static" if act.scale is not None else act.scheme.act
         if weight.scheme.name != problem.scheme or act_format != problem.act:
             what = f"{weight.scheme.name} weights with {act_format} activations"

@@ -121,7 +121,8 @@ def fused_moe(
         routed[rows] = torch.where(mine, down, routed[rows])
     routed = routed.view(m, top_k, x.shape[-1])
     if problem.weight_output and not problem.weight_on_input:
-        routed = routed * weights.unsqueeze(-1)
+        here = (topk_ids >= 0) & (topk_ids < problem.num_experts)
+        routed = routed * torch.where(here, weights, 0.0).unsqueeze(-1)  # 0 times a dropped slot's NaN would be NaN
     if not problem.combine:
         return routed.to(x.dtype)
     return (routed.sum(dim=1) * problem.scale).to(x.dtype)

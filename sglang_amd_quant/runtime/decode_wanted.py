@@ -150,7 +150,7 @@ more blocks."""
 def in_clusters(cu_count: int, split: int) -> int:
     """Multiprocessors that clusters of `split` blocks find places on: a cluster stays within one of the GPU's groups,
     of which not all are whole. Of an H100's 132, 120 (cuOccupancyMaxActiveClusters)."""
-    return cu_count if split <= 2 else cu_count * 10 // 11
+    return cu_count if split <= 2 else max(1, cu_count * 10 // 11)
 
 
 def _even(row_tiles: int, cu_count: int) -> tuple[float, int, int]:

@@ -102,7 +102,7 @@ def explain(
     plan, here = plan or Selector(), here or Selector(available=shipped())
     planned = view(problem, plan)
     seen = {planned.choice.kernel, *(r.kernel for r in planned.choice.refused), REFERENCE}
-    spoken = {candidate.kernel for candidate in candidates(problem, plan.packs)}
+    spoken = {candidate.kernel for candidate in candidates(problem, plan.packs)} if problem.m else set()
     others = [
         Refused(
             "none",

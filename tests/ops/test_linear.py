@@ -13,7 +13,7 @@ from sglang_amd_quant.errors import SchemeError, ShapeError, UnsupportedError
 from sglang_amd_quant.ops import hip, layout, linear, operand
 from sglang_amd_quant.ops.activation import Activation
 from sglang_amd_quant.ops.layout import lay_out
-from sglang_amd_quant.ops.linear import KERNELS, LinearCall, QuantizedLinear, bound
+from sglang_amd_quant.ops.linear import KERNELS, LinearCall, LinearKernel, QuantizedLinear, bound
 from sglang_amd_quant.ops.operand import Operand
 from sglang_amd_quant.ops.reference import ActQuant
 from sglang_amd_quant.schemes import SCHEMES
@@ -249,8 +249,9 @@ def test_amd_decode_in_the_emulator_gives_the_references_numbers(emulated, monke
 
 
 def test_streams_have_workspaces_of_their_own(monkeypatch):
-    """Blocks that share K count each other there. While a graph is captured nothing can be zeroed: one is spare."""
-    monkeypatch.setattr(hip, "WORKSPACE_BYTES", 1 << 10)
+    """Blocks that share K count each other there. Of streams first seen in a capture one has the spare, others zero
+    theirs each time."""
+    monkeypatch.setattr(hip, "WORKSPACE_BYTES", 1 << 15)
     for name in ("_workspaces", "_spares"):
         monkeypatch.setattr(hip, name, {})
     stream, capturing, x = 7, False, torch.empty(1)
@@ -261,16 +262,16 @@ def test_streams_have_workspaces_of_their_own(monkeypatch):
     assert first is hip.workspace(x)
     stream, capturing = 8, True
     second = hip.workspace(x)
-    assert second is not None
     assert second is hip.workspace(x) is not first
     assert not second.any()
     stream = 9
-    assert hip.workspace(x) is None
+    graphs = hip.workspace(x)
+    assert all(graphs is not other for other in (first, second, hip.workspace(x)))
+    assert not graphs[: 4 * 4096].any()
     capturing = False
-    assert all(hip.workspace(x) is not other for other in (None, first, second))
-    hip.prepare_workspaces(x)
-    stream, capturing = 10, True
-    assert hip.workspace(x) is not None
+    own = hip.workspace(x)
+    assert own is hip.workspace(x)
+    assert all(own is not other for other in (first, second, graphs))
 
 
 def test_operand_text_reads_back():
@@ -289,6 +290,26 @@ def test_layout_and_padding_reach_the_op():
     assert bound(same.text).operand.problem.layout == "cdna4_scale"
     x = torch.randn(3, K)
     assert torch.equal(same(x), layer(x))
+
+
+def test_kernels_are_given_what_they_index(monkeypatch):
+    """Rows by N and K alone, biases one by one: a padded or strided weight is refused where there are kernels."""
+    layer = make_linear("mxfp8", N, K, arch="gfx950")
+    data = torch.zeros(N, 2 * K, dtype=torch.float8_e4m3fn)[:, :K]
+    weights = layer.weight.to_layout("strided", PadPlan(64, 128)), replace(layer.weight, data=data)
+    for weight in weights:
+        replace(layer, weight=weight)
+    monkeypatch.setattr(operand, "current_arch", lambda: "gfx950")
+    for weight in weights:
+        with pytest.raises(ShapeError, match="kernels find rows by N and K alone"):
+            replace(layer, weight=weight)
+    seen = []
+    monkeypatch.setitem(KERNELS, "triton_mx_gemm", LinearKernel(seen.append, linear.ANY_FLOAT))
+    monkeypatch.setattr(linear, "launchable", lambda arch: frozenset({"triton_mx_gemm"}))
+    bias = torch.randn(N, 2)[:, 0]
+    make_linear("mxfp8", N, K, arch="gfx942")(torch.randn(3, K).bfloat16(), bias)
+    assert torch.equal(seen[0].bias, bias)
+    assert seen[0].bias.is_contiguous()
 
 
 class TestMistakes:

@@ -230,6 +230,17 @@ def test_gate_up_gives_way_where_no_kernel_for_down_takes_its_blocks(monkeypatch
     assert pair.kernels == ("triton_e2m1_moe", "triton_e2m1_moe")
 
 
+def test_weights_of_dropped_slots_may_be_anything():
+    layer = make_moe("w4a16", E, H, INTER, TOP_K)
+    x, ids, weights = tokens(3, H, E, TOP_K)
+    ids[0, 1] = ids[2, 0] = -1
+    ids[1, 0] = E
+    want = layer(x, ids, weights)
+    for row, slot, value in ((0, 1, torch.nan), (2, 0, torch.inf), (1, 0, -torch.inf)):
+        weights[row, slot] = value
+    assert torch.equal(layer(x, ids, weights), want)
+
+
 def test_text_reads_back():
     layer = make_moe("w4a8", E, H, INTER, TOP_K, "gfx1151", GPT_OSS, static=True, combine=False, scale=0.5)
     read = bound(layer.text)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from sglang_amd_quant.selection import BoundChoices, GemmProblem, Selector, choose, kernels, shipped
+from sglang_amd_quant.selection.explain import explain
 from sglang_amd_quant.selection.lds import lds_bytes
 from sglang_amd_quant.selection.packs import Packs, installed_packs
 
@@ -297,3 +298,10 @@ def test_choices_are_cached_and_bound_by_layer():
     assert select(A8W4) is select(replace(A8W4))
     bound = BoundChoices(DENSE)
     assert bound[7] is bound[7] is choose(replace(DENSE, m=7))
+
+
+def test_explain_of_no_rows_agrees():
+    for row in installed_packs().rows:
+        experts = {} if row.op == "linear" else {"e_local": row.e or 8, "e_total": row.e or 8, "top_k": row.top_k or 4}
+        nothing = GemmProblem(row.op, row.scheme, row.arch, 0, row.n, row.k, **experts)
+        assert explain(nothing).planned.choice.kernel == "reference"
