@@ -8,22 +8,18 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 
 from sglang_amd_quant.checkpoints import READERS, Reader, reader_for
-from sglang_amd_quant.checkpoints.folder import INDEX, Folder
-from sglang_amd_quant.checkpoints.naming import is_fused
-from sglang_amd_quant.errors import CheckpointError, RecipeError, SchemeError, UnsupportedError
+from sglang_amd_quant.errors import RecipeError, SchemeError, UnsupportedError
 from sglang_amd_quant.integration.plugin import METHODS, check_hooks
-from sglang_amd_quant.json_file import read_json
+from sglang_amd_quant.integration.stream import canonical
 from sglang_amd_quant.recipe import RECIPE_ENV, TOWERS, Recipe, Rule, always_bf16, default_recipe
 from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import BF16, DEFAULT_SCALE_MODE, SCHEMES, ScaleMode, Scheme
@@ -49,9 +45,6 @@ DEFAULT_EXPERT_PARTS = ["0.gate_proj", "0.up_proj", "0.down_proj"]
 
 ADDED_BY_SGLANG = ("hf_config", "packed_modules_mapping")
 """Keys that SGLang puts into a quantization_config beside the checkpoint's own."""
-
-EXPERTS_TRANSPOSED = {"gpt_oss"}
-"""model_type whose SGLang loader transposes fused expert tensors itself, so they are handed over as [E, K, N]."""
 
 
 class AmdMxConfig(QuantizationConfig):
@@ -282,27 +275,7 @@ class AmdMxConfig(QuantizationConfig):
         """
         if self.check_patterns:
             self._check_patterns()
-        weights = _from_whole_files(weights)
-        stream = self.reader.canonical(weights) if self.reader else _unquantized(weights)
-        stream = self._without_unasked(stream) if self.reader and self._unasked else stream
-        transpose = self._model_type() in EXPERTS_TRANSPOSED and self.reader is not None
-        return _transposed_experts(stream) if transpose else iter(stream)
-
-    def _without_unasked(self, stream: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same.
-
-        Raises:
-            UnsupportedError: a weight is quantized, of a layer that SGLang built for unquantized ones (`note_unasked`).
-        """
-        for name, tensor in stream:
-            layer = self._unasked.get(name.removesuffix(".weight"))
-            if layer and tensor.element_size() == 1:
-                raise UnsupportedError(
-                    f"layer {layer}: {name} {list(tensor.shape)}",
-                    "quantized in the checkpoint, and SGLang builds the layer without asking for a method",
-                    f'quantize the bf16 original with the recipe rule "{name.removesuffix(".weight")}": "{BF16}"',
-                )
-            yield name, tensor
+        return canonical(weights, self.reader, self._model_type(), self._unasked)
 
     def _check_patterns(self) -> None:
         from sglang.srt.runtime_context import get_parallel
@@ -339,61 +312,6 @@ def _scheme_of(recipe: Recipe, prefix: str, names: list[str]) -> Scheme | None:
     first = ((name, next((r for r in recipe.rules if r.matches(name) or r.matches(prefix)), None)) for name in names)
     rules = tuple(Rule(f"re:{re.escape(name)}", rule.scheme) for name, rule in first if rule)
     return replace(recipe, rules=rules).scheme_for(*names)
-
-
-def _from_whole_files(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same, from files that hold what the folder's index names; SGLang reads what there is.
-
-    Raises:
-        CheckpointError: they do not, or a file is broken: safetensors does not know its name.
-    """
-    from sglang.srt.runtime_context import get_server_args
-
-    folder = Path(get_server_args().model_path)
-    check_index(folder)
-    try:
-        yield from weights
-    except SafetensorError:
-        if folder.is_dir():
-            Folder.open(folder)
-        raise
-
-
-def check_index(folder: Path) -> None:
-    """Look for the tensors of a local folder's index, if it has one.
-
-    Raises:
-        CheckpointError: some are in no file, so would be served as whatever memory holds.
-    """
-    if not (folder / INDEX).is_file():
-        return
-    problems: list[CheckpointError] = []
-    held = Folder.survey(folder, problems.append).tensors
-    if any(name not in held for name in read_json(folder / INDEX, "fetch the index again")["weight_map"]):
-        raise problems[0]
-
-
-def _unquantized(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same, from a checkpoint whose config.json says that it is not quantized.
-
-    Raises:
-        CheckpointError: a weight is, in a way that nothing tells.
-    """
-    for name, tensor in weights:
-        if tensor.element_size() == 1 and (name.endswith(".weight") or is_fused(name)):
-            raise CheckpointError(
-                f"{name} {list(tensor.shape)} {tensor.dtype}",
-                "quantized, though config.json has no quantization_config",
-                "mend config.json; where hf_quant_config.json has it, `amd-mx quantize SRC DST --scheme keep` does so",
-            )
-        yield name, tensor
-
-
-def _transposed_experts(stream: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in stream:
-        quantized = tensor.element_size() == 1 or tensor.dtype == torch.int32
-        fused = ".experts." in name and tensor.dim() == 3 and quantized
-        yield name, tensor.transpose(-2, -1) if fused else tensor
 
 
 def _forced(name: str, reader: Reader | None) -> Recipe:

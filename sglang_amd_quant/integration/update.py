@@ -24,7 +24,8 @@ _served: list[tuple[Any, str]] = []
 
 def update(original: Callable[..., tuple[bool, str]], updater: Any, model_path: str, *args: Any, **kwargs: Any) -> Any:
     """Around `WeightUpdater.update_weights_from_disk`, which returns whether it succeeded, and a message."""
-    from sglang_amd_quant.integration.config import check_index, config_of
+    from sglang_amd_quant.integration.config import config_of
+    from sglang_amd_quant.integration.stream import check_index
 
     partial = kwargs.get("weight_name_filter") is not None  # of elastic EP, which fetches the experts it lost
     if partial or config_of(updater.get_model()) is None:
