@@ -43,12 +43,17 @@ TOWERS = (
 )  # fmt: skip
 """Encoders of other modalities: small, run once a request, and often of widths that no block of 32 divides."""
 
-_ALWAYS_BF16 = re.compile("|".join(map(fnmatch.translate, ALWAYS_BF16)))
+_ALWAYS_BF16, _IN_TOWER = (re.compile("|".join(map(fnmatch.translate, names))) for names in (ALWAYS_BF16, TOWERS))
 
 
 def always_bf16(module: str) -> bool:
     """Whether one of `ALWAYS_BF16` matches the module's name."""
     return _ALWAYS_BF16.match(module) is not None
+
+
+def in_tower(module: str) -> bool:
+    """Whether one of `TOWERS` matches the module's name."""
+    return _IN_TOWER.match(module) is not None
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,16 @@ class Recipe:
         """Patterns that match none of the given modules: most likely misspelt."""
         modules = list(modules)
         return [r.pattern for r in self.rules if not any(r.matches(m) for m in modules)]
+
+    def idle(self, modules: Iterable[str], quantizable: Iterable[str]) -> tuple[Rule, str] | None:
+        """The first rule that gives a scheme to some of the modules and to none that may have one; and the first such
+        module."""
+        modules, quantizable = list(modules), [m for m in quantizable if not always_bf16(m)]
+        for rule in self.rules:
+            named = next(filter(rule.matches, modules), None)
+            if rule.scheme != BF16 and named is not None and not any(map(rule.matches, quantizable)):
+                return rule, named
+        return None
 
 
 DEFAULT_RECIPES: dict[str, Recipe] = {

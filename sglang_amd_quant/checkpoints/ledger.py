@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,7 @@ from sglang_amd_quant.checkpoints.naming import INT4_ROLES, LINEARS, Part, Role,
 from sglang_amd_quant.errors import CheckpointError
 from sglang_amd_quant.formats import dequantize_int4, dequantize_mx, group_words, split_words
 from sglang_amd_quant.formats.mx import ELEMENTS
-from sglang_amd_quant.recipe import TOWERS, always_bf16
+from sglang_amd_quant.recipe import always_bf16, in_tower
 from sglang_amd_quant.schemes import INT4_GROUP, MX_BLOCK, Scheme
 
 if TYPE_CHECKING:
@@ -254,8 +253,7 @@ class Ledger:
         def is_linear(module: str) -> bool:
             leaf = module.rpartition(".")[2]
             known = leaf in LINEARS and f"{module}.weight" in self._names  # without: experts in one, perhaps unserved
-            in_tower = any(fnmatchcase(module, tower) for tower in TOWERS)  # which SGLang has in bf16, named or not
-            return leaf in leaves or (bool(leaves) and known and not in_tower)
+            return leaf in leaves or (bool(leaves) and known and not in_tower(module))  # SGLang has towers in bf16
 
         plain = [m for m in self._floats if (none_is or is_linear(m)) and self._scheme(m) is not None]
         if plain:

@@ -12,7 +12,6 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from sglang_amd_quant.checkpoints.folder import Folder, TensorInfo
 from sglang_amd_quant.checkpoints.int4 import SCHEME as INT4
 from sglang_amd_quant.checkpoints.naming import LINEARS, STORED, Part, Role, is_fused
 from sglang_amd_quant.errors import CheckpointError, RecipeError, ShapeError
-from sglang_amd_quant.recipe import TOWERS, Recipe, Rule, always_bf16
+from sglang_amd_quant.recipe import Recipe, Rule, in_tower
 from sglang_amd_quant.schemes import BF16, INT4_GROUPS, SCHEMES, Scheme
 
 FUSED_LINEARS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
@@ -214,7 +213,7 @@ def _pieces(info: TensorInfo, recipe: Recipe, layout: FusedExperts | None, plan:
 def _is_linear(module: str, recipe: Recipe) -> bool:
     if any(rule.matches(module) for rule in recipe.rules):
         return True
-    return module.rpartition(".")[2] in LINEARS and not any(fnmatchcase(module, tower) for tower in TOWERS)
+    return module.rpartition(".")[2] in LINEARS and not in_tower(module)
 
 
 def _fused_pieces(info: TensorInfo, recipe: Recipe, layout: FusedExperts, copy: Piece) -> Iterator[tuple[str, Piece]]:
@@ -304,14 +303,13 @@ def _check_recipe(recipe: Recipe, modules: Iterable[str], unserved: Collection[s
             "matches no module of the checkpoint",
             f"modules are named like {likely}",
         )
-    for rule in recipe.rules:
-        matched = [] if rule.scheme == BF16 else list(filter(rule.matches, modules))
-        if matched and all(map(always_bf16, matched)):
-            raise RecipeError(
-                f"{recipe.source}: {rule.pattern!r} -> {rule.scheme!r}",
-                f"matches only what always stays bf16, as {matched[0]}",
-                "drop the rule",
-            )
+    if idle := recipe.idle(modules, modules):
+        rule, named = idle
+        raise RecipeError(
+            f"{recipe.source}: {rule.pattern!r} -> {rule.scheme!r}",
+            f"matches only what always stays bf16, as {named}",
+            "drop the rule",
+        )
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for module in modules:
         stem, _, leaf = module.rpartition(".")

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from sglang_amd_quant.checkpoints import READERS, Reader, reader_for
 from sglang_amd_quant.errors import RecipeError, SchemeError, UnsupportedError
 from sglang_amd_quant.integration.plugin import METHODS, check_hooks
 from sglang_amd_quant.integration.stream import canonical
-from sglang_amd_quant.recipe import RECIPE_ENV, TOWERS, Recipe, Rule, always_bf16, default_recipe
+from sglang_amd_quant.recipe import RECIPE_ENV, Recipe, Rule, default_recipe, in_tower
 from sglang_amd_quant.runtime.detect import current_arch
 from sglang_amd_quant.schemes import BF16, DEFAULT_SCALE_MODE, SCHEMES, ScaleMode, Scheme
 
@@ -207,7 +206,7 @@ class AmdMxConfig(QuantizationConfig):
         if self.reader is not None and not self.check_patterns:  # what is stored decides
             return False
         named = any(rule.matches(name) for rule in self.recipe.rules for name in names)
-        return not named and any(fnmatchcase(name, tower) for tower in TOWERS for name in names)
+        return not named and any(map(in_tower, names))
 
     def _check_held(self, prefix: str, names: list[str], scheme: Scheme | None) -> None:
         """A layer that the checkpoint holds quantized can have other activations, not other weights (`_fitting`).
@@ -290,15 +289,13 @@ class AmdMxConfig(QuantizationConfig):
                 "matches no layer of this model",
                 f"layers are named like {', '.join(sorted(self._quantized or self._seen)[:2])}",
             )
-        quantizable = [name for name in self._linear if not always_bf16(name)]
-        for rule in self.recipe.rules:
-            if rule.scheme != BF16 and not any(map(rule.matches, quantizable)):
-                first = min(filter(rule.matches, seen))
-                raise RecipeError(
-                    f"{self.recipe.source}: pattern {rule.pattern!r}",
-                    f"gives {rule.scheme} to {first}, which always stays {BF16}",
-                    "drop the rule",
-                )
+        if idle := self.recipe.idle(sorted(seen), self._linear):
+            rule, named = idle
+            raise RecipeError(
+                f"{self.recipe.source}: pattern {rule.pattern!r}",
+                f"gives {rule.scheme} to {named}, which always stays {BF16}",
+                "drop the rule",
+            )
 
 
 def _in_checkpoint(prefix: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -19,6 +20,10 @@ from sglang_amd_quant.checkpoints.naming import Part, Role
 from sglang_amd_quant.checkpoints.native import NativeReader
 from sglang_amd_quant.formats import dequantize_int4, dequantize_mx, split_words
 from sglang_amd_quant.recipe import Recipe
+
+HELPERS = str(Path(__file__).parent)
+if HELPERS not in sys.path:
+    sys.path.insert(0, HELPERS)
 
 if not hasattr(torch.ops.torchvision, "nms"):  # transformers imports torchvision, which declares fakes for these
     _schemas = torch.library.Library("torchvision", "FRAGMENT")
