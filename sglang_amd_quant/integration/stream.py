@@ -50,9 +50,9 @@ def _from_whole_files(weights: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         CheckpointError: they do not, or a file is broken: safetensors does not know its name.
     """
-    from sglang.srt.runtime_context import get_server_args
+    from sglang_amd_quant.integration.update import folder_read
 
-    folder = Path(get_server_args().model_path)
+    folder = folder_read()
     check_index(folder)
     try:
         yield from weights

@@ -56,6 +56,13 @@ def load(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kw
         raise
 
 
+def folder_read() -> Path:
+    """Where the tensors come from that are loaded now."""
+    from sglang.srt.runtime_context import get_server_args
+
+    return Path(_served[-1][0].model_path if _served else get_server_args().model_path)
+
+
 def _unload(model: torch.nn.Module) -> None:
     """Let our layers' scales and biases be NaN again, as in layers just built."""
     for layer in model.modules():

@@ -469,6 +469,13 @@ def test_an_update_that_lacks_a_tensor_is_refused(originals, load_model, update,
     assert update(model, originals[name])[0]
 
 
+def test_an_update_does_not_ask_for_the_files_that_were_served(originals, load_model, update, tmp_path):
+    folder = rewrite(originals["qwen3"], tmp_path, dict, None)
+    model = load_model(folder, "amd_w4a16")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert update(model, originals["qwen3"]) == (True, "Succeeded to update model weights.")
+
+
 def test_an_update_whose_index_names_what_is_not_there_changes_nothing(originals, load_model, update, tmp_path):
     model = load_model(originals["qwen3"], "amd_w4a16")
     folder = rewrite(originals["qwen3"], tmp_path, dict, None)
